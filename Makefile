@@ -1,0 +1,46 @@
+# Each target first makes .venv, or brings it up to date with pyproject.toml and constraints.txt.
+# Only Python 3.11 or later and pip are needed.
+
+PYTHON ?= python3
+# Test processes. Each keeps to one thread, so that together they fill the cores.
+WORKERS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+# The weights and texts are in installed packages: nothing is fetched at run time.
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## Say what the targets do
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## Convert a real sentence encoder to FP16 and judge the result
+	$(BIN)/amp-convert examples/minilm.py
+	@echo "The report is in reports/minilm/: open report.html there, or read report.md."
+
+test: $(STAMP) ## Run the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+lint: $(STAMP) ## Check style, types and the order of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(STAMP) ## Print the speed and memory figures, side by side
+	$(BIN)/python -m tests.benchmarks.bench
+
+clean: ## Remove .venv, caches and reports; the baselines stay
+	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	find amp_convert examples tests -name __pycache__ -prune -exec rm -rf {} +
+	test ! -d reports || find reports -mindepth 1 -maxdepth 1 ! -name baselines -exec rm -rf {} +
+
+# The stamp is written last, so that an install that was cut short is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; name one with PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,examples]'
+	@touch $@

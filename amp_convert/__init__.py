@@ -1,0 +1,67 @@
+"""Convert a PyTorch model to mixed precision and prove that the result is as good.
+
+    import amp_convert as amp
+
+    mixed = amp.convert(model, inputs, dtype=torch.float16)
+    mixed.plan.to_frame()                       # one row a node: rule, reason, evidence
+    amp.compare(model, mixed, batches).to_frame()
+    frozen = mixed.freeze()                     # for inference, weights in low precision
+    amp.audit(model, inputs).to_frame()         # which layers stay FP32, and why
+
+Importing this package is cheap: PyTorch is imported when one of its names is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from amp_convert.api import audit, compare, convert
+    from amp_convert.converted import ConvertedModel, FrozenModel
+    from amp_convert.divergence import Divergence
+    from amp_convert.errors import AmpConvertError, ModelError, UnsupportedModelError, UsageError
+    from amp_convert.plan import Decision, Plan
+
+_HOMES = {
+    "audit": "api",
+    "compare": "api",
+    "convert": "api",
+    "ConvertedModel": "converted",
+    "FrozenModel": "converted",
+    "Decision": "plan",
+    "Divergence": "divergence",
+    "Plan": "plan",
+    "AmpConvertError": "errors",
+    "ModelError": "errors",
+    "UnsupportedModelError": "errors",
+    "UsageError": "errors",
+}
+
+__all__ = [
+    "AmpConvertError",
+    "ConvertedModel",
+    "Decision",
+    "Divergence",
+    "FrozenModel",
+    "ModelError",
+    "Plan",
+    "UnsupportedModelError",
+    "UsageError",
+    "__version__",
+    "audit",
+    "compare",
+    "convert",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"amp_convert.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

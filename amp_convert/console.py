@@ -1,0 +1,120 @@
+"""Where a run's output goes while it works: progress to stderr, the result to the real stdout.
+
+The user's own code runs in this process. Its prints go to stderr, so that stdout holds the result
+and nothing else, and what libraries say about their own code is held back unless `--debug` asks.
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+_LIBRARIES = ("torch", "transformers")
+
+
+class Bar:
+    """The pipeline's progress on stderr: a bar on a terminal, a line a stage elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            _Steps(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def stage(self, name: str, steps: int | None = None) -> None:
+        """Replace the current bar by one for this stage."""
+        if not self._console.is_terminal:
+            self._console.print(f"{name} ...")
+            return
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=steps)
+
+    def advance(self) -> None:
+        """Move the current bar on by one step."""
+        if self._task is not None:
+            self._bar.advance(self._task)
+
+
+class _Steps(ProgressColumn):
+    """ "3/8", and nothing for a stage whose number of steps is not known."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:g}/{task.total:g}")
+
+
+@contextlib.contextmanager
+def running(debug: bool) -> Iterator[tuple[Console, Bar]]:
+    """The console for the result, and the progress bar, while the user's prints go to stderr."""
+    result = Console(file=sys.stdout, highlight=False)
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        contextlib.nullcontext() if debug else _quiet(),
+        Bar(Console(stderr=True, highlight=False)) as bar,
+    ):
+        yield result, bar
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the warnings and log lines of libraries about their own code; keep errors."""
+    # Importing torch sets the levels of its loggers, so it has to come first.
+    import torch  # noqa: F401
+
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for module in (*(rf"{name}(\.|$)" for name in _LIBRARIES), "copyreg$"):
+            warnings.filterwarnings("ignore", module=module)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def reserve_stdout() -> None:
+    """Give `sys.stdout` a descriptor of its own, and let descriptor 1 lead to stderr.
+
+    For a whole process only: what C code and child processes write to stdout then cannot get into
+    the result either. Characters that the terminal's encoding lacks are written as "?".
+    """
+    result = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")  # noqa: SIM115
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    sys.stdout = result

@@ -1,0 +1,44 @@
+"""Names and limits of the floating point dtypes that the tool plans with.
+
+Reports and rules files use PyTorch's own names without the prefix (`float16`); this module is the
+one place that translates between names and `torch.dtype`.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+
+LOW_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`torch.float16` -> `"float16"`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def from_name(name: str) -> torch.dtype:
+    """`"float16"` -> `torch.float16`. Raises AttributeError for an unknown name."""
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise AttributeError(f"torch.{name} is not a dtype")
+    return dtype
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the distance from 1 to the next number: the largest relative error of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def castable(dtype: torch.dtype) -> bool:
+    """Whether the tool may cast a value of this dtype: FP32 and the low dtypes, nothing else.
+
+    Integer, boolean, complex and FP64 values are never cast: the model asked for them by name.
+    """
+    return dtype == torch.float32 or dtype in LOW_DTYPES
+
+
+def is_float_tensor(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether `value` is a real floating point tensor, of any width."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

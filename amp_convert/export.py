@@ -1,0 +1,427 @@
+"""One module in one mode -> `CapturedGraph`: a functional ATen graph with a name for every node.
+
+`torch.export` (non-strict, first dimensions dynamic) traces the module; `run_decompositions({})`
+makes the graph functional and leaves composite operators (`linear`, `layer_norm`,
+`scaled_dot_product_attention`) whole. Functional form is needed, not merely tidy: a cast in front
+of an in-place operator would break aliasing, and a value read after `relu_` has changed it would
+put the blame on the wrong node.
+
+Five repairs make the graph fit for conversion, none of which changes a bit of the FP32 result:
+
+1. A `.to(float32)` on an FP32 value is a no-op that export drops, yet it is the model's own request
+   for FP32 and has to hold once its input is FP16. It is marked before and restored after.
+2. `view` asks for strides that only tracing promised; `reshape` takes what the kernel returns.
+3. `_assert_tensor_metadata` repeats the FP32 dtypes of the trace; it would reject every conversion.
+4. Inactive dropout is the identity in eager mode, but a copy in the trace. The copy goes.
+5. What a `torch.no_grad()` region returns is detached, since decomposing forgets the region.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import math
+import operator
+import os
+import re
+import site
+import sysconfig
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from amp_convert import device as devices
+from amp_convert.runner import Guard, InputSpec, Signature, Source, UserInput, bind, in_mode
+
+aten = torch.ops.aten
+
+
+KEPT_META = ("nn_module_stack", "stack_trace", "torch_fn")
+
+
+@torch.library.custom_op("amp_convert::explicit_cast", mutates_args=())
+def _explicit_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype, copy=True)
+
+
+@_explicit_cast.register_fake
+def _(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What is known of a node by name.
+
+    `identity` is `layer/op#ordinal`: it survives recapture, which FX names do not. `modules` are
+    the class paths around the node, innermost first; `location` is the user's file and line.
+    """
+
+    identity: str
+    layer: str
+    modules: tuple[str, ...]
+    op: str
+    location: str
+
+    @property
+    def short_op(self) -> str:
+        """The operator without its overload: `aten.linear`."""
+        return ".".join(self.op.split(".")[:2])
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """One mode of one module as a function of its tensors and the user's inputs."""
+
+    mode: str
+    graph_module: fx.GraphModule
+    signature: Signature
+    constants: Mapping[str, torch.Tensor] = field(repr=False)
+    nodes: Mapping[str, NodeInfo] = field(repr=False)
+
+
+def export_graph(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mode: str,
+    path: str = "",
+    *,
+    dynamic: bool = True,
+) -> CapturedGraph:
+    """Capture `module` in `mode` ("eval" or "train"); `path` is its place in the whole model.
+
+    First dimensions stay dynamic where the model allows it; when tracing them fails for a reason
+    that a static trace does not share, they are fixed. Raises whatever `torch.export` raises.
+    """
+    call = inspect.signature(module.forward)
+    bound = bind(call, args, kwargs)
+    for name, value in bound.arguments.items():
+        if call.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            bound.arguments[name] = dict(sorted(value.items()))  # no order of keywords is special
+    args, kwargs = _distinct((bound.args, bound.kwargs))
+    device = devices.of_model(module)
+    with in_mode(module, training=mode == "train"), devices.plain_mode(device):
+        program = _dynamic_program(module, call, args, kwargs) if dynamic else None
+        if program is None:
+            program = _program(module, call, args, kwargs, dynamic=False)
+    graph = program.graph
+    _repair(graph)
+    signature = _signature(program, module, call, bound.arguments)
+    nodes = _describe(graph, path)
+    # What tracing left behind is read; its fake tensors would only stand in the way of a copy.
+    for node in graph.nodes:
+        node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
+    graph_module = fx.GraphModule(program.graph_module, graph)
+    graph_module.meta = {}
+    return CapturedGraph(
+        mode=mode,
+        graph_module=graph_module,
+        signature=signature,
+        constants={n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)},
+        nodes=nodes,
+    )
+
+
+def _distinct(inputs: Any) -> Any:
+    """The inputs with no tensor given twice: export would make one input of the two."""
+    seen: set[int] = set()
+
+    def own(leaf: torch.Tensor) -> torch.Tensor:
+        if id(leaf) in seen:
+            return leaf.detach().clone()
+        seen.add(id(leaf))
+        return leaf
+
+    return pytree.tree_map_only(torch.Tensor, own, inputs)
+
+
+def _dynamic_program(
+    module: nn.Module, call: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> torch.export.ExportedProgram | None:
+    try:
+        return _program(module, call, *grown(args, kwargs), dynamic=True)
+    except Exception:  # noqa: BLE001  whatever fails dynamically is retried statically
+        return None
+
+
+def _program(
+    module: nn.Module,
+    call: inspect.Signature,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    dynamic: bool,
+) -> torch.export.ExportedProgram:
+    shapes = None
+    if dynamic:
+        arguments = bind(call, args, kwargs).arguments
+        shapes = pytree.tree_map(_first_dimension, dict(arguments))
+    # A failing export prints its half-made graph.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        program = torch.export.export(
+            module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
+        )
+    for node in list(program.graph.nodes):
+        _mark_explicit_cast(node)
+        _detach_no_grad(node)
+    functional: torch.export.ExportedProgram = program.run_decompositions({})
+    return functional
+
+
+def _first_dimension(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+        return {0: torch.export.Dim.AUTO}
+    return None
+
+
+def grown(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Inputs whose common batch size of 1 is doubled: export would burn in a size of 1."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if not tensors or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return args, kwargs
+    grown: tuple[Any, Any] = pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.cat([t, t]), (args, kwargs)
+    )
+    return grown
+
+
+# --- repairs -------------------------------------------------------------------------------------
+
+_CASTS = (
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
+)  # fmt: skip
+
+
+def _mark_explicit_cast(node: fx.Node) -> None:
+    """Repair 1, before decomposition: keep a cast that does nothing while everything is FP32."""
+    if node.target not in _CASTS or node.kwargs.get("copy"):
+        return
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
+        return
+    if before.is_floating_point() and before.dtype == after.dtype and before.device == after.device:
+        node.target = torch.ops.amp_convert.explicit_cast.default
+        node.args, node.kwargs = (node.args[0], after.dtype), {}
+
+
+def _detach_no_grad(node: fx.Node) -> None:
+    """Repair 5, before decomposition."""
+    region = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(region, fx.Node) or region.args[:1] != (False,):
+        return
+    if region.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        with node.graph.inserting_after(node):
+            detached = node.graph.call_function(aten.detach.default, (node,))
+        detached.meta = dict(node.meta)
+        node.replace_all_uses_with(detached, lambda user: user is not detached)
+
+
+def _guards(program: torch.export.ExportedProgram) -> tuple[Guard, ...]:
+    """What the model's own conditions on sizes came out as. The text is written by torch.export."""
+    found = []
+    for code in getattr(program, "_guards_code", ()):
+        holds = eval(f"lambda L: {code}", {"torch": torch, "math": math})  # noqa: S307
+        found.append(Guard(re.sub(r"L\['(\w+)'\]", r"\1", code), holds))
+    return tuple(found)
+
+
+def _repair(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target is torch.ops.amp_convert.explicit_cast.default:
+            node.target = aten.to.dtype
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+        elif node.target is aten.copy.default:  # it has no derivative
+            _expand_source(node)
+        elif node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif _is_inactive_dropout(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _expand_source(copy: fx.Node) -> None:
+    """`copy(destination, source)` is the source in the shape and dtype of the destination."""
+    destination, source = copy.args[:2]
+    assert isinstance(destination, fx.Node)
+    assert isinstance(source, fx.Node)
+    if source.meta["val"].dtype != destination.meta["val"].dtype:
+        with copy.graph.inserting_before(copy):
+            source = copy.graph.call_function(
+                aten._to_copy.default, (source,), {"dtype": destination.meta["val"].dtype}
+            )
+        source.meta = dict(copy.meta)
+    copy.target, copy.args = aten.expand_as.default, (source, destination)
+
+
+def _is_inactive_dropout(node: fx.Node) -> bool:
+    made_by = node.meta.get("torch_fn", ("", ""))[1]
+    return (
+        node.target is aten.clone.default
+        and not node.kwargs
+        and "dropout" in made_by
+        and node.args[0].op != "placeholder"  # type: ignore[union-attr]
+    )
+
+
+# --- signature -----------------------------------------------------------------------------------
+
+_SOURCES = {
+    InputKind.PARAMETER: Source.PARAMETER,
+    InputKind.BUFFER: Source.BUFFER,
+    InputKind.CONSTANT_TENSOR: Source.CONSTANT,
+    InputKind.USER_INPUT: Source.USER,
+}
+
+
+def _signature(
+    program: torch.export.ExportedProgram,
+    module: nn.Module,
+    call: inspect.Signature,
+    arguments: Mapping[str, Any],
+) -> Signature:
+    declared = program.graph_signature
+    owned = {n for n, _ in [*module.named_parameters(remove_duplicate=False),
+                            *module.named_buffers(remove_duplicate=False)]}  # fmt: skip
+    mutated = set(declared.buffers_to_mutate.values())
+    inputs = []
+    for spec in declared.input_specs:
+        if spec.kind not in _SOURCES:
+            raise ValueError(f"a {spec.kind.name.lower()} input is not supported")
+        source, target = _SOURCES[spec.kind], spec.target or ""
+        if source is Source.BUFFER and target not in owned:
+            source = Source.CONSTANT
+        inputs.append(InputSpec(source, target, mutated=target in mutated))
+    buffers, changed = [], []
+    for output in declared.output_specs:
+        if output.kind is OutputKind.BUFFER_MUTATION:
+            buffers.append(output.target or "")
+        elif output.kind is OutputKind.USER_INPUT_MUTATION:
+            names = [s.arg.name for s in declared.input_specs]
+            changed.append(names.index(output.target))
+        elif output.kind is not OutputKind.USER_OUTPUT:
+            raise ValueError(f"a {output.kind.name.lower()} output is not supported")
+    leaves, in_spec = pytree.tree_flatten(list(arguments.values()))
+    return Signature(
+        call=call,
+        guards=_guards(program),
+        inputs=tuple(inputs),
+        names=tuple(arguments),
+        user_inputs=_user_inputs(program, arguments, leaves),
+        in_spec=in_spec,
+        out_spec=program.call_spec.out_spec,
+        buffer_outputs=tuple(buffers),
+        input_outputs=tuple(changed),
+    )
+
+
+def _user_inputs(
+    program: torch.export.ExportedProgram, arguments: Mapping[str, Any], leaves: Sequence[Any]
+) -> tuple[UserInput, ...]:
+    paths = [
+        name + pytree.keystr(keys)
+        for name, value in arguments.items()
+        for keys, _ in pytree.tree_flatten_with_path(value)[0]
+    ]
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    specs = [s for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    found = []
+    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
+        value = None if isinstance(spec.arg, ConstantArgument) else values[spec.arg.name]
+        if isinstance(value, torch.Tensor):
+            sizes: list[int | torch.SymInt] = list(value.shape)
+            shape = tuple(size if isinstance(size, int) else None for size in sizes)
+            found.append(UserInput(path, shape, value.dtype))
+        else:
+            found.append(UserInput(path, None, None, leaf))
+    return tuple(found)
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def op_name(node: fx.Node) -> str:
+    """`aten.linear.default`, `operator.getitem`, or the name of a higher-order operator."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if getattr(operator, getattr(target, "__name__", ""), None) is target:
+        return f"operator.{target.__name__}"
+    return str(getattr(target, "__name__", target))
+
+
+def _describe(graph: fx.Graph, path: str) -> dict[str, NodeInfo]:
+    ordinals: Counter[tuple[str, str]] = Counter()
+    described = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        inner, modules = _modules(node)
+        layer = ".".join(part for part in (path, inner) if part)
+        op = op_name(node)
+        short = ".".join(op.split(".")[:2])
+        ordinal = ordinals[layer, short]
+        ordinals[layer, short] += 1
+        identity = f"{layer}/{short}#{ordinal}"
+        described[node.name] = NodeInfo(identity, layer, modules, op, user_location(node))
+    return described
+
+
+# What export writes where it made a node without a module around it, such as an input's size.
+_NO_STACK = "_empty_nn_module_stack_from_metadata_hook"
+
+
+def _modules(node: fx.Node) -> tuple[str, tuple[str, ...]]:
+    """The module path of a node and the classes around it, innermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    stack = {key: entry for key, entry in stack.items() if key != _NO_STACK}
+    entries = [(name, cls if isinstance(cls, str) else _class_path(cls))
+               for name, cls in stack.values()]  # fmt: skip
+    if not entries:
+        return "", ()
+    # A module that is called again gets a suffix such as "@1"; it is the same layer.
+    return re.sub(r"@\d+", "", entries[-1][0]), tuple(cls for _, cls in reversed(entries))
+
+
+def _class_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+_LIBRARY = tuple(os.path.dirname(f) + os.sep for f in (torch.__file__, __file__))
+_PACKAGES = sorted(
+    {*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")},
+    key=len,
+    reverse=True,
+)
+
+
+def user_location(node: fx.Node) -> str:
+    """`file:line` of the innermost frame of the node's stack trace that is not PyTorch's own."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    for file, line in reversed(frames):
+        if not is_library_frame(file):
+            return f"{short_path(file)}:{line}"
+    return ""
+
+
+def is_library_frame(file: str) -> bool:
+    """Whether a stack frame's file is PyTorch's or ours, and so not what a user wants to read."""
+    return file.startswith((*_LIBRARY, "torch/", "<"))
+
+
+def short_path(file: str) -> str:
+    """A path without the part that only says where things are installed on this machine."""
+    for root in (*_PACKAGES, os.getcwd()):
+        if Path(file).is_relative_to(root):
+            return str(Path(file).relative_to(root))
+    return file

@@ -1,0 +1,240 @@
+"""The stages in order: a model file in, a `RunReport` out.
+
+load -> capture -> profile -> plan -> rewrite -> validate -> judge. Each stage is a function of the
+ones before; this module only calls them, moves things to the chosen device and says how far it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from amp_convert import __version__, costs
+from amp_convert import device as devices
+from amp_convert.capture import Captured, capture
+from amp_convert.case import Case, check_forward, load_case, score, user_batches
+from amp_convert.comparison import Batch, compare, frozen_identical
+from amp_convert.converted import ConvertedModel, convert_captured
+from amp_convert.device import Device
+from amp_convert.divergence import Divergence
+from amp_convert.dtypes import from_name
+from amp_convert.errors import UsageError
+from amp_convert.plan import Plan
+from amp_convert.profile import RangeStats, profile
+from amp_convert.report import Environment, ModelInfo, PlanSection, RunReport, Unchecked
+from amp_convert.rules import Rules, load_rules
+from amp_convert.settings import Settings, split_source
+from amp_convert.usercode import SOURCES
+from amp_convert.verdict import Thresholds, judge
+
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+class Progress(Protocol):
+    """Who is told how far a run is."""
+
+    def stage(self, name: str, steps: int | None = None) -> None:
+        """A stage begins; `steps` is how many there will be, if that is known."""
+
+    def advance(self) -> None:
+        """One step of the current stage is done."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run made: the report, the whole plan and the converted model."""
+
+    report: RunReport
+    plan: Plan
+    converted: ConvertedModel
+
+
+def convert(source: str, settings: Settings, progress: Progress) -> Run:
+    """The main job: convert the model at `source` and judge the result."""
+    _refuse_unavailable(settings)
+    prepared = _prepare(source, settings, progress)
+    case, captured = prepared.case, prepared.captured
+    progress.stage("plan and rewrite")
+    converted = convert_captured(
+        captured, prepared.rules, prepared.stats, from_name(settings.dtype)
+    )
+    progress.stage("compare with FP32", settings.batches if case.eval_batches else 1)
+    divergence = compare(
+        converted,
+        _batches(case, prepared.device, settings.batches),
+        score=(lambda outputs, target: score(case, outputs, target)) if case.metrics else None,
+        lower_is_better=case.lower_is_better,
+        metrics_reason=f"{case.name} defines no metrics",
+        on_batch=progress.advance,
+    )
+    progress.stage("measure time and memory")
+    measured = costs.measure(converted, case.args, case.kwargs)
+    divergence = dataclasses.replace(
+        divergence,
+        costs=measured,
+        frozen_identical=frozen_identical(converted, case.args, case.kwargs),
+    )
+    progress.stage("judge")
+    report = _report(prepared, settings, converted.plan, divergence)
+    return Run(report, converted.plan, converted)
+
+
+def audit(source: str, settings: Settings, progress: Progress) -> tuple[Plan, ModelInfo]:
+    """Plan the model at `source` as `convert` would; convert nothing.
+
+    Kernels are tried on the example inputs, as they are for `convert`, so both give one plan.
+    """
+    prepared = _prepare(source, settings, progress)
+    progress.stage("plan")
+    dtype = from_name(settings.dtype)
+    converted = convert_captured(prepared.captured, prepared.rules, prepared.stats, dtype)
+    return converted.plan, _model_info(prepared.case)
+
+
+def output_folder(source: str, settings: Settings) -> Path:
+    """Where the report goes: `--out`, or `reports/<the model file's stem>` in the current
+    folder. Raises UsageError for a source without a stem, such as ".".
+    """
+    if settings.out:
+        return Path(settings.out)
+    stem = _stem(source)
+    if stem in ("", ".."):
+        raise UsageError(f"{source!r} is not the name of a model file", mend=SOURCES)
+    return Path("reports") / stem
+
+
+def _stem(source: str) -> str:
+    place, attribute = split_source(source)
+    is_file = place.endswith(".py") or not attribute
+    return Path(place).stem if is_file else place.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run knows before it plans."""
+
+    case: Case
+    device: Device
+    captured: Captured
+    rules: Rules
+    stats: RangeStats
+
+
+def _prepare(source: str, settings: Settings, progress: Progress) -> _Prepared:
+    rules = load_rules(settings.rules)
+    device = devices.choose(settings.device)
+    progress.stage("load the model")
+    # A model that draws its initial weights without a seed is the same at every run.
+    torch.manual_seed(0)
+    case = _on_device(load_case(source), device.device)
+    check_forward(case)
+    progress.stage("capture and check against eager FP32")
+    captured = capture(case.model, case.args, case.kwargs)
+    progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
+    stats = profile(captured, _ticking(_batches(case, device, settings.calibrate), progress))
+    return _Prepared(case, device, captured, rules, stats)
+
+
+def _on_device(case: Case, device: torch.device) -> Case:
+    return dataclasses.replace(
+        case,
+        model=case.model.to(device),
+        args=devices.move(case.args, device),
+        kwargs=devices.move(case.kwargs, device),
+    )
+
+
+def _batches(case: Case, device: Device, at_most: int) -> Iterator[Batch]:
+    """The user's eval batches on the run's device, or else the example inputs as the only one."""
+    if case.eval_batches is None:
+        yield case.args, case.kwargs, None
+        return
+    for batch in user_batches("eval_batches", case.eval_batches, case.path, at_most):
+        yield devices.move(batch, device.device)
+
+
+def _ticking(batches: Iterator[Batch], progress: Progress) -> Iterator[Call]:
+    for args, kwargs, _ in batches:
+        yield args, kwargs
+        progress.advance()
+
+
+def _refuse_unavailable(settings: Settings) -> None:
+    asked = {
+        "--train": settings.train,
+        "--steps": settings.steps,
+        "--seeds": settings.seeds,
+        "--onnx": settings.onnx,
+    }
+    for flag, value in asked.items():
+        if value:
+            raise UsageError(
+                f"{flag} is not available in amp-convert {__version__}",
+                mend="Leave it out: this version judges inference and lists the rest as unchecked.",
+            )
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def _report(
+    prepared: _Prepared, settings: Settings, plan: Plan, divergence: Divergence
+) -> RunReport:
+    case, captured = prepared.case, prepared.captured
+    thresholds = Thresholds.for_dtype(
+        settings.dtype,
+        output_rel_l2=settings.tolerance,
+        metric_tolerance=settings.metric_tolerance,
+    )
+    verdict = judge(
+        captured.fidelity, plan, divergence, thresholds, metrics_supplied=case.metrics is not None
+    )
+    return RunReport(
+        amp_convert=__version__,
+        model=_model_info(case),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        verdict=verdict,
+        environment=_environment(prepared.device, settings),
+        fidelity=captured.fidelity,
+        plan=PlanSection.of(plan),
+        inference=divergence,
+        training=Unchecked(
+            reason="this version compares no training runs; that the train graph has the eager "
+            "model's gradients is shown by fidelity"
+        ),
+        onnx=Unchecked(reason="this version exports no ONNX"),
+    )
+
+
+def _model_info(case: Case) -> ModelInfo:
+    kind = type(case.model)
+    return ModelInfo(
+        name=case.name,
+        source=case.source,
+        digest=case.digest,
+        model_class=f"{kind.__module__}.{kind.__qualname__}",
+        parameters=sum(p.numel() for p in case.model.parameters()),
+    )
+
+
+def _environment(device: Device, settings: Settings) -> Environment:
+    return Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        platform=platform.platform(),
+        processor=platform.processor() or platform.machine(),
+        threads=torch.get_num_threads(),
+        device=device.type,
+        device_name=device.name,
+        device_reason=device.reason,
+        # Off in the FP32 arm, whatever the user's setting; other devices have no TF32.
+        tf32=False if device.type == "cuda" else None,
+        dtype=settings.dtype,
+    )

@@ -1,0 +1,174 @@
+"""The `Plan`: what was decided about every node, why, and on what evidence. Plain data.
+
+A plan can be printed (`to_frame`), compared (equal inputs give equal plans) and saved as a rules
+file (`to_toml`), which anyone may edit and give back with `--rules`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from amp_convert.capture import Uncaptured
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided about one node, by which rule, and on what evidence.
+
+    `node` is its stable identity, `name` its FX name, `op` the operator without overload, `module`
+    the class around it, `location` the user's file and line. `category` is allow, infer, deny or
+    clear, "unknown" when no rule names the op, or "none" when the node has no FP32 input to decide
+    about. `low` says whether it computes in (for a lookup: delivers) the low dtype; `dtype` is that
+    of its first tensor result. `macs` are multiply-adds for the example inputs.
+
+    The casts: `input_dtypes` has an entry a tensor argument, `output_dtype` is for the result: the
+    dtype to cast to, or None. `output_dtypes` are those that the node's consumers see.
+    """
+
+    node: str
+    name: str
+    layer: str
+    module: str
+    op: str
+    location: str
+    category: str
+    dtype: str
+    rule: str
+    reason: str
+    source: str
+    evidence: str
+    low: bool
+    macs: int
+    input_dtypes: tuple[str | None, ...]
+    output_dtype: str | None
+    output_dtypes: tuple[str | None, ...]
+
+    @property
+    def decided(self) -> bool:
+        """Whether there was anything to decide."""
+        return self.category != "none"
+
+
+@dataclass(frozen=True)
+class Casts:
+    """How many casts a plan puts into one graph.
+
+    `activations` counts distinct (value, dtype) pairs, `weights` those of parameters and buffers,
+    which freezing removes. `borders` counts the edges on which the dtype changes: an upper bound.
+    """
+
+    activations: int = 0
+    weights: int = 0
+    borders: int = 0
+
+    def __add__(self, other: Casts) -> Casts:
+        return Casts(
+            self.activations + other.activations,
+            self.weights + other.weights,
+            self.borders + other.borders,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions for a model's eval and train graphs.
+
+    `dtype` is the low dtype, `device` the device type, `rules` the rules files in order, and
+    `calibration_batches` the number of batches that the evidence rests on.
+    """
+
+    dtype: str
+    device: str
+    rules: tuple[str, ...]
+    painting: str
+    calibration_batches: int
+    eval: tuple[Decision, ...]
+    train: tuple[Decision, ...]
+    eval_casts: Casts
+    train_casts: Casts
+    uncaptured: tuple[Uncaptured, ...]
+
+    def unknown_ops(self) -> dict[str, int]:
+        """Operators that no rule names and how many nodes of each stayed FP32 for that, sorted."""
+        unknown = Counter(d.op for d in self.eval if d.category == "unknown")
+        return dict(sorted(unknown.items()))
+
+    def low_nodes(self) -> int:
+        """Nodes of the eval graph that compute in low precision."""
+        return sum(d.low for d in self.eval)
+
+    def decided_nodes(self) -> int:
+        """Nodes of the eval graph with an FP32 input: those that there was something to decide
+        about.
+        """
+        return sum(d.decided for d in self.eval)
+
+    def share_nodes_low(self) -> float:
+        """Low nodes as a share of the decided ones, 0 to 1."""
+        return self.low_nodes() / max(self.decided_nodes(), 1)
+
+    def share_macs_low(self) -> float:
+        """Multiply-adds in low nodes as a share of all that could be counted, 0 to 1."""
+        return sum(d.macs for d in self.eval if d.low) / max(sum(d.macs for d in self.eval), 1)
+
+    def to_frame(self, mode: str = "eval") -> pd.DataFrame:
+        """One row a node of the graph of `mode` ("eval" or "train"), one column a field."""
+        import pandas as pd
+
+        decisions = self.eval if mode == "eval" else self.train
+        columns = list(Decision.__dataclass_fields__)
+        return pd.DataFrame([asdict(d) for d in decisions], columns=columns)
+
+    def to_toml(self) -> str:
+        """The plan as a rules file that pins every node; `--rules plan.toml` gives it back."""
+        nodes = dict.fromkeys(self.eval)
+        known = {d.node for d in self.eval}
+        nodes.update(dict.fromkeys(d for d in self.train if d.node not in known))
+        return plan_toml(tuple(nodes), self.dtype, self.painting, self.rules)
+
+
+def plan_toml(
+    decisions: Iterable[Decision], dtype: str, painting: str, rules: Sequence[str]
+) -> str:
+    """A rules file with one `[[rule]]` a decided node.
+
+    With Grappler's painting a node is pinned by what it became (allow: low, deny: FP32); with
+    autocast's by its category, which decides about each of its inputs.
+    """
+    lines = [
+        f"# amp-convert's plan for {dtype}, made from {', '.join(map(_quoted, rules))}.",
+        "# Copy it, change a category (allow: low precision, deny: FP32), and give that back with",
+        "# --rules. This file itself is replaced by the next run.",
+        f"painting = {_quoted(painting)}",
+        "",
+        "[guards]",
+        "# What the guards found is already decided below.",
+        "activation_headroom = false",
+        "weight_headroom = false",
+        "weight_tiny_share = false",
+    ]
+    for decision in decisions:
+        if decision.decided:
+            category = "allow" if decision.low else "deny"
+            if painting == "autocast" and decision.category != "unknown":
+                category = decision.category
+            lines += [
+                "",
+                "[[rule]]",
+                f"node = {_quoted(decision.node)}",
+                f"category = {_quoted(category)}",
+                f"reason = {_quoted(decision.reason)}",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'

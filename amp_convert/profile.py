@@ -1,0 +1,140 @@
+"""Calibration: what values does every node of the FP32 graph really take?
+
+The captured graphs run over calibration batches in FP32, and each value is reduced to its range as
+soon as it exists, so no activation is kept. A NaN or infinity is counted, never dropped: a range
+that was seen with one cannot be called safe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from amp_convert import device as devices
+from amp_convert.capture import Captured, Region
+from amp_convert.dtypes import is_float_tensor
+from amp_convert.runner import Source
+
+
+@dataclass(frozen=True)
+class Range:
+    """The range of one value over all calibration batches.
+
+    `abs_max` is the largest finite or infinite magnitude seen, NaN if any element was NaN.
+    `tiny_share`, measured for parameters and buffers only, is the share of nonzero values under
+    2**-14, FP16's smallest normal number.
+    """
+
+    abs_max: float
+    tiny_share: float | None = None
+
+    def merged(self, other: Range) -> Range:
+        """The range of both; NaN wins over everything."""
+        if math.isnan(self.abs_max) or math.isnan(other.abs_max):
+            return Range(math.nan, self.tiny_share)
+        return Range(max(self.abs_max, other.abs_max), self.tiny_share)
+
+
+@dataclass(frozen=True)
+class RangeStats:
+    """Ranges by node identity (for parameters and buffers: by their name), and their basis.
+
+    `batches` is how many batches they rest on; 0 when there were no values to measure.
+    """
+
+    batches: int
+    ranges: Mapping[str, Range] = field(repr=False)
+
+
+def no_evidence() -> RangeStats:
+    """What is known of a model without values (meta device)."""
+    return RangeStats(0, {})
+
+
+def profile(
+    captured: Captured, batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]
+) -> RangeStats:
+    """Run the eval graphs in FP32 over `batches` of (args, kwargs) and keep the ranges."""
+    if not devices.has_values(captured.model):
+        return no_evidence()
+    ranges: dict[str, Range] = {}
+    count = 0
+    device = captured.device
+    with torch.no_grad(), devices.exact_fp32(device), devices.preserved_rng(device):
+        for args, kwargs in batches:
+            count += 1
+            for region, call in captured.calls(args, kwargs):
+                _profile_call(region, call, ranges)
+    return RangeStats(count, ranges)
+
+
+def _profile_call(
+    region: Region, call: tuple[Sequence[Any], Mapping[str, Any]], ranges: dict[str, Range]
+) -> None:
+    runner = region.runner("eval")
+    inputs = runner.inputs(*call)
+    names = {name: info.identity for name, info in region.graphs["eval"].nodes.items()}
+    for spec, value in zip(runner.signature.inputs, inputs, strict=True):
+        name = region.qualified(spec.target)
+        if spec.source is not Source.USER and _measurable(value) and name not in ranges:
+            ranges[name] = Range(abs_max(value), _tiny_share(value))
+    users = (
+        v for s, v in zip(runner.signature.inputs, inputs, strict=True) if s.source is Source.USER
+    )
+    for given, value in zip(runner.signature.user_inputs, users, strict=True):
+        if _measurable(value):
+            _merge(ranges, input_key(region, given.path), Range(abs_max(value)))
+    profiler = _Profiler(runner.graph_module, names, ranges)
+    profiler.run(*inputs, enable_io_processing=False)
+
+
+class _Profiler(fx.Interpreter):
+    """Reduces each value to its range as it is made."""
+
+    def __init__(
+        self, graph_module: fx.GraphModule, names: Mapping[str, str], ranges: dict[str, Range]
+    ) -> None:
+        super().__init__(graph_module)
+        self._names, self._ranges = names, ranges
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        name = self._names.get(n.name)
+        if name is not None:
+            for leaf in pytree.tree_leaves(result):
+                if _measurable(leaf):
+                    _merge(self._ranges, name, Range(abs_max(leaf)))
+        return result
+
+
+def input_key(region: Region, path: str) -> str:
+    """The name under which the range of one of a region's inputs is kept."""
+    return f"{region.path} input {path}"
+
+
+def _merge(ranges: dict[str, Range], name: str, seen: Range) -> None:
+    ranges[name] = seen.merged(ranges.get(name, seen))
+
+
+def _measurable(value: object) -> TypeGuard[torch.Tensor]:
+    return is_float_tensor(value) and value.numel() > 0
+
+
+def abs_max(tensor: torch.Tensor) -> float:
+    """The largest magnitude of a non-empty floating point tensor; NaN if it holds one."""
+    low, high = torch.aminmax(tensor.detach())
+    bounds = (float(low), float(high))
+    return math.nan if any(math.isnan(b) for b in bounds) else max(map(abs, bounds))
+
+
+def _tiny_share(tensor: torch.Tensor) -> float:
+    magnitude = tensor.detach().abs()
+    nonzero = int(torch.count_nonzero(magnitude))
+    tiny = int(torch.count_nonzero((magnitude > 0) & (magnitude < 2.0**-14)))
+    return tiny / nonzero if nonzero else 0.0

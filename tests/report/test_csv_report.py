@@ -1,0 +1,65 @@
+"""layers.csv: one row a node, and no cell that a spreadsheet would run."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amp_convert.report import RunReport
+from amp_convert.report.csv_report import COLUMNS, csv_text, layers_csv
+from amp_convert.report.format import printable
+
+
+def test_golden(small_report: RunReport, golden: Callable[[str, str], None]) -> None:
+    golden("layers.csv", layers_csv(small_report))
+
+
+def test_the_columns_are_the_contract(small_report: RunReport) -> None:
+    header = layers_csv(small_report).splitlines()[0]
+    assert header == (
+        "node,layer,op,dtype,rule,reason,source,local_rel_l2,accumulated_rel_l2,sqnr_db,cosine,"
+        "max_abs_err,max_ulp,nonfinite,overflow_fraction,underflow_fraction"
+    )
+
+
+def test_errors_are_joined_by_node_whatever_their_order(small_report: RunReport) -> None:
+    inference = small_report.inference
+    assert inference is not None
+    turned = type(inference)(**(vars(inference) | {"nodes": inference.nodes[::-1]}))
+    report = small_report.model_copy(update={"inference": turned})
+    assert layers_csv(report) == layers_csv(small_report)
+
+
+def test_without_inference_the_measured_cells_are_empty(small_report: RunReport) -> None:
+    report = small_report.model_copy(update={"inference": None})
+    rows = list(csv.DictReader(io.StringIO(layers_csv(report))))
+    assert len(rows) == len(report.plan.decisions)
+    assert {row[name] for row in rows for name in COLUMNS[7:]} == {""}
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])
+def test_a_cell_that_a_spreadsheet_would_run_is_quoted(start: str) -> None:
+    text = csv_text(["a", "b"], [[f"{start}cmd()", -1.5]])
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    assert rows[1] == [f"'{printable(start)}cmd()", "-1.5"]
+
+
+@given(st.lists(st.text(), min_size=1, max_size=4))
+def test_any_text_is_one_cell(cells: list[str]) -> None:
+    text = csv_text(["h"] * len(cells), [cells])
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    assert len(rows) == 2
+    for written, cell in zip(rows[1], cells, strict=True):
+        assert written in (printable(cell), "'" + printable(cell))
+        assert not written.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+
+
+def test_floats_keep_every_digit() -> None:
+    assert csv_text(["x"], [[0.1 + 0.2], [float("nan")], [7]]) == (
+        "x\n0.30000000000000004\nnan\n7\n"
+    )

@@ -1,0 +1,287 @@
+"""The stages of a run: their order, what settings bound, devices, fallback, and repeatability."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from amp_convert import pipeline, usercode
+from amp_convert.errors import ModelError, UsageError
+from amp_convert.pipeline import Run
+from amp_convert.report import RunReport
+from amp_convert.settings import Settings
+from tests.command import HEAD, MLP, net
+
+# Draws its weights without a seed and counts the batches that are asked for.
+COUNTING = (
+    net("return self.a(x)")
+    + """
+drawn = []
+
+def eval_batches():
+    for seed in range(100):
+        drawn.append(seed)
+        yield torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)), None
+"""
+)
+
+# torch.export cannot follow the branch in Gate; the layers on both sides of it can be captured.
+GATED = (
+    HEAD
+    + """
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        if x.abs().sum() > 0:
+            return self.inner(x)
+        return x
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 8, bias=False)
+        self.gate, self.head = Gate(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.gate(self.body(x)))
+
+
+model = Net()
+example_inputs = torch.ones(4, 8)
+"""
+)
+BRANCH = GATED.splitlines().index("        if x.abs().sum() > 0:") + 1
+
+
+class Recorder:
+    """A `Progress` that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int | None]] = []
+        self.advanced: list[str] = []
+
+    def stage(self, name: str, steps: int | None = None) -> None:
+        self.stages.append((name, steps))
+
+    def advance(self) -> None:
+        self.advanced.append(self.stages[-1][0])
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Each test works in its own folder, and leaves sys.path and sys.modules as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(usercode, "_names", {})
+    yield
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def convert(tmp_path: Path) -> Callable[..., Run]:
+    def convert(text: str, progress: Recorder | None = None, **settings: object) -> Run:
+        (tmp_path / "model.py").write_text(text, encoding="utf-8")
+        chosen = Settings(**settings)  # type: ignore[arg-type]
+        return pipeline.convert("model.py", chosen, progress or Recorder())
+
+    return convert
+
+
+def timeless(report: RunReport) -> RunReport:
+    """The report without what differs from one run to the next: the date and the costs."""
+    assert report.inference is not None
+    inference = replace(report.inference, costs=())
+    return report.model_copy(update={"created": "", "inference": inference})
+
+
+def test_stages_are_announced_in_order(convert: Callable[..., Run]) -> None:
+    progress = Recorder()
+    convert(COUNTING, progress, calibrate=2, batches=3)
+    assert progress.stages == [
+        ("load the model", None),
+        ("capture and check against eager FP32", None),
+        ("calibrate", 2),
+        ("plan and rewrite", None),
+        ("compare with FP32", 3),
+        ("measure time and memory", None),
+        ("judge", None),
+    ]
+    assert progress.advanced == ["calibrate"] * 2 + ["compare with FP32"] * 3
+
+
+def test_settings_bound_the_batches(convert: Callable[..., Run]) -> None:
+    report = convert(COUNTING, calibrate=2, batches=3).report
+    assert report.plan.calibration_batches == 2
+    assert report.inference is not None
+    assert (report.inference.batches, report.inference.samples) == (3, 12)
+    # None is asked for beyond those, and calibration starts anew from the first.
+    assert sys.modules["model"].drawn == [0, 1, 0, 1, 2]
+
+
+def test_without_eval_batches_the_example_inputs_are_the_only_one(
+    convert: Callable[..., Run],
+) -> None:
+    progress = Recorder()
+    report = convert(net("return self.a(x)"), progress).report
+    assert progress.advanced == ["calibrate", "compare with FP32"]
+    assert report.plan.calibration_batches == 1
+    assert report.inference is not None
+    assert (report.inference.batches, report.inference.metrics) == (1, ())
+    assert report.inference.metrics_reason == "model defines no metrics"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_so(convert: Callable[..., Run]) -> None:
+    environment = convert(MLP).report.environment
+    assert (environment.device, environment.tf32) == ("cpu", None)
+    assert environment.device_reason in (
+        "auto: this PyTorch is built without CUDA",
+        "auto: no usable GPU",
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_auto_takes_the_gpu_and_says_so(convert: Callable[..., Run]) -> None:
+    run = convert(MLP)
+    environment = run.report.environment
+    assert (environment.device, environment.tf32) == ("cuda", False)
+    assert environment.device_reason == "auto: CUDA is available"
+    assert environment.device_name == torch.cuda.get_device_name()
+    assert run.report.verdict.status == "pass"
+    assert {p.device.type for p in run.converted.parameters()} == {"cuda"}
+
+
+def test_a_named_device_is_the_reason(convert: Callable[..., Run]) -> None:
+    report = convert(MLP, device="cpu", dtype="bfloat16").report
+    assert report.environment.device_reason == "--device cpu"
+    assert (report.environment.dtype, report.plan.dtype, report.plan.device) == (
+        "bfloat16",
+        "bfloat16",
+        "cpu",
+    )
+
+
+def test_what_cannot_be_captured_is_listed_and_the_rest_converted(
+    convert: Callable[..., Run],
+) -> None:
+    run = convert(GATED)
+    report = run.report
+    assert [(part.layer, part.location) for part in report.plan.uncaptured] == [
+        ("", f"model.py:{BRANCH}"),
+        ("gate", f"model.py:{BRANCH}"),
+    ]
+    assert {row.node: row.dtype for row in report.plan.decisions} == {
+        "body/aten.linear#0": "float16",
+        "gate.inner/aten.linear#0": "float16",
+        "head/aten.linear#0": "float16",
+    }
+    checks = {check.name: check.status for check in report.verdict.checks}
+    assert checks["capture.whole"] == "unchecked"
+    assert report.verdict.status == "pass"
+    # The branch is decided anew at each call: of zeros the inner layer is left out.
+    original = run.converted.captured.model
+    for x in (torch.ones(4, 8), torch.zeros(4, 8)):
+        expected = original(x)
+        error = (run.converted(x) - expected).norm() / expected.norm()
+        assert 0 < error < 2e-3
+
+
+def test_two_runs_give_the_same_report(convert: Callable[..., Run]) -> None:
+    first = convert(COUNTING, batches=2)
+    torch.rand(7)  # what happened before must not matter
+    second = convert(COUNTING, batches=2)
+    assert timeless(first.report) == timeless(second.report)
+    assert first.plan == second.plan
+    other = convert(COUNTING.replace("manual_seed(seed)", "manual_seed(seed + 1)"), batches=2)
+    assert timeless(other.report).inference != timeless(first.report).inference
+
+
+def test_the_report_tells_of_this_model_and_this_plan(convert: Callable[..., Run]) -> None:
+    run = convert(COUNTING)
+    model = run.report.model
+    assert (model.name, model.source, model.model_class) == ("model", "model.py", "model.Net")
+    assert model.parameters == 8 * 8 + 8
+    assert model.digest == hashlib.sha256(COUNTING.encode()).hexdigest()
+    assert run.report.plan.decisions == run.plan.eval
+    outputs = run.converted(torch.ones(4, 8))
+    assert outputs.dtype == torch.float32
+    assert not torch.equal(outputs, run.converted.captured.model(torch.ones(4, 8)))
+
+
+def test_tolerances_reach_the_verdict(convert: Callable[..., Run]) -> None:
+    report = convert(MLP, tolerance=0.5, metric_tolerance=0.25).report
+    checks = {check.name: check for check in report.verdict.checks}
+    assert checks["outputs.rel_l2"].threshold == 0.5
+    assert checks["metrics.score"].threshold == 0.75
+
+
+def test_the_audit_plans_as_the_conversion_does(convert: Callable[..., Run]) -> None:
+    run = convert(COUNTING)
+    progress = Recorder()
+    plan, model = pipeline.audit("model.py", Settings(), progress)
+    assert plan == run.plan
+    assert model == run.report.model
+    assert [name for name, _ in progress.stages] == [
+        "load the model",
+        "capture and check against eager FP32",
+        "calibrate",
+        "plan",
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"train": True}, {"steps": 3}, {"seeds": 2}, {"onnx": True}, {"rules": ("fp23",)}]
+)
+def test_what_is_refused_is_refused_before_the_model_file_runs(
+    settings: dict[str, object], convert: Callable[..., Run]
+) -> None:
+    progress = Recorder()
+    with pytest.raises(UsageError):
+        convert("raise RuntimeError('the model file was run')", progress, **settings)
+    assert progress.stages == []
+
+
+def test_not_training_is_no_refusal(convert: Callable[..., Run]) -> None:
+    report = convert(MLP, train=False).report
+    assert report.training.status == "unchecked"
+
+
+def test_an_error_in_a_batch_names_the_users_line(convert: Callable[..., Run]) -> None:
+    late = MLP.replace("yield batch(seed), None", "yield batch(seed), 1 // (1 - seed)")
+    line = late.splitlines().index("        yield batch(seed), 1 // (1 - seed)") + 1
+    with pytest.raises(ModelError, match=rf"eval_batches\(\) raised Zero.* \(at model.py:{line}\)"):
+        convert(late)
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "expected"),
+    [
+        ("model.py", None, "reports/model"),
+        ("nets/model.v2.py", None, "reports/model.v2"),
+        ("nets/model.py:Net", None, "reports/model"),
+        ("package.nets:Net", None, "reports/nets"),
+        ("nets:Net", None, "reports/nets"),
+        ("model.py", "elsewhere/here", "elsewhere/here"),
+    ],
+)
+def test_where_the_report_goes(source: str, out: str | None, expected: str) -> None:
+    assert pipeline.output_folder(source, Settings(out=out)) == Path(expected)
+
+
+@pytest.mark.parametrize("source", ["", ".", "..", "/", "nets/.."])
+def test_a_source_without_a_name_has_no_folder(source: str) -> None:
+    with pytest.raises(UsageError, match="is not the name of a model file"):
+        pipeline.output_folder(source, Settings())

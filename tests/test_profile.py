@@ -1,0 +1,175 @@
+"""Calibration: which ranges it records, over which batches, and what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from amp_convert.capture import capture
+from amp_convert.profile import Range, RangeStats, abs_max, no_evidence, profile
+from tests.staged import Staged
+
+NAN, INF = math.nan, math.inf
+
+
+class Doubler(nn.Module):
+    """A float chain, an integer branch, two outputs of one node, a buffer, a constant."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([2.0, -4.0, 0.0]))
+        self.register_buffer("table", torch.tensor([1e-5, -1e-6, 0.0, 8.0]))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        scaled = x * self.scale
+        best, where = scaled.max(-1)
+        shifted = best + torch.tensor([3.0])
+        return self.drop(scaled), shifted * self.table.sum(), where + 1
+
+
+@pytest.fixture(scope="module")
+def staged() -> Staged:
+    return Staged.of(Doubler(), torch.tensor([[1.0, 2.0, 5.0], [-3.0, 0.5, 0.0]]))
+
+
+def ranges_over(staged: Staged, *batches: torch.Tensor) -> RangeStats:
+    return profile(staged.captured, [((batch,), {}) for batch in batches])
+
+
+def test_every_float_value_has_its_largest_magnitude(staged: Staged) -> None:
+    """scaled is [[2, -8, 0], [-6, -2, 0]], its row maxima [2, 0], shifted [5, 3]."""
+    found = {name: seen.abs_max for name, seen in staged.stats.ranges.items()}
+    table = pytest.approx(8 - 1e-6 + 1e-5)
+    assert staged.stats.batches == 1
+    assert (found["scale"], found["table"]) == (4.0, 8.0)
+    copied = ("/aten.clone#0", "/aten.lift_fresh_copy#0")
+    nodes = {name: value for name, value in found.items() if "/" in name and name not in copied}
+    assert nodes == {
+        "/aten.mul#0": 8.0,
+        "/aten.max#0": 2.0,
+        "/operator.getitem#0": 2.0,
+        "/aten.add#0": 5.0,
+        "/aten.sum#0": table,
+        "/aten.mul#1": pytest.approx(40, rel=1e-5),
+    }
+    # The constant of the model's code, whatever export calls it.
+    assert [value for name, value in found.items() if "lifted" in name] == [3.0]
+
+
+def test_only_weights_have_a_share_of_tiny_values(staged: Staged) -> None:
+    """Of the table's three nonzero values two are under 2**-14; zeros do not count."""
+    shares = {n: r.tiny_share for n, r in staged.stats.ranges.items() if r.tiny_share is not None}
+    assert shares["table"] == pytest.approx(2 / 3)
+    assert shares["scale"] == 0.0
+    assert all("#" not in name for name in shares)
+
+
+def test_a_range_grows_over_batches_and_weights_count_once(staged: Staged) -> None:
+    one, two = torch.full((2, 3), 0.5), torch.full((4, 3), 10.0)
+    for batches in [(one, two), (two, one)]:
+        stats = ranges_over(staged, *batches)
+        assert stats.batches == 2
+        assert stats.ranges["/aten.mul#0"].abs_max == 40.0
+        assert stats.ranges["scale"] == Range(4.0, 0.0)
+
+
+@pytest.mark.parametrize(("value", "seen"), [(NAN, NAN), (INF, INF), (-INF, INF)])
+@pytest.mark.parametrize("last", [True, False])
+def test_nan_and_infinity_are_never_dropped(
+    staged: Staged, value: float, seen: float, last: bool
+) -> None:
+    bad = torch.tensor([[value, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    batches = [torch.ones(2, 3), bad] if last else [bad, torch.ones(2, 3)]
+    found = ranges_over(staged, *batches).ranges["/aten.mul#0"]
+    assert math.isnan(found.abs_max) if math.isnan(seen) else found.abs_max == seen
+
+
+def test_integers_have_no_range(staged: Staged) -> None:
+    assert "/operator.getitem#1" not in staged.stats.ranges
+    assert "/aten.add#1" not in staged.stats.ranges
+
+
+def test_an_empty_batch_measures_nothing_of_it(staged: Staged) -> None:
+    stats = ranges_over(staged, torch.ones(2, 3), torch.ones(0, 3))
+    assert stats.batches == 2
+    assert stats.ranges["/aten.mul#0"].abs_max == 4.0
+
+
+def test_no_batch_is_no_evidence(staged: Staged) -> None:
+    assert profile(staged.captured, []) == no_evidence() == RangeStats(0, {})
+
+
+def test_batches_are_read_once_and_one_at_a_time(staged: Staged) -> None:
+    handed_out = 0
+
+    def batches() -> Iterator[tuple[tuple[torch.Tensor], dict[str, Any]]]:
+        nonlocal handed_out
+        for _ in range(3):
+            handed_out += 1
+            yield (torch.ones(2, 3),), {}
+
+    assert profile(staged.captured, batches()).batches == handed_out == 3
+
+
+def test_keywords_reach_the_model(staged: Staged) -> None:
+    stats = profile(staged.captured, [((), {"x": torch.full((2, 3), 7.0)})])
+    assert stats.ranges["/aten.mul#0"].abs_max == 28.0
+
+
+def test_calibration_leaves_no_trace() -> None:
+    """Neither in the random state, nor in training flags, gradients or running statistics."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
+    captured = capture(model, (torch.randn(4, 3),), {})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    stats = profile(captured, [((torch.randn(4, 3, generator=torch.Generator()),), {})])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    # In eval mode dropout is the identity: what is left is the normalisation.
+    assert [n for n in stats.ranges if "/" in n] == [
+        "0/aten._native_batch_norm_legit_no_training#0",
+        "0/operator.getitem#0",
+    ]
+
+
+def test_a_model_without_values_has_no_evidence() -> None:
+    with torch.device("meta"):
+        model, x = nn.Linear(3, 3), torch.empty(2, 3)
+    captured = capture(model, (x,), {})
+    assert profile(captured, [((x,), {})]) == no_evidence()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, -3.0], 3.0), ([-0.0], 0.0), ([INF, 1.0], INF), ([-INF, 1.0], INF), ([NAN, INF], NAN)],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_abs_max(values: list[float], expected: float, dtype: torch.dtype) -> None:
+    found = abs_max(torch.tensor(values, dtype=dtype, requires_grad=True))
+    assert math.isnan(found) if math.isnan(expected) else found == expected
+
+
+@given(st.lists(st.floats(width=32), min_size=1), st.lists(st.floats(width=32), min_size=1))
+def test_merging_is_measuring_together(one: list[float], two: list[float]) -> None:
+    both = abs_max(torch.tensor(one + two))
+    for first, second in [(one, two), (two, one)]:
+        merged = Range(abs_max(torch.tensor(first))).merged(Range(abs_max(torch.tensor(second))))
+        assert merged.abs_max == both or (math.isnan(merged.abs_max) and math.isnan(both))
+
+
+def test_merging_keeps_the_share_of_tiny_values() -> None:
+    assert Range(1.0, 0.25).merged(Range(2.0)) == Range(2.0, 0.25)
+    assert Range(NAN, 0.25).merged(Range(2.0)).tiny_share == 0.25
