@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert import device as devices
 from amp_convert import fidelity
+from amp_convert.containers import register_containers
 from amp_convert.errors import AmpConvertError, ModelError, UnsupportedModelError
 from amp_convert.export import (
     CapturedGraph,
@@ -133,6 +134,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     The model's weights, buffers, training flags and random state are left as they are. Raises
     UnsupportedModelError, naming the user's line, when no part of the model can be captured.
     """
+    register_containers()
     args, kwargs = tuple(args), dict(kwargs)
     try:
         regions: tuple[Region, ...] = (_region(model, args, kwargs, ""),)

@@ -19,6 +19,7 @@ Five repairs make the graph fit for conversion, none of which changes a bit of t
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import math
@@ -28,7 +29,7 @@ import re
 import site
 import sysconfig
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,18 @@ def export_graph(
             bound.arguments[name] = dict(sorted(value.items()))  # no order of keywords is special
     args, kwargs = _distinct((bound.args, bound.kwargs))
     device = devices.of_model(module)
-    with in_mode(module, training=mode == "train"), devices.plain_mode(device):
+    with (
+        in_mode(module, training=mode == "train"),
+        devices.plain_mode(device),
+        _flat_outputs(module) as returned,
+    ):
         program = _dynamic_program(module, call, args, kwargs) if dynamic else None
         if program is None:
             program = _program(module, call, args, kwargs, dynamic=False)
     graph = program.graph
     _repair(graph)
-    signature = _signature(program, module, call, bound.arguments)
+    out_spec = returned[-1] if returned else program.call_spec.out_spec
+    signature = _signature(program, module, call, bound.arguments, out_spec)
     nodes = _describe(graph, path)
     # What tracing left behind is read; its fake tensors would only stand in the way of a copy.
     for node in graph.nodes:
@@ -142,6 +148,35 @@ def _distinct(inputs: Any) -> Any:
         return leaf
 
     return pytree.tree_map_only(torch.Tensor, own, inputs)
+
+
+@contextlib.contextmanager
+def _flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
+    """While this is open, `module` returns the leaves of its outputs; their structure is appended
+    to the list that this gives.
+
+    Export would rebuild the outputs each time it retraces, and a container that makes tensors of
+    its own while it is built (a key-value cache of transformers) then adds constants that nobody
+    owns. A module whose forward hooks look at its outputs is left as it is.
+    """
+    found: list[pytree.TreeSpec] = []
+    own, forward = module.__dict__.get("forward"), module.forward
+
+    @functools.wraps(forward)
+    def flat(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
+        found.append(spec)
+        return tuple(leaves)
+
+    if not module._forward_hooks:
+        module.__dict__["forward"] = flat
+    try:
+        yield found
+    finally:
+        if own is not None:
+            module.__dict__["forward"] = own
+        else:
+            module.__dict__.pop("forward", None)
 
 
 def _dynamic_program(
@@ -289,6 +324,7 @@ def _signature(
     module: nn.Module,
     call: inspect.Signature,
     arguments: Mapping[str, Any],
+    out_spec: pytree.TreeSpec,
 ) -> Signature:
     declared = program.graph_signature
     owned = {n for n, _ in [*module.named_parameters(remove_duplicate=False),
@@ -319,7 +355,7 @@ def _signature(
         names=tuple(arguments),
         user_inputs=_user_inputs(program, arguments, leaves),
         in_spec=in_spec,
-        out_spec=program.call_spec.out_spec,
+        out_spec=out_spec,
         buffer_outputs=tuple(buffers),
         input_outputs=tuple(changed),
     )

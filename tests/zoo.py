@@ -107,7 +107,7 @@ def _gpt2() -> Example:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=64, use_cache=False,
+        n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=64,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return GPT2LMHeadModel(config), (), {"input_ids": _ids(), "attention_mask": _mask()}
@@ -116,7 +116,7 @@ def _gpt2() -> Example:
 def _llama() -> Example:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**_TEXT, num_key_value_heads=2, use_cache=False))
+    model = LlamaForCausalLM(LlamaConfig(**_TEXT, num_key_value_heads=2))
     return model, (), {"input_ids": _ids(), "attention_mask": _mask()}
 
 
@@ -124,7 +124,7 @@ def _t5() -> Example:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, vocab_size=99, use_cache=False,
+        d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, vocab_size=99,
         decoder_start_token_id=0,
     )  # fmt: skip
     inputs = {"input_ids": _ids(), "attention_mask": _mask(), "decoder_input_ids": _ids()}
@@ -137,7 +137,7 @@ def _whisper() -> Example:
     config = WhisperConfig(
         d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=99,
-        num_mel_bins=80, max_source_positions=30, max_target_positions=20, use_cache=False,
+        num_mel_bins=80, max_source_positions=30, max_target_positions=20,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     inputs = {
@@ -181,7 +181,7 @@ def _mixtral() -> Example:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {**_TEXT, "intermediate_size": 48}
-    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, use_cache=False)
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4)
     return MixtralForCausalLM(config), (), {"input_ids": _ids(), "attention_mask": _mask()}
 
 
