@@ -39,11 +39,15 @@ class ErrorSums:
     def add(self, reference: torch.Tensor, value: torch.Tensor) -> None:
         """Take in two real floating point tensors of one shape."""
         self.elements += reference.numel()
+        # One buffer for all chunks: fresh memory for each would cost more than the arithmetic.
+        size = min(CHUNK, reference.numel())
+        buffers = torch.empty(2, size, dtype=torch.float64, device=reference.device)
         for want, have in chunks(reference, value):
-            self._add_chunk(want.double(), have.double())
+            wide, delta = buffers[:, : want.numel()]
+            self._add_chunk(wide.copy_(want), have, delta.copy_(have).sub_(wide))
 
-    def _add_chunk(self, want: torch.Tensor, have: torch.Tensor) -> None:
-        delta = have - want
+    def _add_chunk(self, want: torch.Tensor, have: torch.Tensor, delta: torch.Tensor) -> None:
+        """`want` and `delta` are in FP64."""
         difference, reference = float(torch.dot(delta, delta)), float(torch.dot(want, want))
         if not (math.isfinite(difference) and math.isfinite(reference)):
             want, delta = self._comparable(want, have, delta)
@@ -107,9 +111,12 @@ class RoundingSums:
         """Take in an FP32 reference and the operator's result."""
         self.errors.add(reference, value)
         for want, have in chunks(reference, value):
-            rounded = want.to(self.dtype)
-            self.underflow += int(((have == 0) & (want != 0)).sum())
-            distance = _ordered(have.to(self.dtype)).sub_(_ordered(rounded)).abs_()
+            rounded, have = want.to(self.dtype), have.to(self.dtype)
+            if int(torch.count_nonzero(have)) < have.numel():
+                self.underflow += int(((have == 0) & (want != 0)).sum())
+            if torch.equal(rounded, have):
+                continue
+            distance = _ordered(have).to(torch.int32).sub_(_ordered(rounded)).abs_()
             if self.errors.ref_nonfinite:
                 distance[~torch.isfinite(want)] = 0
             self.max_ulp = max(self.max_ulp, float(distance.max()))
@@ -172,10 +179,13 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _ordered(tensor: torch.Tensor) -> torch.Tensor:
-    """FP16 or BF16 as integers whose distance is the number of representable steps between."""
-    bits = tensor.view(torch.int16).to(torch.int32)
-    magnitude = bits & 0x7FFF
-    return torch.where(bits < 0, -magnitude, magnitude)
+    """FP16 or BF16 as int16, so that the distance is the number of representable steps between.
+
+    Sign and magnitude become two's complement: (m ^ s) - s with s = -1 for a negative number.
+    """
+    bits = tensor.view(torch.int16)
+    sign = bits >> 15
+    return (bits & 0x7FFF).bitwise_xor_(sign).sub_(sign)
 
 
 def _abs_max(tensor: torch.Tensor) -> float:
