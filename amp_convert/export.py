@@ -29,7 +29,7 @@ import re
 import site
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -265,8 +265,15 @@ def _guards(program: torch.export.ExportedProgram) -> tuple[Guard, ...]:
     found = []
     for code in getattr(program, "_guards_code", ()):
         holds = eval(f"lambda L: {code}", {"torch": torch, "math": math})  # noqa: S307
-        found.append(Guard(re.sub(r"L\['(\w+)'\]", r"\1", code), holds))
+        found.append(Guard(re.sub(r"L\['(\w+)'\]", r"\1", code), functools.partial(_holds, holds)))
     return tuple(found)
+
+
+def _holds(condition: Callable[[Mapping[str, Any]], bool], arguments: Mapping[str, Any]) -> bool:
+    try:
+        return condition(arguments)
+    except ZeroDivisionError:  # a size that divides others is 0
+        return False
 
 
 def _repair(graph: fx.Graph) -> None:

@@ -22,7 +22,9 @@ _NO_FLOAT = "the model returns no floating point output"
 
 
 def output_checks(plan: Plan, divergence: Divergence | None, limits: Thresholds) -> list[Check]:
-    """The checks against FP32; `outputs.agreement` only where an output is integer or boolean."""
+    """The checks against FP32; `outputs.agreement` only where an output is integer or boolean, and
+    none of real numbers where all are.
+    """
     reason = nothing_ran(plan, divergence)
     # An output without elements equals its reference, but says nothing about the others.
     rows = [row for row in divergence.outputs if row.elements > 0] if divergence else []
@@ -34,13 +36,13 @@ def output_checks(plan: Plan, divergence: Divergence | None, limits: Thresholds)
     real = [row for row in rows if not _is_discrete(row)]
     # The cosine with a vector of zeros is undefined; the other three checks judge such an output.
     pointed = [row for row in real if row.ref_abs_max != 0]
-    none_real = reason or _NO_FLOAT
-    checks = [
-        _finite_check(rows, reason),
-        _rel_l2_check(real, none_real, limits.output_rel_l2),
-        _cosine_check(pointed, "every FP32 output is zero" if real else none_real, limits.cosine),
-        _max_abs_check(real, none_real, limits.output_max_abs),
-    ]
+    checks = [_finite_check(rows, reason)]
+    if real or not whole:
+        checks += [
+            _rel_l2_check(real, reason, limits.output_rel_l2),
+            _cosine_check(pointed, reason or "every FP32 output is zero", limits.cosine),
+            _max_abs_check(real, reason, limits.output_max_abs),
+        ]
     closed = (
         [row for row in divergence.outputs if row.dtype == "object" and not row.elements]
         if divergence

@@ -7,7 +7,7 @@ file (`to_toml`), which anyone may edit and give back with `--rules`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -79,8 +79,9 @@ class Casts:
 class Plan:
     """The decisions for a model's eval and train graphs.
 
-    `dtype` is the low dtype, `device` the device type, `rules` the rules files in order, and
-    `calibration_batches` the number of batches that the evidence rests on.
+    `dtype` is the low dtype, `device` the device type, `rules` the rules files in order,
+    `calibration_batches` the number of batches that the evidence rests on, and `unmatched_rules`
+    the node, layer and module rules that no node answers to.
     """
 
     dtype: str
@@ -93,6 +94,7 @@ class Plan:
     eval_casts: Casts
     train_casts: Casts
     uncaptured: tuple[Uncaptured, ...]
+    unmatched_rules: tuple[str, ...]
 
     def unknown_ops(self) -> dict[str, int]:
         """Operators that no rule names and how many nodes of each stayed FP32 for that, sorted."""
@@ -126,46 +128,56 @@ class Plan:
         return pd.DataFrame([asdict(d) for d in decisions], columns=columns)
 
     def to_toml(self) -> str:
-        """The plan as a rules file that pins every node; `--rules plan.toml` gives it back."""
-        nodes = dict.fromkeys(self.eval)
-        known = {d.node for d in self.eval}
-        nodes.update(dict.fromkeys(d for d in self.train if d.node not in known))
-        return plan_toml(tuple(nodes), self.dtype, self.painting, self.rules)
+        """The plan as a rules file with one `[[rule]]` a decided node; `--rules plan.toml` gives it
+        back.
 
-
-def plan_toml(
-    decisions: Iterable[Decision], dtype: str, painting: str, rules: Sequence[str]
-) -> str:
-    """A rules file with one `[[rule]]` a decided node.
-
-    With Grappler's painting a node is pinned by what it became (allow: low, deny: FP32); with
-    autocast's by its category, which decides about each of its inputs.
-    """
-    lines = [
-        f"# amp-convert's plan for {dtype}, made from {', '.join(map(_quoted, rules))}.",
-        "# Copy it, change a category (allow: low precision, deny: FP32), and give that back with",
-        "# --rules. This file itself is replaced by the next run.",
-        f"painting = {_quoted(painting)}",
-        "",
-        "[guards]",
-        "# What the guards found is already decided below.",
-        "activation_headroom = false",
-        "weight_headroom = false",
-        "weight_tiny_share = false",
-    ]
-    for decision in decisions:
-        if decision.decided:
-            category = "allow" if decision.low else "deny"
-            if painting == "autocast" and decision.category != "unknown":
-                category = decision.category
+        With Grappler's painting a node is pinned by what it became (allow: low, deny: FP32); with
+        autocast's by its category, which decides about each of its inputs. A node that the two
+        graphs decide differently about gets a rule for each mode.
+        """
+        rules = ", ".join(map(_quoted, self.rules))
+        lines = [
+            f"# amp-convert's plan for {self.dtype}, made from {rules}.",
+            "# Copy it, change a category (allow: low precision, deny: FP32), and give that back",
+            "# with --rules. This file itself is replaced by the next run.",
+            f"painting = {_quoted(self.painting)}",
+            "",
+            "[guards]",
+            "# What the guards found is already decided below.",
+            "activation_headroom = false",
+            "weight_headroom = false",
+            "weight_tiny_share = false",
+        ]
+        for decision, mode in self._pinned():
             lines += [
                 "",
                 "[[rule]]",
                 f"node = {_quoted(decision.node)}",
-                f"category = {_quoted(category)}",
+                f"category = {_quoted(self._category(decision))}",
+                *([f"mode = {_quoted(mode)}"] if mode else []),
                 f"reason = {_quoted(decision.reason)}",
             ]
-    return "\n".join(lines) + "\n"
+        return "\n".join(lines) + "\n"
+
+    def _pinned(self) -> Iterator[tuple[Decision, str]]:
+        """Each decided node, with the one mode that it is pinned for, or "" for both."""
+        in_train = {d.node: d for d in self.train if d.decided}
+        for decision in self.eval:
+            twin = in_train.pop(decision.node, None)
+            if decision.decided:
+                differs = twin is not None and self._category(twin) != self._category(decision)
+                yield decision, "eval" if differs else ""
+                if twin is not None and differs:
+                    yield twin, "train"
+            elif twin is not None:
+                yield twin, ""
+        for decision in in_train.values():
+            yield decision, ""
+
+    def _category(self, decision: Decision) -> str:
+        if self.painting == "autocast" and decision.category != "unknown":
+            return decision.category
+        return "allow" if decision.low else "deny"
 
 
 def _quoted(text: str) -> str:

@@ -45,7 +45,7 @@ from amp_convert.propagate import (
     propagate,
     tensor_arguments,
 )
-from amp_convert.rules import Category, Painting, Rules, Target
+from amp_convert.rules import Category, Painting, Place, Rules, Target
 from amp_convert.runner import InputSpec, Source, UserInput
 
 aten = torch.ops.aten
@@ -83,6 +83,23 @@ def make_plan(
         eval_casts=casts["eval"],
         train_casts=casts["train"],
         uncaptured=captured.uncaptured,
+        unmatched_rules=_unmatched(captured, rules),
+    )
+
+
+def _unmatched(captured: Captured, rules: Rules) -> tuple[str, ...]:
+    """The user's node, layer and module rules that no node answers to: misspelt, perhaps."""
+    matched = {
+        index
+        for region in captured.regions
+        for graph in region.graphs.values()
+        for info in graph.nodes.values()
+        for index in rules.overrides(node=info.identity, layer=info.layer, modules=info.modules)
+    }
+    return tuple(
+        f"{rule.name} ({rule.source})"
+        for index, rule in enumerate(rules.rules)
+        if rule.target is not Target.OP and not rule.preset and index not in matched
     )
 
 
@@ -129,7 +146,7 @@ class _GraphPlanner:
         refused: Mapping[str, str],
     ) -> None:
         self._refused = refused
-        self._region, self._rules, self._stats = region, rules, stats
+        self._region, self._mode, self._rules, self._stats = region, mode, rules, stats
         self._dtype, self._device = dtype, device
         captured = region.graphs[mode]
         self._graph = captured.graph_module.graph
@@ -181,14 +198,14 @@ class _GraphPlanner:
 
     def _judge(self, node: fx.Node) -> _Verdict:
         info = self._infos[node.name]
-        dtype, device = name_of(self._dtype), self._device
+        place = Place(name_of(self._dtype), self._device, self._mode)
         rule = self._rules.match_override(
-            node=info.identity, layer=info.layer, modules=info.modules, dtype=dtype, device=device
+            place, node=info.identity, layer=info.layer, modules=info.modules
         )
         result = self._values[node.name]
         if node.target in _CASTS and isinstance(result, Value) and "dtype" in _arguments(node):
             return _EXPLICIT
-        by_op = self._rules.match_op(op=info.op, dtype=dtype, device=device)
+        by_op = self._rules.match_op(place, info.op)
         own = by_op.category if by_op is not None else None
         if rule is None:
             rule = by_op
@@ -198,7 +215,8 @@ class _GraphPlanner:
             return _UNKNOWN
         if info.op in self._refused and rule.category is not Category.DENY:
             return _Verdict(
-                Category.DENY, "no kernel", f"no {dtype} kernel for it on {device}", "measured",
+                Category.DENY, "no kernel", f"no {place.dtype} kernel for it on {place.device}",
+                "measured",
                 pinned=True, evidence=self._refused[info.op], own=own,
             )  # fmt: skip
         pinned = rule.target is not Target.OP and rule.category in (Category.ALLOW, Category.DENY)

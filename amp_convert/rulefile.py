@@ -11,7 +11,7 @@ import operator
 import re
 import tomllib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -69,7 +69,8 @@ class Guards:
 
 @dataclass(frozen=True)
 class Rule:
-    """One `[[rule]]`. `dtype` and `device` of None mean any; `source` is "file.toml:line"."""
+    """One `[[rule]]`. `dtype`, `device` and `mode` ("eval" or "train") of None mean any; `source`
+    is "file.toml:line", and `preset` says whether that file is one of ours."""
 
     target: Target
     pattern: str
@@ -77,7 +78,9 @@ class Rule:
     reason: str
     dtype: str | None
     device: str | None
+    mode: str | None
     source: str
+    preset: bool = False
 
     @property
     def name(self) -> str:
@@ -112,7 +115,8 @@ def parse_rule_file(text: str, shown: str, *, preset: bool = False) -> RuleFile:
     if not isinstance(tables, list) or len(tables) != len(source.headers):
         mend = "Write every rule under its own [[rule]] line."
         raise UsageError("`rule` is not a list of tables", where=source.at_key("rule"), mend=mend)
-    rules = [_rule(source, t, line) for t, line in zip(tables, source.headers, strict=True)]
+    headed = zip(tables, source.headers, strict=True)
+    rules = [replace(_rule(source, table, line), preset=preset) for table, line in headed]
     for rule, line in zip(rules, source.headers, strict=True):
         if rule.target is Target.OP and not preset:
             _check_op(rule.pattern, source.at_key("op", line))
@@ -146,12 +150,13 @@ def unknown(
 
 
 _TOP = ("extends", "painting", "guards", "rule")
-_RULE_KEYS = (*Target, "category", "reason", "dtype", "device")
+_RULE_KEYS = (*Target, "category", "reason", "dtype", "device", "mode")
 _CHOICES: dict[str, Collection[str]] = {
     "painting": tuple(Painting),
     "category": tuple(Category),
     "dtype": ("float16", "bfloat16"),
     "device": ("cpu", "cuda"),
+    "mode": ("eval", "train"),
 }
 _OPAQUE = re.compile(
     r'"""(?:\\.|[^\\])*?"{3,5}' r"|'''.*?'{3,5}" r'|"(?:\\.|[^"\\\n])*"' r"|'[^'\n]*'" r"|#[^\n]*",
@@ -252,6 +257,7 @@ def _rule(source: _Source, table: dict[str, Any], line: int) -> Rule:
         reason=" ".join(table["reason"].split()),
         dtype=table.get("dtype"),
         device=table.get("device"),
+        mode=table.get("mode"),
         source=f"{Path(source.shown).name}:{line}",
     )
 

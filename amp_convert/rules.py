@@ -39,12 +39,27 @@ __all__ = [
     "Category",
     "Guards",
     "Painting",
+    "Place",
     "Rule",
     "Rules",
     "Target",
     "load_rules",
     "preset_names",
 ]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rule may be limited to: low dtype, device type and mode ("eval" or "train")."""
+
+    dtype: str
+    device: str
+    mode: str
+
+    def is_covered_by(self, rule: Rule) -> bool:
+        """Whether a rule holds here."""
+        limits = ((rule.dtype, self.dtype), (rule.device, self.device), (rule.mode, self.mode))
+        return all(wanted in (None, have) for wanted, have in limits)
 
 
 @dataclass(frozen=True)
@@ -57,10 +72,8 @@ class Rules:
     guards: Guards
     files: tuple[str, ...]
 
-    def match_override(
-        self, *, node: str, layer: str, modules: Sequence[str], dtype: str, device: str
-    ) -> Rule | None:
-        """The last node, layer or module rule for a node.
+    def overrides(self, *, node: str, layer: str, modules: Sequence[str]) -> list[int]:
+        """Indices of the node, layer and module rules for a node, whatever they are limited to.
 
         `node` is its stable identity, `layer` its module path ("" at top level), `modules` the
         class paths of the modules around it, innermost first.
@@ -71,9 +84,15 @@ class Rules:
             if (rule.target is Target.LAYER and _in_layer(rule.pattern, layer))
             or (rule.target is Target.MODULE and any(_is_class(rule.pattern, m) for m in modules))
         ]
-        return self._last([*found, *self._exact.get((Target.NODE, node), ())], dtype, device)
+        return [*found, *self._exact.get((Target.NODE, node), ())]
 
-    def match_op(self, *, op: str, dtype: str, device: str) -> Rule | None:
+    def match_override(
+        self, place: Place, *, node: str, layer: str, modules: Sequence[str]
+    ) -> Rule | None:
+        """The last of the `overrides` of a node that holds at `place`."""
+        return self._last(self.overrides(node=node, layer=layer, modules=modules), place)
+
+    def match_op(self, place: Place, op: str) -> Rule | None:
         """The last op rule for `op`, a full name such as "aten.pow.Tensor_Scalar".
 
         A pattern without overload ("aten.pow") covers every overload.
@@ -85,13 +104,12 @@ class Rules:
             if rule.target is Target.OP and any(fnmatchcase(n, rule.pattern) for n in names)
         ]
         exact = (i for name in names for i in self._exact.get((Target.OP, name), ()))
-        return self._last([*found, *exact], dtype, device)
+        return self._last([*found, *exact], place)
 
-    def _last(self, indices: Iterable[int], dtype: str, device: str) -> Rule | None:
+    def _last(self, indices: Iterable[int], place: Place) -> Rule | None:
         for index in sorted(indices, reverse=True):
-            rule = self.rules[index]
-            if rule.dtype in (None, dtype) and rule.device in (None, device):
-                return rule
+            if place.is_covered_by(self.rules[index]):
+                return self.rules[index]
         return None
 
     @cached_property
@@ -163,7 +181,7 @@ def _presets() -> dict[str, Traversable]:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _FilePlace:
     """Where a rules file lies. `key` tells whether two places are the same."""
 
     file: Traversable
@@ -173,18 +191,18 @@ class _Place:
     preset: bool
 
 
-def _find(name: str, folder: Path, where: str) -> _Place:
+def _find(name: str, folder: Path, where: str) -> _FilePlace:
     preset = _presets().get(name)
     if preset is not None:
-        return _Place(preset, preset.name, f"preset {name}", Path(), preset=True)
+        return _FilePlace(preset, preset.name, f"preset {name}", Path(), preset=True)
     path = folder / name
     is_path = name.endswith(".toml") or "/" in name or os.sep in name or os.path.exists(path)
     if not is_path or "\0" in name:
         raise unknown("preset", name, preset_names(), where)
-    return _Place(path, str(path), os.path.realpath(path), path.parent, preset=False)
+    return _FilePlace(path, str(path), os.path.realpath(path), path.parent, preset=False)
 
 
-def _load(place: _Place, below: tuple[_Place, ...], loaded: dict[str, RuleFile]) -> None:
+def _load(place: _FilePlace, below: tuple[_FilePlace, ...], loaded: dict[str, RuleFile]) -> None:
     """Add a file after all that it extends. `below` are the files that led here."""
     file = parse_rule_file(_text(place, below), place.shown, preset=place.preset)
     chain = (*below, place)
@@ -204,7 +222,7 @@ def _load(place: _Place, below: tuple[_Place, ...], loaded: dict[str, RuleFile])
     loaded[place.key] = file
 
 
-def _text(place: _Place, below: tuple[_Place, ...]) -> str:
+def _text(place: _FilePlace, below: tuple[_FilePlace, ...]) -> str:
     try:
         return place.file.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
     except (OSError, ValueError) as error:

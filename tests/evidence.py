@@ -84,6 +84,7 @@ def plan(*decisions: Decision, **changes: Any) -> Plan:
         eval_casts=Casts(3, 2, 4),
         train_casts=Casts(),
         uncaptured=(),
+        unmatched_rules=(),
     )
     return replace(base, **changes)
 

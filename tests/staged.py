@@ -61,7 +61,9 @@ class Staged:
 def rule(category: str, *, name: str = "test.toml:1", **target: str) -> Rule:
     """One rule: `rule("deny", layer="head.*")`."""
     ((kind, pattern),) = target.items()
-    return Rule(Target(kind), pattern, Category(category), "the test says so", None, None, name)
+    return Rule(
+        Target(kind), pattern, Category(category), "the test says so", None, None, None, name
+    )
 
 
 def rules_with(*rules: Rule, preset: str = "default", **guards: Any) -> Rules:

@@ -131,12 +131,19 @@ def test_without_integer_outputs_there_is_no_agreement_to_check() -> None:
     assert found.status == "pass"
 
 
-def test_without_float_outputs_the_verdict_is_inconclusive() -> None:
-    found = verdict(divergence(outputs=(label(),), autocast_outputs=(label(),)))
-    assert found.status == "inconclusive"
-    assert check("outputs.rel_l2", found).reason == "the model returns no floating point output"
-    assert check("outputs.vs_autocast", found).reason == check("outputs.rel_l2", found).reason
-    assert check("outputs.agreement", found).status == "pass"
+@pytest.mark.parametrize(("mismatches", "status"), [(6, "pass"), (7, "fail")])
+def test_a_model_of_integers_is_judged_by_agreement_alone(mismatches: int, status: str) -> None:
+    rows = (label(mismatches),)
+    found = verdict(divergence(outputs=rows, autocast_outputs=rows))
+    assert found.status == status
+    assert [one.name for one in found.checks if one.name.startswith("outputs.")] == [
+        "outputs.finite",
+        "outputs.agreement",
+        "outputs.vs_autocast",
+    ]
+    native = check("outputs.vs_autocast", found)
+    assert native.status == "unchecked"
+    assert native.reason == "the model returns no floating point output"
 
 
 @pytest.mark.parametrize(

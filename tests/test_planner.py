@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from amp_convert.plan import Casts, Plan
+from amp_convert.rules import load_rules
 from tests import small_models
 from tests.small_models import example
 from tests.staged import BF16, casts_of, decision, decisions_of, rows, table
@@ -329,3 +330,22 @@ def test_reasons_say_what_painting_did() -> None:
         "; not between two low-precision ops, so a cast would gain nothing"
     )
     assert ";" not in decision(plan, "/exp#0").reason
+
+
+def test_a_rule_of_the_users_that_matches_nothing_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        "".join(
+            f"[[rule]]\n{target}\ncategory = 'deny'\nreason = 'r'\n"
+            for target in ("layer = 'up'", "layer = 'upp'", "node = 'down/aten.linear#0'",
+                           "node = 'down/aten.linear#1'", "module = 'torch.nn.LayerNorm'",
+                           "module = 'torch.nn.Layernorm'", "op = 'aten.conv2d'")
+        ),
+        encoding="utf-8",
+    )  # fmt: skip
+    found = example("block").plan(load_rules(["default", str(file)]))
+    assert found.unmatched_rules == (
+        "layer upp (mine.toml:5)",
+        "node down/aten.linear#1 (mine.toml:13)",
+        "module torch.nn.Layernorm (mine.toml:21)",
+    )

@@ -15,14 +15,14 @@ import torch
 from torch.testing._internal.autocast_test_lists import AutocastCPUTestLists, AutocastTestLists
 from torch.utils import _pytree as pytree
 
-from amp_convert.rules import Rules, load_rules
+from amp_convert.rules import Place, Rules, load_rules
 
 aten = torch.ops.aten
 DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def category(rules: Rules, op: str, device: str = "cpu") -> str | None:
-    found = rules.match_op(op=op, dtype="bfloat16", device=device)
+    found = rules.match_op(Place("bfloat16", device, "eval"), op)
     return found and found.category.value
 
 

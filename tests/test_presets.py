@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from amp_convert.rules import Guards, Rules, load_rules, preset_names
+from amp_convert.rules import Guards, Place, Rules, load_rules, preset_names
 
 aten = torch.ops.aten
 PRESETS = Path(__file__).resolve().parent.parent / "rules"
 
 
 def category(rules: Rules, op: str, dtype: str = "float16", device: str = "cpu") -> str | None:
-    found = rules.match_op(op=op, dtype=dtype, device=device)
+    found = rules.match_op(Place(dtype, device, "eval"), op)
     return found and found.category.value
 
 
@@ -61,7 +61,7 @@ def test_no_rule_of_a_preset_is_overruled_by_a_later_pattern(preset: str) -> Non
     for r in rules.rules:
         if "*" not in r.pattern:
             op = r.pattern if r.pattern.count(".") == 2 else f"{r.pattern}.any"
-            found = rules.match_op(op=op, dtype=r.dtype or "bfloat16", device=r.device or "cuda")
+            found = rules.match_op(Place(r.dtype or "bfloat16", r.device or "cuda", "eval"), op)
             assert found is r
 
 

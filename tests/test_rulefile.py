@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from amp_convert.errors import UsageError
-from amp_convert.rules import load_rules, preset_names
+from amp_convert.rules import Place, load_rules, preset_names
 
 RULE = '[[rule]]\nop = "aten.linear"\ncategory = "allow"\nreason = "r"\n'
 
@@ -128,7 +128,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
 
 def test_ops_of_libraries_that_are_not_imported_yet_are_taken_as_they_are(tmp_path: Path) -> None:
     rules = load_rules([write(tmp_path / "r.toml", rule("op", "mylib.scan", "deny", "mine"))])
-    found = rules.match_op(op="mylib.scan.default", dtype="float16", device="cpu")
+    found = rules.match_op(Place("float16", "cpu", "eval"), "mylib.scan.default")
     assert found is rules.rules[0]
 
 

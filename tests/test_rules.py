@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from amp_convert.errors import UsageError
-from amp_convert.rules import Guards, Painting, Rules, Target, load_rules, preset_names
+from amp_convert.rules import Guards, Painting, Place, Rules, Target, load_rules, preset_names
 
-F16 = {"dtype": "float16", "device": "cpu"}
+F16 = Place("float16", "cpu", "eval")
 RULE = '[[rule]]\nop = "aten.linear"\ncategory = "allow"\nreason = "r"\n'
 
 
@@ -29,12 +29,12 @@ def reasons(rules: Rules) -> list[str]:
 
 
 def op(rules: Rules, name: str, dtype: str = "float16", device: str = "cpu") -> str | None:
-    found = rules.match_op(op=name, dtype=dtype, device=device)
+    found = rules.match_op(Place(dtype, device, "eval"), name)
     return found and found.reason
 
 
 def override(rules: Rules, layer: str = "", modules: tuple[str, ...] = (), node: str = "") -> Any:
-    found = rules.match_override(node=node, layer=layer, modules=modules, **F16)
+    found = rules.match_override(F16, node=node, layer=layer, modules=modules)
     return found and found.reason
 
 
@@ -239,3 +239,19 @@ def test_overrides_and_op_rules_are_apart_and_the_last_override_wins(tmp_path: P
     assert override(rules, "encoder.0[x]", ("m.Block",), pin) == "module"
     assert override(rules, "decoder") is None
     assert op(rules, "aten.linear.default") == "op"
+
+
+def test_a_rule_may_hold_in_one_mode_only(tmp_path: Path) -> None:
+    text = rule("op", "aten.relu", "deny", "r", mode="train")
+    rules = load_rules(["default", write(tmp_path / "my.toml", text)])
+    place = {mode: Place("float16", "cpu", mode) for mode in ("eval", "train")}
+    assert {m: rules.match_op(p, "aten.relu").category for m, p in place.items()} == {
+        "eval": "clear",
+        "train": "deny",
+    }
+
+
+def test_a_mode_is_eval_or_train(tmp_path: Path) -> None:
+    text = rule("op", "aten.relu", "deny", "r", mode="training")
+    with pytest.raises(UsageError, match="unknown mode 'training'"):
+        load_rules([write(tmp_path / "my.toml", text)])

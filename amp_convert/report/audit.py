@@ -94,6 +94,7 @@ class AuditReport(Section):
     rows: tuple[AuditRow, ...]
     unknown_ops: dict[str, int]
     uncaptured: tuple[Uncaptured, ...]
+    unmatched_rules: tuple[str, ...]
 
 
 def audit_report(plan: Plan, model: ModelInfo, version: str) -> AuditReport:
@@ -119,6 +120,7 @@ def audit_report(plan: Plan, model: ModelInfo, version: str) -> AuditReport:
         rows=tuple(audit_rows(plan)),
         unknown_ops=plan.unknown_ops(),
         uncaptured=plan.uncaptured,
+        unmatched_rules=plan.unmatched_rules,
     )
 
 
@@ -177,7 +179,7 @@ def render_audit(console: Console, report: AuditReport, folder: Path | None = No
         if rest > 0:
             console.print(Text(f"  ... and {fmt.count(rest, 'more row')}; --out writes them all"))
         console.print()
-    if gaps := coverage_gaps(report.unknown_ops, report.uncaptured):
+    if gaps := coverage_gaps(report.unknown_ops, report.uncaptured, report.unmatched_rules):
         console.print(gap_section("Not covered", gaps))
         console.print()
     if folder is not None:
@@ -249,7 +251,7 @@ def audit_markdown(report: AuditReport) -> str:
         for row in report.rows
     ]
     columns = ["layer", "nodes", "multiply-adds", "ops", "reason", "evidence", "rule", "place"]
-    gaps = coverage_gaps(report.unknown_ops, report.uncaptured)
+    gaps = coverage_gaps(report.unknown_ops, report.uncaptured, report.unmatched_rules)
     lines = [f"# Audit: {escape(report.model.name)} in {report.dtype} on {report.device}"]
     lines += ["", f"{totals_text(report)}. Rules: {', '.join(map(code, report.rules))}."]
     lines += ["", *table(columns, rows, numbers="12")] if rows else []

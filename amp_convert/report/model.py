@@ -82,6 +82,7 @@ class PlanSection(Section):
     borders: int
     unknown_ops: dict[str, int]
     uncaptured: tuple[Uncaptured, ...]
+    unmatched_rules: tuple[str, ...]
     decisions: tuple[Decision, ...]
 
     @classmethod
@@ -101,6 +102,7 @@ class PlanSection(Section):
             borders=plan.eval_casts.borders,
             unknown_ops=plan.unknown_ops(),
             uncaptured=plan.uncaptured,
+            unmatched_rules=plan.unmatched_rules,
             decisions=plan.eval,
         )
 

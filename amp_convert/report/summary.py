@@ -190,15 +190,24 @@ def gaps(report: RunReport) -> list[Gap]:
     for cost in report.inference.costs if report.inference else ():
         if cost.note and (cost.milliseconds is None or cost.peak_bytes is None):
             found.append(Gap(f"cost of the {cost.arm} arm", cost.note))
-    found += coverage_gaps(report.plan.unknown_ops, report.plan.uncaptured)
+    plan = report.plan
+    found += coverage_gaps(plan.unknown_ops, plan.uncaptured, plan.unmatched_rules)
+    return _merged(found)
+
+
+def _merged(gaps: Iterable[Gap]) -> list[Gap]:
+    """One entry a reason."""
     named: dict[str, list[str]] = {}
-    for gap in found:
+    for gap in gaps:
         named.setdefault(fmt.printable(gap.reason), []).append(fmt.printable(gap.what))
     return [Gap(", ".join(dict.fromkeys(names)), reason) for reason, names in named.items()]
 
 
-def coverage_gaps(unknown_ops: dict[str, int], uncaptured: Iterable[Uncaptured]) -> list[Gap]:
-    """Ops in no rule and parts of the model that could not be captured: both stay FP32."""
+def coverage_gaps(
+    unknown_ops: dict[str, int], uncaptured: Iterable[Uncaptured], unmatched_rules: Iterable[str]
+) -> list[Gap]:
+    """Ops in no rule and parts of the model that could not be captured, which both stay FP32; and
+    the user's rules that name nothing in this model."""
     found = [
         Gap(f"{op}, {fmt.count(number, 'node')}", f"{op} is in no rule, so it stays float32")
         for op, number in sorted(unknown_ops.items(), key=lambda item: -item[1])
@@ -208,4 +217,8 @@ def coverage_gaps(unknown_ops: dict[str, int], uncaptured: Iterable[Uncaptured])
         found.append(
             Gap(layer_name(part.layer), f"not captured, stays eager float32: {part.reason}{place}")
         )
-    return found
+    found += [
+        Gap(f"rule {rule}", "it matches nothing in this model, so it decided nothing")
+        for rule in unmatched_rules
+    ]
+    return _merged(found)

@@ -128,6 +128,7 @@ def plan_of(decisions: tuple[Decision, ...], uncaptured: tuple[Uncaptured, ...] 
         eval_casts=Casts(activations=2, weights=1, borders=4),
         train_casts=Casts(),
         uncaptured=uncaptured,
+        unmatched_rules=(),
     )
 
 
