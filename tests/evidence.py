@@ -201,6 +201,7 @@ def report(
         "borders": 4,
         "unknown_ops": {},
         "uncaptured": uncaptured,
+        "unmatched_rules": (),
         "decisions": decisions,
     }
     return RunReport(
