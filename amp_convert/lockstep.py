@@ -23,7 +23,7 @@ from amp_convert import device as devices
 from amp_convert.dtypes import is_float_tensor
 from amp_convert.errors import UnsupportedModelError
 from amp_convert.export import NodeInfo
-from amp_convert.rewrite import Rewritten
+from amp_convert.rewrite import Rewritten, clamped, clamped_numbers
 from amp_convert.runner import Source
 
 
@@ -162,6 +162,7 @@ class _Lockstep:
         A weight's cast copy is the mixed arm's own: it is the same tensor.
         """
         holder = self._rewritten.values[node.name]
+        clamp = self._rewritten.clamps.get(node.name)
         delivered_low = holder.target is not node.target
         call = holder.all_input_nodes[0] if delivered_low else holder
 
@@ -170,12 +171,14 @@ class _Lockstep:
             if source in self._weights:
                 return twin
             if is_float_tensor(value) and is_float_tensor(twin) and value.dtype != twin.dtype:
-                return value.to(twin.dtype)
+                return (value if clamp is None else clamped(value, clamp)).to(twin.dtype)
             return value
 
         twins = [mixed.values[n] for n in _leaves(call)]
         made = iter([stand_in(s, t) for s, t in zip(_leaves(node), twins, strict=True)])
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(made))
+        if clamp is not None:
+            args, kwargs = clamped_numbers((args, kwargs), clamp)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         return result.to(holder.kwargs["dtype"]) if delivered_low else result
 

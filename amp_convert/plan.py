@@ -28,7 +28,9 @@ class Decision:
     of its first tensor result. `macs` are multiply-adds for the example inputs.
 
     The casts: `input_dtypes` has an entry a tensor argument, `output_dtype` is for the result: the
-    dtype to cast to, or None. `output_dtypes` are those that the node's consumers see.
+    dtype to cast to, or None. `output_dtypes` are those that the node's consumers see. `clamp` is
+    the value that finite FP32 inputs and number arguments below it are raised to before they become
+    low (the rewrite `clamp_masks`), or None.
     """
 
     node: str
@@ -48,6 +50,7 @@ class Decision:
     input_dtypes: tuple[str | None, ...]
     output_dtype: str | None
     output_dtypes: tuple[str | None, ...]
+    clamp: float | None = None
 
     @property
     def decided(self) -> bool:
@@ -141,12 +144,11 @@ class Plan:
             "# Copy it, change a category (allow: low precision, deny: FP32), and give that back",
             "# with --rules. This file itself is replaced by the next run.",
             f"painting = {_quoted(self.painting)}",
-            "",
-            "[guards]",
             "# What the guards found is already decided below.",
-            "activation_headroom = false",
-            "weight_headroom = false",
-            "weight_tiny_share = false",
+            "guards = false",
+            "",
+            "[rewrites]",
+            f"clamp_masks = {'true' if self._clamps() else 'false'}",
         ]
         for decision, mode in self._pinned():
             lines += [
@@ -158,6 +160,9 @@ class Plan:
                 f"reason = {_quoted(decision.reason)}",
             ]
         return "\n".join(lines) + "\n"
+
+    def _clamps(self) -> bool:
+        return any(d.clamp is not None for d in (*self.eval, *self.train))
 
     def _pinned(self) -> Iterator[tuple[Decision, str]]:
         """Each decided node, with the one mode that it is pinned for, or "" for both."""

@@ -32,7 +32,6 @@ from amp_convert import guards as guarding
 from amp_convert.capture import Captured, Region, Value
 from amp_convert.dtypes import castable, name_of
 from amp_convert.export import NodeInfo
-from amp_convert.guards import Measured
 from amp_convert.painting import Painted, paint
 from amp_convert.plan import Casts, Decision, Plan
 from amp_convert.profile import Range, RangeStats, input_key
@@ -47,6 +46,7 @@ from amp_convert.propagate import (
 )
 from amp_convert.rules import Category, Painting, Place, Rules, Target
 from amp_convert.runner import InputSpec, Source, UserInput
+from amp_convert.sites import Sites
 
 aten = torch.ops.aten
 
@@ -127,6 +127,7 @@ _EXPLICIT = _Verdict(
 _ACCUMULATING = _Verdict(
     Category.DENY, "accumulating write", "it adds up values that fall on one place", "planner"
 )
+_CLAMPED = "its mask is raised into range (rewrite clamp_masks)"
 _CASTS = (aten.to.dtype, aten._to_copy.default)
 # It reads raw memory, and a cast may lay the same values out differently.
 _NEVER_CAST = (aten.as_strided.default,)
@@ -167,6 +168,11 @@ class _GraphPlanner:
         self._nodes = [n for n in self._calls if self._is_concerned(n)]
         self._index = {node.name: i for i, node in enumerate(self._nodes)}
         self._verdicts = {n.name: self._judge(n) for n in self._nodes}
+        self._sites = Sites(
+            self._graph, self._values, {n: i.short_op for n, i in self._infos.items()},
+            self._range, self._weight, device, stats.batches,
+            masks=rules.rewrites.clamp_masks,
+        )  # fmt: skip
         self._painted = Painted(frozenset(), {})
 
     def plan(self) -> tuple[list[Decision], Casts]:
@@ -178,7 +184,8 @@ class _GraphPlanner:
             try:
                 flows = propagate(self._graph, self._values, precision, self._dtype, self._device)
             except NoKernelError as refusal:
-                self._pin(str(refusal), "no kernel", f"it has no {name_of(self._dtype)} kernel")
+                reason = f"it has no {name_of(self._dtype)} kernel"
+                self._pin(refusal.node, "no kernel", reason, refusal.cause)
                 continue
             return [self._decision(n, flows) for n in self._calls], self._casts(flows)
 
@@ -294,32 +301,19 @@ class _GraphPlanner:
         for node in self._nodes:
             if precision[node.name] is Precision.LOW and not self._verdicts[node.name].pinned:
                 finding = guarding.first_finding(
-                    self._measured(node), self._rules.guards, self._dtype
+                    self._sites.of(node), self._rules.guards, self._dtype
                 )
                 if finding is not None:
                     fired = True
                     self._pin(node.name, f"guard {finding.guard}", finding.reason, finding.evidence)
         return fired
 
-    def _measured(self, node: fx.Node) -> Measured:
-        # A table that is looked up first is stored low once the model is frozen.
-        kept = kept_arguments(node.target, self._device)
-        if casts_result(node.target):
-            kept = frozenset()
-        activations, weights = [], []
-        for name, producer in tensor_arguments(node, self._values):
-            seen = self._range(producer)
-            if seen is None or name in kept or self._values[producer.name].dtype != torch.float32:
-                continue
-            spec = self._sources.get(producer.name)
-            if spec is None or spec.source is Source.USER:
-                activations.append(("an input", seen))
-            else:
-                weights.append((self._region.qualified(spec.target), seen))
-        own = self._range(node)
-        if own is not None:
-            activations.insert(0, ("its result", own))
-        return Measured(activations, weights, self._stats.batches)
+    def _weight(self, node: fx.Node) -> str:
+        """The name of the parameter, buffer or constant that a value is; "" for any other."""
+        spec = self._sources.get(node.name)
+        if spec is None or spec.source is Source.USER:
+            return ""
+        return self._region.qualified(spec.target)
 
     def _range(self, node: fx.Node) -> Range | None:
         """What calibration saw of a node's result, or of a tensor that the graph is given."""
@@ -365,6 +359,9 @@ class _GraphPlanner:
             category = self._category_name(verdict)
             rule, source = verdict.rule, verdict.source
             reason = self._reason(node, verdict)
+        clamp = self._clamp(node, flow)
+        if clamp is not None and _CLAMPED not in reason:
+            reason = f"{reason}; {_CLAMPED}"
         originals = pytree.tree_leaves(self._values[node.name])
         was_low = all(isinstance(v, Value) and name_of(v.dtype) == low_name for v in originals)
         return Decision(
@@ -388,7 +385,20 @@ class _GraphPlanner:
             input_dtypes=tuple(name_of(d) if d is not None else None for d in flow.inputs),
             output_dtype=name_of(flow.output) if flow.output is not None else None,
             output_dtypes=outputs,
+            clamp=clamp,
         )
+
+    def _clamp(self, node: fx.Node, flow: Flow) -> float | None:
+        """What a low node's mask values are raised to: half of the lowest number, so that a score
+        may be added. The exponential of either is zero."""
+        if node.name not in self._index or self._dtype not in flow.computes:
+            return None
+        site, largest = self._sites.of(node), torch.finfo(self._dtype).max
+        masks = [o.range for o in site.operands if o.mask] + [site.result] * site.masked
+        lowest = [-r.abs_max for r in masks if r is not None and r.abs_max > r.maximum]
+        if site.masked:
+            lowest += site.scalars.values()
+        return -largest / 2 if any(value < -largest for value in lowest) else None
 
     def _is_low(self, node: fx.Node, verdict: _Verdict, flow: Flow) -> bool:
         """Whether a decided node delivers a low result, or reads nothing but low values where the

@@ -26,19 +26,53 @@ from amp_convert.runner import Source
 class Range:
     """The range of one value over all calibration batches.
 
-    `abs_max` is the largest finite or infinite magnitude seen, NaN if any element was NaN.
-    `tiny_share`, measured for parameters and buffers only, is the share of nonzero values under
-    2**-14, FP16's smallest normal number.
+    `abs_max` is the largest finite or infinite magnitude seen, `maximum` the largest value with its
+    sign; both are NaN if any element was NaN. `tiny_share`, measured for parameters and buffers
+    only, is the share of nonzero values under 2**-14, FP16's smallest normal number. `integral` is
+    whether it counts: it was made from integers or ranges alone, or is a buffer, and every value
+    was an integer. `lowest_row` is the smallest maximum of a row (last axis), measured where there
+    are values below -1e3, as in masks: a mask of -1e9 in a row without any other value counts.
     """
 
     abs_max: float
+    maximum: float
     tiny_share: float | None = None
+    integral: bool = False
+    lowest_row: float = math.inf
+
+    @classmethod
+    def of(
+        cls, tensor: torch.Tensor, *, tiny_share: float | None = None, may_count: bool = False
+    ) -> Range:
+        """The range of a non-empty floating point tensor; `may_count` if it may be integral."""
+        low, high = map(float, torch.aminmax(tensor.detach()))
+        if math.isnan(low) or math.isnan(high):
+            return cls(math.nan, math.nan, tiny_share)
+        size = max(-low, high, 0.0)
+        # FP32 itself counts no further than 2**24: what is larger is a mask value, not a count.
+        integral = may_count and size <= 2**24 and bool(torch.equal(tensor, tensor.round()))
+        lowest_row = (
+            float(tensor.detach().amax(-1).min()) if low < -1e3 and tensor.dim() else math.inf
+        )
+        return cls(size, high, tiny_share, integral, lowest_row)
+
+    @property
+    def masks_whole_rows(self) -> bool:
+        """Whether some row is all mask: in FP32 every value of -1e9 + score is the same there, with
+        a smaller mask the scores show again."""
+        return self.lowest_row < -1e3
 
     def merged(self, other: Range) -> Range:
         """The range of both; NaN wins over everything."""
         if math.isnan(self.abs_max) or math.isnan(other.abs_max):
-            return Range(math.nan, self.tiny_share)
-        return Range(max(self.abs_max, other.abs_max), self.tiny_share)
+            return Range(math.nan, math.nan, self.tiny_share)
+        return Range(
+            max(self.abs_max, other.abs_max),
+            max(self.maximum, other.maximum),
+            self.tiny_share,
+            self.integral and other.integral,
+            min(self.lowest_row, other.lowest_row),
+        )
 
 
 @dataclass(frozen=True)
@@ -83,34 +117,62 @@ def _profile_call(
     for spec, value in zip(runner.signature.inputs, inputs, strict=True):
         name = region.qualified(spec.target)
         if spec.source is not Source.USER and _measurable(value) and name not in ranges:
-            ranges[name] = Range(abs_max(value), _tiny_share(value))
+            may_count = spec.source is not Source.PARAMETER
+            ranges[name] = Range.of(value, tiny_share=_tiny_share(value), may_count=may_count)
     users = (
         v for s, v in zip(runner.signature.inputs, inputs, strict=True) if s.source is Source.USER
     )
     for given, value in zip(runner.signature.user_inputs, users, strict=True):
         if _measurable(value):
-            _merge(ranges, input_key(region, given.path), Range(abs_max(value)))
-    profiler = _Profiler(runner.graph_module, names, ranges)
+            _merge(ranges, input_key(region, given.path), Range.of(value))
+    counting = {
+        node
+        for node, spec in zip(
+            runner.graph_module.graph.find_nodes(op="placeholder"),
+            runner.signature.inputs,
+            strict=True,
+        )
+        if spec.source is not Source.USER
+        and (seen := ranges.get(region.qualified(spec.target))) is not None
+        and seen.integral
+    }
+    profiler = _Profiler(runner.graph_module, names, ranges, counting)
     profiler.run(*inputs, enable_io_processing=False)
 
 
 class _Profiler(fx.Interpreter):
-    """Reduces each value to its range as it is made."""
+    """Reduces each value to its range as it is made.
+
+    What is made from integer tensors alone, and from what counts itself, may count.
+    """
 
     def __init__(
-        self, graph_module: fx.GraphModule, names: Mapping[str, str], ranges: dict[str, Range]
+        self,
+        graph_module: fx.GraphModule,
+        names: Mapping[str, str],
+        ranges: dict[str, Range],
+        counting: set[fx.Node],
     ) -> None:
         super().__init__(graph_module)
-        self._names, self._ranges = names, ranges
+        self._names, self._ranges, self._counting = names, ranges, counting
 
     def run_node(self, n: fx.Node) -> Any:
+        sources = [s for s in n.all_input_nodes if _has_float(self.env[s])]
+        may_count = all(source in self._counting for source in sources)
         result = super().run_node(n)
         name = self._names.get(n.name)
         if name is not None:
             for leaf in pytree.tree_leaves(result):
                 if _measurable(leaf):
-                    _merge(self._ranges, name, Range(abs_max(leaf)))
+                    seen = Range.of(leaf, may_count=may_count)
+                    _merge(self._ranges, name, seen)
+                    if seen.integral:
+                        self._counting.add(n)
         return result
+
+
+def _has_float(value: Any) -> bool:
+    return any(is_float_tensor(leaf) for leaf in pytree.tree_leaves(value))
 
 
 def input_key(region: Region, path: str) -> str:
@@ -124,13 +186,6 @@ def _merge(ranges: dict[str, Range], name: str, seen: Range) -> None:
 
 def _measurable(value: object) -> TypeGuard[torch.Tensor]:
     return is_float_tensor(value) and value.numel() > 0
-
-
-def abs_max(tensor: torch.Tensor) -> float:
-    """The largest magnitude of a non-empty floating point tensor; NaN if it holds one."""
-    low, high = torch.aminmax(tensor.detach())
-    bounds = (float(low), float(high))
-    return math.nan if any(math.isnan(b) for b in bounds) else max(map(abs, bounds))
 
 
 def _tiny_share(tensor: torch.Tensor) -> float:

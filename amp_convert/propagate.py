@@ -8,6 +8,7 @@ shapes, so nothing is computed) which dtypes leave. Only FP32 and low values are
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import operator
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture import Value
@@ -57,13 +62,20 @@ class Flow:
 
 
 class NoKernelError(Exception):
-    """An operator refuses the dtypes that its precision would give it."""
+    """An operator refuses the dtypes that its precision would give it: the node's name, and what
+    the operator said."""
+
+    def __init__(self, node: str, cause: Exception) -> None:
+        self.node = node
+        self.cause = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        super().__init__(f"{node}: {self.cause}")
 
 
 _NORMS = {
     aten.layer_norm.default, aten.native_layer_norm.default,
     aten.group_norm.default, aten.native_group_norm.default,
 }  # fmt: skip
+_WITH_STATISTICS = {aten.native_layer_norm.default, aten.native_group_norm.default}
 _STATISTICS = frozenset({"weight", "bias", "running_mean", "running_var"})
 
 
@@ -109,8 +121,7 @@ def propagate(
     """The `Flow` of every call in `graph`, by FX name.
 
     `values` are the recorded values of the FP32 run, `precision` has the nodes that are decided
-    about (the others get ORIGINAL). Raises NoKernelError with the node's name when an operator
-    refuses.
+    about (the others get ORIGINAL). Raises NoKernelError when an operator refuses.
     """
     walk = _Walk(values, low, device)
     return {
@@ -180,14 +191,21 @@ class _Walk:
         constants = pytree.tree_map_only(fx.Node, lambda _: None, (node.args, node.kwargs))
         key = (node.target, tuple(dtypes), ranked, repr(constants))
         if key not in self._known:
-            self._known[key] = self._ask(node, iter(dtypes))
-        result = self._known[key]
-        if "batch_norm" in node.target.name():
+            self._known[key] = self._ask(node, dtypes)
+        result, original = self._known[key], _dtype_tree(self._values[node.name])
+        if "batch_norm" in node.target.name() or node.target in _WITH_STATISTICS:
             # Fake kernels call the saved statistics low; the real ones keep them in FP32.
-            result = (result[0], *_dtype_tree(self._values[node.name])[1:])
+            return (result[0], *original[1:])
+        if isinstance(original, tuple) and isinstance(result, tuple):
+            # What was not asked for is None, where a fake kernel has a tensor for everything.
+            return tuple(
+                r if o is not None else None for r, o in zip(result, original, strict=True)
+            )
         return result
 
-    def _ask(self, node: fx.Node, dtypes: Iterator[torch.dtype]) -> Any:
+    def _ask(self, node: fx.Node, given: list[torch.dtype]) -> Any:
+        dtypes = iter(given)
+
         def stand_in(leaf: Any) -> Any:
             if not isinstance(leaf, fx.Node):
                 return leaf
@@ -202,8 +220,16 @@ class _Walk:
             with self._fake, torch.no_grad(), _unlogged():
                 args, kwargs = pytree.tree_map(stand_in, (node.args, node.kwargs))
                 return pytree.tree_map(_leaf_dtype, node.target(*args, **kwargs))  # type: ignore[operator]
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            # The values decide about the shape; the dtype is that of what is selected.
+            floats = [d for d in given if d.is_floating_point]
+            dtype = functools.reduce(torch.promote_types, floats)
+            original = _dtype_tree(self._values[node.name])
+            return pytree.tree_map(
+                lambda d: dtype if d is not None and d.is_floating_point else d, original
+            )
         except Exception as error:  # whatever the operator raises, it does not take these dtypes
-            raise NoKernelError(node.name) from error
+            raise NoKernelError(node.name, error) from error
 
 
 @contextlib.contextmanager

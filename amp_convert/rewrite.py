@@ -7,8 +7,10 @@ is freed on the way. The graph's outputs are brought back to the dtypes of the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -28,7 +30,7 @@ class Rewritten:
 
     `values` maps the FX name of each node of the FP32 graph to the node of this one that holds its
     value, `origins` each node of this one that is no cast to the FP32 node it carries out; `casts`
-    names the nodes that were inserted.
+    names the casts that were inserted. `clamps` has the planned clamp of each FP32 node with one.
     """
 
     captured: CapturedGraph
@@ -36,6 +38,7 @@ class Rewritten:
     values: Mapping[str, fx.Node] = field(repr=False)
     origins: Mapping[str, str] = field(repr=False)
     casts: tuple[str, ...]
+    clamps: Mapping[str, float] = field(repr=False)
 
 
 def rewrite(region: Region, mode: str, plan: Plan) -> Rewritten:
@@ -57,7 +60,7 @@ class _Rewriter:
         self._graph = fx.Graph()
         self._values: dict[str, fx.Node] = {}
         self._origins: dict[str, str] = {}
-        self._cast: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self._cast: dict[tuple[fx.Node, torch.dtype, float | None], fx.Node] = {}
 
     def run(self) -> Rewritten:
         for node in self._captured.graph_module.graph.nodes:
@@ -75,6 +78,7 @@ class _Rewriter:
             values=self._values,
             origins=self._origins,
             casts=tuple(node.name for node in self._cast.values()),
+            clamps={n: d.clamp for n, d in self._decisions.items() if d.clamp is not None},
         )
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -90,6 +94,8 @@ class _Rewriter:
         new = self._copy(node)
         new.args = fx.map_arg(node.args, lambda _: next(arguments))
         new.kwargs = fx.map_arg(node.kwargs, lambda _: next(arguments))
+        if decision.clamp is not None:
+            new.args, new.kwargs = clamped_numbers((new.args, new.kwargs), decision.clamp)
         if decision.output_dtype is not None:
             self._values[node.name] = self._casted(new, from_name(decision.output_dtype))
 
@@ -100,15 +106,20 @@ class _Rewriter:
             if isinstance(leaf, fx.Node):
                 new = self._values[leaf.name]
                 dtype = next(wanted) if isinstance(self._recorded.get(leaf.name), Value) else None
-                yield self._casted(new, from_name(dtype)) if dtype is not None else new
+                if dtype is not None:
+                    new = self._casted(new, from_name(dtype), decision.clamp)
+                yield new
 
-    def _casted(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """`value` cast to `dtype`, by one cast for all readers."""
-        key = (value, dtype)
+    def _casted(self, value: fx.Node, dtype: torch.dtype, clamp: float | None = None) -> fx.Node:
+        """`value` cast to `dtype`, by one cast for all readers, and clamped before if planned."""
+        key = (value, dtype, clamp)
         if key not in self._cast:
-            self._cast[key] = self._graph.call_function(
-                aten._to_copy.default, (value,), {"dtype": dtype}
-            )
+            call = self._graph.call_function
+            if clamp is not None:
+                raised = call(aten.clamp_min.default, (value, clamp))
+                is_out = call(aten.eq.Scalar, (value, -math.inf))
+                value = call(aten.where.self, (is_out, value, raised))
+            self._cast[key] = call(aten._to_copy.default, (value,), {"dtype": dtype})
         return self._cast[key]
 
     def _output(self, node: fx.Node) -> None:
@@ -123,3 +134,18 @@ class _Rewriter:
             return new if decision.dtype == want else self._casted(new, value.dtype)
 
         self._graph.output(fx.map_arg(node.args[0], restored))
+
+
+def clamped_numbers(arguments: Any, clamp: float) -> Any:
+    """Arguments whose finite numbers below `clamp` are raised to it."""
+
+    def raised(leaf: Any) -> Any:
+        below = isinstance(leaf, float) and -math.inf < leaf < clamp
+        return clamp if below else leaf
+
+    return pytree.tree_map(raised, arguments)
+
+
+def clamped(tensor: torch.Tensor, clamp: float) -> torch.Tensor:
+    """A tensor whose finite values below `clamp` are raised to it."""
+    return torch.where(tensor == -math.inf, tensor, tensor.clamp_min(clamp))

@@ -53,18 +53,52 @@ class Target(StrEnum):
     NODE = "node"
 
 
+Limit = float | Literal[False]
+"""A guard's limit; False switches the guard off."""
+
+
 @dataclass(frozen=True)
 class Guards:
-    """Limits on measured values, the `[guards]` table; False switches a guard off.
+    """Limits on measured values, the `[guards]` table.
 
     activation_headroom: the calibrated absolute maximum times this must stay under the largest
-    finite value of the low dtype. weight_headroom: the same for a weight. weight_tiny_share: above
-    this share (0 to 1) of nonzero values that would become subnormal or zero, a weight stays FP32.
+    finite value of the low dtype. weight_headroom: the same for a weight. The next four concern
+    FP16 alone. activation_floor: a value must somewhere be as large as this. weight_tiny_share:
+    above this share (0 to 1) of nonzero values that would become subnormal or zero, a weight stays
+    FP32. smallest_constant, smallest_eps: a constant, or one that keeps a denominator from zero,
+    must be as large as this.
+
+    The next five bound a rounding, as the largest magnitude times the dtype's unit roundoff.
+    position_error: of an integer position, in steps. angle_error: of an angle, in radians.
+    logit_error: of the input of a softmax or an exponential. exp_error: of a term in a sum of
+    exponentials, relative. cancellation_error: of what a difference reads, relative to its result.
+    cumulative_length and reduction_depth bound the elements that one result depends on.
     """
 
-    activation_headroom: float | Literal[False] = 2.0
-    weight_headroom: float | Literal[False] = 1.0
-    weight_tiny_share: float | Literal[False] = 0.5
+    activation_headroom: Limit = 2.0
+    activation_floor: Limit = 2.0**-14
+    weight_headroom: Limit = 1.0
+    weight_tiny_share: Limit = 0.5
+    smallest_constant: Limit = 2.0**-14
+    smallest_eps: Limit = 2.0**-14
+    position_error: Limit = 1.0
+    angle_error: Limit = 0.01
+    logit_error: Limit = 0.25
+    exp_error: Limit = 0.01
+    cancellation_error: Limit = 0.05
+    cumulative_length: Limit = 64.0
+    reduction_depth: Limit = 131072.0
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """Changes beyond casts that a plan may ask for, the `[rewrites]` table.
+
+    clamp_masks: what a softmax reads as a mask is raised to half of the low dtype's lowest number,
+    where its exponential is zero all the same; -inf stays -inf.
+    """
+
+    clamp_masks: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +130,8 @@ class RuleFile:
     extends: tuple[str, ...]
     extends_at: str
     painting: Painting | None
-    guards: dict[str, float | Literal[False]]
+    guards: dict[str, Limit]
+    rewrites: dict[str, bool]
     rules: tuple[Rule, ...]
 
 
@@ -126,6 +161,7 @@ def parse_rule_file(text: str, shown: str, *, preset: bool = False) -> RuleFile:
         extends_at=source.at_key("extends"),
         painting=painting,
         guards=_guards(source, document.get("guards", {})),
+        rewrites=_rewrites(source, document.get("rewrites", {})),
         rules=tuple(rules),
     )
 
@@ -149,7 +185,7 @@ def unknown(
     return UsageError(f"unknown {kind} {word!r}", where=where, mend=mend)
 
 
-_TOP = ("extends", "painting", "guards", "rule")
+_TOP = ("extends", "painting", "guards", "rewrites", "rule")
 _RULE_KEYS = (*Target, "category", "reason", "dtype", "device", "mode")
 _CHOICES: dict[str, Collection[str]] = {
     "painting": tuple(Painting),
@@ -214,10 +250,13 @@ def _extends(source: _Source, value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _guards(source: _Source, table: Any) -> dict[str, float | Literal[False]]:
+def _guards(source: _Source, table: Any) -> dict[str, Limit]:
     where = source.at_key("guards")
+    if table is False:
+        return {field.name: False for field in fields(Guards)}
     if not isinstance(table, dict):
-        raise UsageError("`guards` is not a table", where=where, mend="Write [guards].")
+        mend = "Write [guards], or guards = false."
+        raise UsageError("`guards` is not a table", where=where, mend=mend)
     start = int(where.rpartition(":")[2])
     _known_keys(
         "guard", table, [f.name for f in fields(Guards)], partial(source.at_key, start=start)
@@ -231,6 +270,19 @@ def _guards(source: _Source, table: Any) -> dict[str, float | Literal[False]]:
                 mend="Write a number above 0, or false to switch it off.",
             )
     return {key: value and float(value) for key, value in table.items()}
+
+
+def _rewrites(source: _Source, table: Any) -> dict[str, bool]:
+    where = source.at_key("rewrites")
+    if not isinstance(table, dict):
+        raise UsageError("`rewrites` is not a table", where=where, mend="Write [rewrites].")
+    at = partial(source.at_key, start=int(where.rpartition(":")[2]))
+    _known_keys("rewrite", table, [f.name for f in fields(Rewrites)], at)
+    for key, value in table.items():
+        if not isinstance(value, bool):
+            what = f"rewrite `{key}` has the value {value!r}"
+            raise UsageError(what, where=at(key), mend="Write true or false.")
+    return table
 
 
 def _rule(source: _Source, table: dict[str, Any], line: int) -> Rule:

@@ -6,7 +6,8 @@ How rules are found and matched:
 2. A file's `extends` are read before it, each file once; files named later come later.
 3. A rule has one target. Overrides (`node`, `layer`, `module`) and op rules are looked up apart;
    among the rules that match, the last one in that order wins.
-4. The last file that states a `painting` decides it; the last that names a guard sets it.
+4. The last file that states a `painting` decides it; the last that names a guard or a rewrite sets
+   it.
 
 Files are data: TOML checked against a schema, never executed, never followed to code.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import importlib.resources
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from importlib.resources.abc import Traversable
@@ -27,6 +28,7 @@ from amp_convert.rulefile import (
     Category,
     Guards,
     Painting,
+    Rewrites,
     Rule,
     RuleFile,
     Target,
@@ -40,6 +42,7 @@ __all__ = [
     "Guards",
     "Painting",
     "Place",
+    "Rewrites",
     "Rule",
     "Rules",
     "Target",
@@ -71,6 +74,7 @@ class Rules:
     rules: tuple[Rule, ...]
     guards: Guards
     files: tuple[str, ...]
+    rewrites: Rewrites = field(default_factory=Rewrites)
 
     def overrides(self, *, node: str, layer: str, modules: Sequence[str]) -> list[int]:
         """Indices of the node, layer and module rules for a node, whatever they are limited to.
@@ -142,15 +146,16 @@ def load_rules(names: Sequence[str]) -> Rules:
     loaded: dict[str, RuleFile] = {}
     for name in names:
         _load(_find(name, Path(), where=""), (), loaded)
-    guards = Guards()
+    guards, rewrites = Guards(), Rewrites()
     for file in loaded.values():
-        guards = replace(guards, **file.guards)
+        guards, rewrites = replace(guards, **file.guards), replace(rewrites, **file.rewrites)
     return Rules(
         name=", ".join(names),
         painting=[Painting.GRAPPLER, *(f.painting for f in loaded.values() if f.painting)][-1],
         rules=tuple(rule for file in loaded.values() for rule in file.rules),
         guards=guards,
         files=tuple(file.shown for file in loaded.values()),
+        rewrites=rewrites,
     )
 
 

@@ -147,7 +147,8 @@ def test_a_wrong_model_file(text: str, message: str, tmp_path: Path) -> None:
         (
             "model.py --rules mine.toml",
             "cannot read rules file 'mine.toml': no such file or directory. "
-            "Name a TOML file or one of the presets: autocast, default, fp32, half.",
+            "Name a TOML file or one of the presets: apex-o1, apex-o2, apex-o3, "
+            "autocast, default, fp32, half, keras-mixed-float16.",
         ),
         ("model.py --train", f"--train {LATER}"),
         ("model.py --steps 3", f"--steps {LATER}"),

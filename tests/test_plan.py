@@ -142,11 +142,8 @@ def test_a_saved_plan_pins_every_decided_node() -> None:
     )
     assert document == {
         "painting": "grappler",
-        "guards": {
-            "activation_headroom": False,
-            "weight_headroom": False,
-            "weight_tiny_share": False,
-        },
+        "guards": False,
+        "rewrites": {"clamp_masks": False},
         "rule": [
             {"node": "a/aten.linear#0", "category": "allow", "reason": "matrix product"},
             {"node": "b/aten.exp#0", "category": "deny", "reason": "grows"},

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def preset(request: pytest.FixtureRequest) -> str:
 
 
 def test_all_presets_are_tested_here() -> None:
-    assert preset_names() == ["autocast", "default", "fp32", "half"]
+    assert preset_names() == [
+        "apex-o1", "apex-o2", "apex-o3", "autocast", "default", "fp32", "half",
+        "keras-mixed-float16",
+    ]  # fmt: skip
 
 
 def test_every_op_of_a_preset_exists(preset: str, tmp_path: Path) -> None:
@@ -66,7 +70,7 @@ def test_no_rule_of_a_preset_is_overruled_by_a_later_pattern(preset: str) -> Non
 
 
 def test_only_the_default_preset_has_guards(preset: str) -> None:
-    off = Guards(False, False, False)
+    off = Guards(**{field.name: False for field in fields(Guards)})
     assert load_rules([preset]).guards == (Guards() if preset == "default" else off)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from amp_convert.capture import capture
-from amp_convert.profile import Range, RangeStats, abs_max, no_evidence, profile
+from amp_convert.profile import Range, RangeStats, no_evidence, profile
 from tests.staged import Staged
 
 NAN, INF = math.nan, math.inf
@@ -80,7 +81,7 @@ def test_a_range_grows_over_batches_and_weights_count_once(staged: Staged) -> No
         stats = ranges_over(staged, *batches)
         assert stats.batches == 2
         assert stats.ranges["/aten.mul#0"].abs_max == 40.0
-        assert stats.ranges["scale"] == Range(4.0, 0.0)
+        assert stats.ranges["scale"] == Range(4.0, 2.0, 0.0)
 
 
 @pytest.mark.parametrize(("value", "seen"), [(NAN, NAN), (INF, INF), (-INF, INF)])
@@ -152,24 +153,156 @@ def test_a_model_without_values_has_no_evidence() -> None:
     assert profile(captured, [((x,), {})]) == no_evidence()
 
 
+# --- one range -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("values", "expected"),
-    [([1.0, -3.0], 3.0), ([-0.0], 0.0), ([INF, 1.0], INF), ([-INF, 1.0], INF), ([NAN, INF], NAN)],
+    ("values", "abs_max", "maximum"),
+    [
+        ([1.0, -3.0], 3.0, 1.0),
+        ([-2.0, -3.0], 3.0, -2.0),
+        ([-0.0], 0.0, 0.0),
+        ([INF, 1.0], INF, INF),
+        ([-INF, 1.0], INF, 1.0),
+        ([NAN, INF], NAN, NAN),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_abs_max(values: list[float], expected: float, dtype: torch.dtype) -> None:
-    found = abs_max(torch.tensor(values, dtype=dtype, requires_grad=True))
-    assert math.isnan(found) if math.isnan(expected) else found == expected
+def test_a_range_has_the_largest_magnitude_and_the_largest_value(
+    values: list[float], abs_max: float, maximum: float, dtype: torch.dtype
+) -> None:
+    found = Range.of(torch.tensor(values, dtype=dtype, requires_grad=True))
+    assert same(found, Range(abs_max, maximum))
+    assert math.copysign(1.0, found.abs_max) == 1.0
 
 
-@given(st.lists(st.floats(width=32), min_size=1), st.lists(st.floats(width=32), min_size=1))
-def test_merging_is_measuring_together(one: list[float], two: list[float]) -> None:
-    both = abs_max(torch.tensor(one + two))
-    for first, second in [(one, two), (two, one)]:
-        merged = Range(abs_max(torch.tensor(first))).merged(Range(abs_max(torch.tensor(second))))
-        assert merged.abs_max == both or (math.isnan(merged.abs_max) and math.isnan(both))
+@pytest.mark.parametrize(
+    ("values", "integral"),
+    [
+        ([0.0, 1.0, -7.0], True),
+        ([0.0], True),
+        ([2.0**24], True),
+        ([2.0**24 + 2], False),  # FP32 has not counted there
+        ([-1e9, 0.0], False),
+        ([1.0, 1.5], False),
+        ([1.0, INF], False),
+        ([1.0, NAN], False),
+    ],
+)
+def test_what_may_count_and_holds_integers_alone_counts(
+    values: list[float], integral: bool
+) -> None:
+    tensor = torch.tensor(values)
+    assert Range.of(tensor, may_count=True).integral == integral
+    assert not Range.of(tensor).integral
+
+
+def same(one: Range, two: Range) -> bool:
+    """Whether two ranges are equal but for their rows, NaN equal to NaN."""
+    pairs = zip(astuple(one)[:-1], astuple(two)[:-1], strict=True)
+    return all(a == b or (a != a and b != b) for a, b in pairs)
+
+
+def test_the_lowest_row_is_measured_where_there_may_be_a_mask() -> None:
+    rows = torch.tensor([[0.5, -1e9], [-2e9, -1e9]])
+    assert Range.of(rows).lowest_row == -1e9
+    assert Range.of(rows).masks_whole_rows
+    assert Range.of(rows[:1]).lowest_row == 0.5
+    assert not Range.of(rows[:1]).masks_whole_rows
+    assert Range.of(rows[:1]).merged(Range.of(rows[1:])) == Range.of(rows)
+    assert Range.of(torch.tensor([[-1e3], [3.0]])).lowest_row == INF
+
+
+NUMBERS = st.lists(st.floats(width=32) | st.integers(-9, 9).map(float), min_size=1)
+
+
+@given(NUMBERS, NUMBERS, st.booleans())
+def test_merging_is_measuring_together(one: list[float], two: list[float], count: bool) -> None:
+    def measured(values: list[float]) -> Range:
+        return Range.of(torch.tensor(values), may_count=count)
+
+    both = measured(one + two)
+    assert same(measured(one).merged(measured(two)), both)
+    assert same(measured(two).merged(measured(one)), both)
 
 
 def test_merging_keeps_the_share_of_tiny_values() -> None:
-    assert Range(1.0, 0.25).merged(Range(2.0)) == Range(2.0, 0.25)
-    assert Range(NAN, 0.25).merged(Range(2.0)).tiny_share == 0.25
+    assert Range(1.0, -1.0, 0.25).merged(Range(2.0, 0.5)) == Range(2.0, 0.5, 0.25)
+    assert Range(NAN, NAN, 0.25).merged(Range(2.0, 2.0)).tiny_share == 0.25
+
+
+# --- what counts ---------------------------------------------------------------------------------
+
+
+class Counter(nn.Module):
+    """Integers made into floats in several ways, beside floats that happen to be whole."""
+
+    whole: torch.Tensor
+    fractions: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("whole", torch.tensor([0.0, 5.0, 9.0]))
+        self.register_buffer("fractions", torch.tensor([0.5, 1.0, 2.0]))
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        steps = ids.float()
+        places = torch.arange(3, dtype=torch.float32)
+        return {
+            "converted": steps.neg(),
+            "counted": places.unsqueeze(0),
+            "both": (steps - places).abs(),
+            "scaled": steps.mul(4),
+            "halved": steps.div(2),
+            "buffer": self.whole.sign(),
+            "fractions": self.fractions.ceil(),
+            "weight": self.weight.square(),
+            "given": x.round(),
+            "mixed": x + steps,
+            "of integers": (ids + 1).float().tanh(),
+        }
+
+
+def counting(*batches: tuple[torch.Tensor, torch.Tensor]) -> dict[str, bool]:
+    """Which values count, by operator; inputs and tensors of the model by their names."""
+    captured = capture(Counter(), (torch.ones(2, 3), torch.tensor([[0, 2, 4], [1, 3, 8]])), {})
+    stats = profile(captured, [(batch, {}) for batch in batches])
+    return {
+        name.rpartition("/")[2].removeprefix("aten.").removesuffix("#0"): seen.integral
+        for name, seen in stats.ranges.items()
+    }
+
+
+EVEN, WHOLE = torch.tensor([[0, 2, 4]]), torch.full((1, 3), 7.0)
+
+
+def test_what_is_made_of_integers_alone_counts_and_a_buffer_does() -> None:
+    found = counting((WHOLE, EVEN))
+    made = {"_to_copy", "_to_copy#1", "neg", "arange", "unsqueeze", "sub", "abs", "mul", "div"}
+    assert {name for name, integral in found.items() if integral} >= made | {"whole"}
+
+
+def test_what_is_made_of_a_buffer_that_counts_counts() -> None:
+    assert counting((WHOLE, EVEN))["sign"]
+
+
+def test_what_the_user_gives_and_what_is_trained_never_count() -> None:
+    """However whole the numbers are: `x` is 7 and the weight is 1, 2 and 3."""
+    found = counting((WHOLE, EVEN))
+    assert not any(found[name] for name in ("weight", "square", "round", "add"))
+    assert not next(integral for name, integral in found.items() if name.endswith("input x"))
+
+
+def test_a_fraction_ends_counting() -> None:
+    found = counting((WHOLE, EVEN))
+    assert not found["fractions"]
+    assert not found["ceil"], "nor does what is rounded after it"
+    assert not found["tanh"]
+
+
+def test_one_batch_with_a_fraction_is_enough() -> None:
+    odd = torch.tensor([[1, 3, 5]])
+    assert counting((WHOLE, EVEN))["div"]
+    assert not counting((WHOLE, EVEN), (WHOLE, odd), (WHOLE, EVEN))["div"]
+    assert counting((WHOLE, EVEN), (WHOLE, odd))["mul"]

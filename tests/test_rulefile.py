@@ -105,7 +105,7 @@ REFUSED = {
     "Did you mean 'operator.getitem'?",
     RULE + "[guards]\nactivation_headrom = 1.0\n": "unknown guard 'activation_headrom' "
     "(at {f}:6). Did you mean 'activation_headroom'?",
-    "guards = 3": "`guards` is not a table (at {f}:1). Write [guards].",
+    "guards = 3": "`guards` is not a table (at {f}:1). Write [guards], or guards = false.",
     "[guards]\nweight_headroom = 0\n": "guard `weight_headroom` has the value 0 (at {f}:2). "
     "Write a number above 0, or false to switch it off.",
     "[guards]\n\nweight_headroom = true\n": "guard `weight_headroom` has the value True "

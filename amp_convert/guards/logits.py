@@ -1,0 +1,51 @@
+"""Logits: what an exponential turns from an absolute error into a relative one."""
+
+from __future__ import annotations
+
+import torch
+
+from amp_convert.dtypes import unit_roundoff
+from amp_convert.guards.site import Finding, Site, ops
+from amp_convert.rules import Guards
+
+EXPONENTIAL = ops(
+    "softmax",
+    "_softmax",
+    "_safe_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "logsumexp",
+    "logcumsumexp",
+    "exp",
+    "exp2",
+    "expm1",
+    "cross_entropy_loss",
+    "softplus",
+)
+
+
+class Logits:
+    """What becomes the input of a softmax, an exponential or their like may be rounded by
+    `logit_error` at most: the magnitude of its maximum times the dtype's unit roundoff.
+
+    The limit is an absolute error: a logit that is off by 0.25 changes its probability by a
+    quarter. Only the maximum counts, since the exponentials of what lies far below it vanish; so a
+    mask of -1e9 does not fire.
+    """
+
+    name = "logits"
+
+    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+        if limits.logit_error is False:
+            return None
+        logits = [consumer.operand for consumer in site.reaches if consumer.op in EXPONENTIAL]
+        if site.op in EXPONENTIAL:
+            logits += [o.range for o in site.operands if o.argument == "self"]
+        for logit in logits:
+            if logit is None:
+                continue
+            error = abs(logit.maximum) * unit_roundoff(dtype)
+            if not error <= limits.logit_error:
+                reason = f"it computes logits, the largest of which would be off by {error:.2g}"
+                return Finding(self.name, reason, f"max {logit.maximum:.5g}")
+        return None
