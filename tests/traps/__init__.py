@@ -1,0 +1,1 @@
+"""Small models that break under native mixed precision, and must hold under ours."""
