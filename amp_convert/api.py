@@ -82,7 +82,7 @@ def convert(
     batches: Iterable[Any] = [(positional, keywords)]
     if calibration is not None:
         batches = (as_call(batch, "calibration") for batch in calibration)
-    return convert_captured(captured, loaded, profile(captured, batches), dtype)
+    return convert_captured(captured, loaded, profile(captured, batches, [dtype]), dtype)
 
 
 def audit(

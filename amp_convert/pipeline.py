@@ -138,7 +138,8 @@ def _prepare(source: str, settings: Settings, progress: Progress) -> _Prepared:
     progress.stage("capture and check against eager FP32")
     captured = capture(case.model, case.args, case.kwargs)
     progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
-    stats = profile(captured, _ticking(_batches(case, device, settings.calibrate), progress))
+    batches = _ticking(_batches(case, device, settings.calibrate), progress)
+    stats = profile(captured, batches, [from_name(settings.dtype)])
     return _Prepared(case, device, captured, rules, stats)
 
 

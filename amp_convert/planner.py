@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -32,6 +33,7 @@ from amp_convert import guards as guarding
 from amp_convert.capture import Captured, Region, Value
 from amp_convert.dtypes import castable, name_of
 from amp_convert.export import NodeInfo
+from amp_convert.kernels import casts_result, kept_arguments
 from amp_convert.painting import Painted, paint
 from amp_convert.plan import Casts, Decision, Plan
 from amp_convert.profile import Range, RangeStats, input_key
@@ -39,14 +41,15 @@ from amp_convert.propagate import (
     Flow,
     NoKernelError,
     Precision,
-    casts_result,
-    kept_arguments,
     propagate,
     tensor_arguments,
 )
+from amp_convert.rounding import Growth
 from amp_convert.rules import Category, Painting, Place, Rules, Target
 from amp_convert.runner import InputSpec, Source, UserInput
 from amp_convert.sites import Sites
+
+_T = TypeVar("_T")
 
 aten = torch.ops.aten
 
@@ -170,7 +173,7 @@ class _GraphPlanner:
         self._verdicts = {n.name: self._judge(n) for n in self._nodes}
         self._sites = Sites(
             self._graph, self._values, {n: i.short_op for n, i in self._infos.items()},
-            self._range, self._weight, device, stats.batches,
+            self._range, self._growth, self._weight, device, stats.batches,
             masks=rules.rewrites.clamp_masks,
         )  # fmt: skip
         self._painted = Painted(frozenset(), {})
@@ -320,18 +323,26 @@ class _GraphPlanner:
         spec = self._sources.get(node.name)
         if spec is not None:
             return self._stats.ranges.get(self._source_keys[node.name])
-        info = self._infos.get(node.name)
-        return self._range_of(info) if info is not None else None
+        return self._known(node, self._stats.ranges, Range.merged)
 
-    def _range_of(self, info: NodeInfo) -> Range | None:
+    def _growth(self, node: fx.Node) -> Growth | None:
+        """What the trials of calibration showed of a node."""
+        return self._known(node, self._stats.growths.get(self._dtype, {}), Growth.merged)
+
+    def _known(
+        self, node: fx.Node, measured: Mapping[str, _T], merged: Callable[[_T, _T], _T]
+    ) -> _T | None:
         """Calibration runs the eval graph. Where the train graph has more or fewer of an operator
-        in a layer, nobody knows which is which: then the widest range holds for all of them."""
+        in a layer, nobody knows which is which: then the worst of all of them holds for each."""
+        info = self._infos.get(node.name)
+        if info is None:
+            return None
         group = (info.layer, info.short_op)
         if len(self._groups[group]) == len(self._eval_groups.get(group, ())):
-            return self._stats.ranges.get(info.identity)
-        seen = [self._stats.ranges.get(name) for name in self._eval_groups.get(group, ())]
+            return measured.get(info.identity)
+        seen = [measured.get(name) for name in self._eval_groups.get(group, ())]
         known = [found for found in seen if found is not None]
-        return functools.reduce(Range.merged, known) if known else None
+        return functools.reduce(merged, known) if known else None
 
     def _pin(self, name: str, rule: str, reason: str, evidence: str = "") -> None:
         was = self._verdicts[name]

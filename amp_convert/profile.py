@@ -1,8 +1,9 @@
 """Calibration: what values does every node of the FP32 graph really take?
 
 The captured graphs run over calibration batches in FP32, and each value is reduced to its range as
-soon as it exists, so no activation is kept. A NaN or infinity is counted, never dropped: a range
-that was seen with one cannot be called safe.
+soon as it exists. A NaN or infinity is counted, never dropped: a range that was seen with one
+cannot be called safe. In passing it is tried how far rounding the values would throw the next ones
+off (see `rounding`), for which a bounded number of activations is kept.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from torch.utils import _pytree as pytree
 
 from amp_convert import device as devices
 from amp_convert.capture import Captured, Region
-from amp_convert.dtypes import is_float_tensor
+from amp_convert.dtypes import LOW_DTYPES, is_float_tensor
+from amp_convert.export import NodeInfo
+from amp_convert.rounding import Growth, Trials, keep_window
 from amp_convert.runner import Source
+
+Growths = dict[torch.dtype, dict[str, Growth]]
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,13 @@ class Range:
 class RangeStats:
     """Ranges by node identity (for parameters and buffers: by their name), and their basis.
 
-    `batches` is how many batches they rest on; 0 when there were no values to measure.
+    `batches` is how many batches they rest on; 0 when there were no values to measure. `growths`
+    has, for each low dtype that was tried, how rounding errors grow around each node.
     """
 
     batches: int
     ranges: Mapping[str, Range] = field(repr=False)
+    growths: Mapping[torch.dtype, Mapping[str, Growth]] = field(default_factory=dict, repr=False)
 
 
 def no_evidence() -> RangeStats:
@@ -92,28 +99,35 @@ def no_evidence() -> RangeStats:
 
 
 def profile(
-    captured: Captured, batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]
+    captured: Captured,
+    batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
+    dtypes: Sequence[torch.dtype] = LOW_DTYPES,
 ) -> RangeStats:
-    """Run the eval graphs in FP32 over `batches` of (args, kwargs) and keep the ranges."""
+    """Run the eval graphs in FP32 over `batches` of (args, kwargs); keep ranges, and how errors
+    grow that come of rounding to each of `dtypes`."""
     if not devices.has_values(captured.model):
         return no_evidence()
     ranges: dict[str, Range] = {}
+    growths: Growths = {dtype: {} for dtype in dtypes}
     count = 0
     device = captured.device
     with torch.no_grad(), devices.exact_fp32(device), devices.preserved_rng(device):
         for args, kwargs in batches:
             count += 1
             for region, call in captured.calls(args, kwargs):
-                _profile_call(region, call, ranges)
-    return RangeStats(count, ranges)
+                _profile_call(region, call, ranges, growths)
+    return RangeStats(count, ranges, growths)
 
 
 def _profile_call(
-    region: Region, call: tuple[Sequence[Any], Mapping[str, Any]], ranges: dict[str, Range]
+    region: Region,
+    call: tuple[Sequence[Any], Mapping[str, Any]],
+    ranges: dict[str, Range],
+    growths: Growths,
 ) -> None:
     runner = region.runner("eval")
     inputs = runner.inputs(*call)
-    names = {name: info.identity for name, info in region.graphs["eval"].nodes.items()}
+    infos = region.graphs["eval"].nodes
     for spec, value in zip(runner.signature.inputs, inputs, strict=True):
         name = region.qualified(spec.target)
         if spec.source is not Source.USER and _measurable(value) and name not in ranges:
@@ -136,7 +150,7 @@ def _profile_call(
         and (seen := ranges.get(region.qualified(spec.target))) is not None
         and seen.integral
     }
-    profiler = _Profiler(runner.graph_module, names, ranges, counting)
+    profiler = _Profiler(runner.graph_module, infos, ranges, growths, counting)
     profiler.run(*inputs, enable_io_processing=False)
 
 
@@ -149,12 +163,17 @@ class _Profiler(fx.Interpreter):
     def __init__(
         self,
         graph_module: fx.GraphModule,
-        names: Mapping[str, str],
+        infos: Mapping[str, NodeInfo],
         ranges: dict[str, Range],
+        growths: Growths,
         counting: set[fx.Node],
     ) -> None:
         super().__init__(graph_module)
-        self._names, self._ranges, self._counting = names, ranges, counting
+        self.user_to_last_uses = keep_window(graph_module.graph, self.user_to_last_uses)
+        self._names = {name: info.identity for name, info in infos.items()}
+        self._ranges, self._growths, self._counting = ranges, growths, counting
+        labels = {n: f"{i.short_op} in {i.layer or 'the model itself'}" for n, i in infos.items()}
+        self._trials = {d: Trials(graph_module.graph, labels, d) for d in growths}
 
     def run_node(self, n: fx.Node) -> Any:
         sources = [s for s in n.all_input_nodes if _has_float(self.env[s])]
@@ -168,6 +187,11 @@ class _Profiler(fx.Interpreter):
                     _merge(self._ranges, name, seen)
                     if seen.integral:
                         self._counting.add(n)
+            for dtype, trials in self._trials.items():
+                known = self._growths[dtype]
+                for node, growth in trials.of(n, self.env, result):
+                    name = self._names[node.name]
+                    known[name] = growth.merged(known.get(name, growth))
         return result
 
 

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture import Value
 from amp_convert.dtypes import castable
+from amp_convert.kernels import casts_result, kept_arguments
 
 aten = torch.ops.aten
 
@@ -71,33 +72,7 @@ class NoKernelError(Exception):
         super().__init__(f"{node}: {self.cause}")
 
 
-_NORMS = {
-    aten.layer_norm.default, aten.native_layer_norm.default,
-    aten.group_norm.default, aten.native_group_norm.default,
-}  # fmt: skip
 _WITH_STATISTICS = {aten.native_layer_norm.default, aten.native_group_norm.default}
-_STATISTICS = frozenset({"weight", "bias", "running_mean", "running_var"})
-
-
-def kept_arguments(target: Any, device: str) -> frozenset[str]:
-    """Arguments that stay FP32 in a low node, since the kernel takes them so at no cost.
-
-    Batch normalisation reads and writes its statistics in FP32 everywhere; the CPU's layer and
-    group normalisation take FP32 parameters beside a low input. CUDA's want one dtype.
-    """
-    if not isinstance(target, torch._ops.OpOverload):
-        return frozenset()
-    if "batch_norm" in target.name():
-        return _STATISTICS
-    if target in _NORMS and device == "cpu":
-        return frozenset({"weight", "bias"})
-    # A table is looked up first and cast after: the same bits, for a fraction of the work.
-    return frozenset({"weight"}) if target is aten.embedding.default else frozenset()
-
-
-def casts_result(target: Any) -> bool:
-    """Whether a low node computes in FP32 and casts what comes out."""
-    return target is aten.embedding.default
 
 
 def tensor_arguments(node: fx.Node, values: Mapping[str, Any]) -> Iterator[tuple[str, fx.Node]]:

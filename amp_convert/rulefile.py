@@ -68,11 +68,14 @@ class Guards:
     FP32. smallest_constant, smallest_eps: a constant, or one that keeps a denominator from zero,
     must be as large as this.
 
-    The next five bound a rounding, as the largest magnitude times the dtype's unit roundoff.
+    The next four bound a rounding, as the largest magnitude times the dtype's unit roundoff.
     position_error: of an integer position, in steps. angle_error: of an angle, in radians.
-    logit_error: of the input of a softmax or an exponential. exp_error: of a term in a sum of
-    exponentials, relative. cancellation_error: of what a difference reads, relative to its result.
-    cumulative_length and reduction_depth bound the elements that one result depends on.
+    logit_error: of the input of a softmax or an exponential. cancellation_error: of what a
+    difference reads, relative to its result. exp_growth is the largest exponent in a sum of
+    exponentials, and so the factor by which its relative rounding error grows. rounding_growth
+    bounds what trials measure: the relative L2 error of a result when what it reads is rounded, in
+    units of the dtype's roundoff. cumulative_length and reduction_depth bound the elements that one
+    result depends on.
     """
 
     activation_headroom: Limit = 2.0
@@ -84,8 +87,9 @@ class Guards:
     position_error: Limit = 1.0
     angle_error: Limit = 0.01
     logit_error: Limit = 0.25
-    exp_error: Limit = 0.01
     cancellation_error: Limit = 0.05
+    exp_growth: Limit = 16.0
+    rounding_growth: Limit = 16.0
     cumulative_length: Limit = 64.0
     reduction_depth: Limit = 131072.0
 

@@ -22,22 +22,13 @@ from amp_convert.guards.exp_sum import SUMS
 from amp_convert.guards.logits import EXPONENTIAL
 from amp_convert.guards.positions import PERIODIC
 from amp_convert.guards.site import Consumer, Operand, Site, ops
+from amp_convert.kernels import casts_result, kept_arguments
 from amp_convert.profile import Range
-from amp_convert.propagate import casts_result, kept_arguments, tensor_arguments
+from amp_convert.propagate import tensor_arguments
+from amp_convert.rounding import Growth
 
-_LINEAR = ops(
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "true_divide",
-    "neg",
-    "dropout",
-    "native_dropout",
-    "outer",
-    "lerp",
-)
+_SUMS = ops("add", "sub", "rsub", "neg", "dropout", "native_dropout")
+_PRODUCTS = ops("mul", "div", "true_divide", "outer", "lerp")
 # They pass values on, or choose among them, and change none.
 _MOVING = ops(
     "alias", "cat", "chunk", "clone", "contiguous", "detach", "diagonal", "expand", "expand_as",
@@ -55,7 +46,8 @@ _SELECTING = ops("add", "where", "masked_fill", "dropout")
 
 class Sites:
     """The sites of one graph. `ops` has the short name of every call, `range_of` what calibration
-    saw of a value, `weight_of` the name of a parameter, buffer or constant ("" for any other
+    saw of a value, `growth_of` what its
+    trials did of a node, `weight_of` the name of a parameter, buffer or constant ("" for any other
     value); `masks` is whether masks are clamped, and so excused from the limits on large numbers.
     """
 
@@ -65,6 +57,7 @@ class Sites:
         values: Mapping[str, Any],
         ops: Mapping[str, str],
         range_of: Callable[[fx.Node], Range | None],
+        growth_of: Callable[[fx.Node], Growth | None],
         weight_of: Callable[[fx.Node], str],
         device: str,
         batches: int,
@@ -72,7 +65,7 @@ class Sites:
         masks: bool,
     ) -> None:
         self._values, self._ops = values, ops
-        self._range_of, self._weight_of = range_of, weight_of
+        self._range_of, self._growth_of, self._weight_of = range_of, growth_of, weight_of
         self._device, self._batches = device, batches
         self._known: dict[fx.Node, Site] = {}
         self._feeds: dict[fx.Node, tuple[Consumer, ...]] = {}
@@ -106,6 +99,7 @@ class Sites:
             reaches=self._reaches[node],
             batches=self._batches,
             masked=node in self._masked,
+            growth=self._growth_of(node),
         )
 
     def _operands(self, node: fx.Node) -> Iterator[Operand]:
@@ -208,8 +202,10 @@ class Sites:
         for user, consumer in self._readers(node):
             if consumer.op in PERIODIC or consumer.op in EXPONENTIAL:
                 yield replace(consumer, summed=any(c.op in SUMS for c in self._feeds[user]))
-            elif self._is_transparent(user) or consumer.op in _LINEAR:
+            elif self._is_transparent(user) or consumer.op in _SUMS:
                 yield from self._reaches[user]
+            elif consumer.op in _PRODUCTS:
+                yield from (replace(end, scaled=True) for end in self._reaches[user])
 
 
 def _named_arguments(node: fx.Node) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from amp_convert.capture import capture
 from amp_convert.guards import Site
 from amp_convert.profile import Range
+from amp_convert.rounding import Growth
 from amp_convert.sites import Sites
 
 
@@ -53,6 +55,7 @@ def sites_of(
         region.traces["eval"].values,
         ops,
         lambda node: Range(numbers[node], numbers[node]),
+        lambda node: Growth(numbers[node]),
         weight_of,
         device,
         3,
@@ -253,10 +256,16 @@ def test_what_is_reached_comes_with_the_range_that_it_reads() -> None:
     (sine,) = at["tanh"].reaches
     assert (sine.op, sine.argument) == ("aten.sin", "self")
     assert (sine.operand, sine.result) == (at["mul"].result, at["sin"].result)
-    assert at["tanh"].reaches == at["mul"].reaches
+    assert at["tanh"].reaches == tuple(replace(c, scaled=True) for c in at["mul"].reaches)
     assert at["sin"].reaches == ()
-    at = sites_of(lambda m, x: (lambda h: (h * 2 + h).exp())(x.tanh()))
+    at = sites_of(lambda m, x: (lambda h: (h.neg() + h).exp())(x.tanh()))
     assert readers(at["tanh"].reaches) == [("exp", "self")], "on two paths, but once"
+
+
+def test_it_is_known_whether_a_product_lies_between() -> None:
+    at = sites_of(lambda m, x: (lambda h: (h / 2 + h).exp())(x.tanh()))
+    assert {end.scaled for end in at["tanh"].reaches} == {False, True}
+    assert {end.scaled for end in at["div"].reaches} == {False}
 
 
 # --- masks ---------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from amp_convert.guards.exp_sum import ExpSum
 from amp_convert.guards.logits import Logits
 from amp_convert.guards.positions import Angles, Positions
 from amp_convert.guards.reduction_depth import ReductionDepth
+from amp_convert.guards.rounding_growth import RoundingGrowth
 from amp_convert.guards.site import Consumer, Finding, Guard, Operand, Site
 from amp_convert.guards.weight_range import WeightRange, WeightTiny
 from amp_convert.rules import Guards
@@ -38,6 +39,7 @@ ALL: tuple[Guard, ...] = (
     Cancellation(),
     Cumulative(),
     ReductionDepth(),
+    RoundingGrowth(),
 )
 
 

@@ -13,8 +13,8 @@ SUMS = ops("sum", "mean", "cumsum", "matmul", "bmm", "mm", "logsumexp", "einsum"
 
 
 class ExpSum:
-    """Where `exp` feeds a sum, its largest term may not be off by more than the share `exp_error`:
-    what rounding the exponent leaves, the magnitude of its maximum times the dtype's unit roundoff.
+    """Where `exp` feeds a sum, the maximum of its exponent may be `exp_growth` in magnitude: so
+    much larger is the error of the largest term than that of its exponent, both relative.
 
     Fires on the exponential and on the nodes that compute its exponent.
     """
@@ -22,7 +22,7 @@ class ExpSum:
     name = "exp-sum"
 
     def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
-        if limits.exp_error is False:
+        if limits.exp_growth is False:
             return None
         exponents = [c.operand for c in site.reaches if c.op in EXPONENTIALS and c.summed]
         if site.op in EXPONENTIALS and any(consumer.op in SUMS for consumer in site.feeds):
@@ -30,8 +30,8 @@ class ExpSum:
         for exponent in exponents:
             if exponent is None:
                 continue
-            error = abs(exponent.maximum) * unit_roundoff(dtype)
-            if not error <= limits.exp_error:
+            if not abs(exponent.maximum) <= limits.exp_growth:
+                error = abs(exponent.maximum) * unit_roundoff(dtype)
                 reason = (
                     f"an exponential feeds a sum, whose largest term would be off by {error:.1%}"
                 )

@@ -28,9 +28,9 @@ class Logits:
     """What becomes the input of a softmax, an exponential or their like may be rounded by
     `logit_error` at most: the magnitude of its maximum times the dtype's unit roundoff.
 
-    The limit is an absolute error: a logit that is off by 0.25 changes its probability by a
-    quarter. Only the maximum counts, since the exponentials of what lies far below it vanish; so a
-    mask of -1e9 does not fire.
+    A term of a sum that becomes a logit is rounded by its own size only. The limit is an absolute
+    error: a logit that is off by 0.25 changes its probability by a quarter. Only the maximum
+    counts, since the exponentials of what lies far below it vanish: a mask of -1e9 does not fire.
     """
 
     name = "logits"
@@ -38,13 +38,20 @@ class Logits:
     def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
         if limits.logit_error is False:
             return None
-        logits = [consumer.operand for consumer in site.reaches if consumer.op in EXPONENTIAL]
+        logits = [
+            (consumer.operand, site.result if not consumer.scaled else None)
+            for consumer in site.reaches
+            if consumer.op in EXPONENTIAL
+        ]
         if site.op in EXPONENTIAL:
-            logits += [o.range for o in site.operands if o.argument == "self"]
-        for logit in logits:
+            logits += [(o.range, None) for o in site.operands if o.argument == "self"]
+        for logit, term in logits:
             if logit is None:
                 continue
-            error = abs(logit.maximum) * unit_roundoff(dtype)
+            size = abs(logit.maximum)
+            if term is not None and term.abs_max < size:
+                size = term.abs_max
+            error = size * unit_roundoff(dtype)
             if not error <= limits.logit_error:
                 reason = f"it computes logits, the largest of which would be off by {error:.2g}"
                 return Finding(self.name, reason, f"max {logit.maximum:.5g}")

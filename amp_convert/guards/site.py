@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from amp_convert.profile import Range
+from amp_convert.rounding import Growth
 from amp_convert.rules import Guards
 
 
@@ -47,20 +48,22 @@ class Operand:
 @dataclass(frozen=True)
 class Consumer:
     """A node that reads the value: its operator, as which argument, the range of what it reads,
-    that of its own result, and whether its result feeds a sum."""
+    that of its own result, whether its result feeds a sum, and whether the value is scaled by
+    products on its way."""
 
     op: str
     argument: str
     operand: Range | None = None
     result: Range | None = None
     summed: bool = False
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
 class Site:
     """One node. `scalars` are its number arguments by schema name, `axes` the `dim` argument if it
-    has one, `batches` what the ranges rest on. The result of a `masked` node may be clamped, as a
-    mask."""
+    has one, `batches` what ranges and `growth` rest on. The result of a `masked` node may be
+    clamped, as a mask."""
 
     op: str
     result: Range | None = None
@@ -72,6 +75,7 @@ class Site:
     reaches: Sequence[Consumer] = ()
     batches: int = 1
     masked: bool = False
+    growth: Growth | None = None
 
     @property
     def activations(self) -> list[Operand]:

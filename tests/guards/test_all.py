@@ -16,6 +16,7 @@ from amp_convert.guards import ALL, Consumer, Operand, Site, first_finding
 from amp_convert.guards.activation_range import ActivationRange
 from amp_convert.guards.weight_range import WeightRange
 from amp_convert.profile import Range
+from amp_convert.rounding import Growth
 from amp_convert.rules import Guards, load_rules
 from tests.guards.helpers import INF, NAN, activation, reader, seen, site, weight
 from tests.staged import BF16, F16
@@ -34,13 +35,14 @@ FIRING: dict[str, tuple[str, Site]] = {
     "positions": ("position_error", site("mul", operands=(activation(4e3, integral=True),))),
     "angles": ("angle_error", site("sin", operands=(activation(1e3),))),
     "logits": ("logit_error", site("softmax", operands=(activation(1e3),))),
-    "exp-sum": ("exp_error", site("exp", operands=(activation(50.0),), feeds=(reader("sum"),))),
+    "exp-sum": ("exp_growth", site("exp", operands=(activation(50.0),), feeds=(reader("sum"),))),
     "cancellation": ("cancellation_error", site("sub", result=1.0, operands=(activation(1e4),))),
     "cumulative": ("cumulative_length", site("cumsum", shape=(100,), axes=(0,))),
     "reduction-depth": (
         "reduction_depth",
         site("mm", operands=(Operand("self", None, (1, 10**6)),)),
     ),
+    "rounding-growth": ("rounding_growth", site("batch_norm", growth=Growth(inputs=16.1))),
 }
 
 

@@ -142,10 +142,10 @@ def test_it_keeps_the_difference_and_what_makes_its_terms_in_fp32(large: Staged)
 
 def test_tame_values_are_all_low() -> None:
     """In BF16 numbers of 6 leave an error of 4.7 % in one of 0.5."""
-    assert all_low(Staged.of(Residue(5.0), spread(2, 4)).plan("default", BF16))
+    assert all_low(Staged.of(Residue(5.0), spread(2, 4)).plan(rules_with(), BF16))
     middle = Staged.of(Residue(50.0), spread(2, 4))
-    assert all_low(middle.plan())
-    assert set(guarded(middle.plan("default", BF16)).values()) == {"cancellation"}
+    assert all_low(middle.plan(rules_with()))
+    assert set(guarded(middle.plan(rules_with(), BF16)).values()) == {"cancellation"}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F16, 2e-3), (BF16, 2e-2)])

@@ -126,10 +126,10 @@ def test_it_keeps_the_logits_layer_and_the_softmax_in_fp32(far: Staged) -> None:
 
 
 def test_tame_logits_are_all_low() -> None:
-    assert all_low(classifier(50.0).plan("default", BF16))
+    assert all_low(classifier(50.0).plan(rules_with(), BF16))
     middle = classifier(500.0)
-    assert all_low(middle.plan())
-    assert guarded(middle.plan("default", BF16)) == {
+    assert all_low(middle.plan(rules_with()))
+    assert guarded(middle.plan(rules_with(), BF16)) == {
         "head/linear#0": "logits",
         "/softmax#0": "logits",
     }

@@ -32,40 +32,6 @@ every_trap = pytest.mark.parametrize(
 both_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float16", "bfloat16"])
 
 
-# Traps that are not mended yet, with what is missing.
-_OFFSET = "the digits of a large offset are lost before it is taken off, and no guard measures it"
-BROKEN = {
-    ("local_variance_by_average_pooling", "float16"): _OFFSET,
-    ("local_variance_by_average_pooling", "bfloat16"): _OFFSET,
-    ("batch_norm_takes_off_a_large_mean", "float16"): _OFFSET,
-    ("batch_norm_takes_off_a_large_mean", "bfloat16"): _OFFSET,
-    ("layer_norm_takes_off_a_large_offset", "float16"): _OFFSET,
-    ("layer_norm_takes_off_a_large_offset", "bfloat16"): _OFFSET,
-    ("linear_layer_on_features_with_an_offset", "float16"): _OFFSET,
-    ("linear_layer_on_features_with_an_offset", "bfloat16"): _OFFSET,
-    ("attention_sink_of_a_long_row", "float16"): "most of a computed value may vanish unseen",
-    # Where the processor has no FP16 kernel for it, the layer stays in FP32 and holds.
-    ("recurrent_layer_that_adds", "float16"): "nothing bounds the state of rnn_relu",
-}
-RETREATING = {
-    ("loss_of_a_linear_chain_crf", "float16"): "the logits guard takes the sum's size for a term's",
-    (
-        "loss_of_a_linear_chain_crf",
-        "bfloat16",
-    ): "the logits guard takes the sum's size for a term's",
-    ("softmax_by_hand_overflows", "bfloat16"): "the exp-sum guard keeps the scores' product too",
-    ("logsumexp_free_energy", "bfloat16"): "the exp-sum guard keeps the scores' product too",
-}
-
-
-def known(request: pytest.FixtureRequest, name: str, dtype: torch.dtype, table: Any) -> None:
-    """Expect the failure of what the table names."""
-    reason = table.get((name, str(dtype).removeprefix("torch.")))
-    if reason is not None:
-        strict = name != "recurrent_layer_that_adds"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=strict))
-
-
 # --- what is run ---------------------------------------------------------------------------------
 
 
@@ -171,20 +137,14 @@ def broken(name: str, route: str) -> bool:
 
 @every_trap
 @both_dtypes
-def test_converted_model_holds(
-    name: str, dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
-    known(request, name, dtype, BROKEN)
+def test_converted_model_holds(name: str, dtype: torch.dtype) -> None:
     have = run(converted(name, dtype), built(name)[1])
     assert fault(expected(name), have, TOLERANCE[dtype]) is None
 
 
 @every_trap
 @both_dtypes
-def test_no_more_than_needed_stays_in_fp32(
-    name: str, dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
-    known(request, name, dtype, RETREATING)
+def test_no_more_than_needed_stays_in_fp32(name: str, dtype: torch.dtype) -> None:
     plan = converted(name, dtype).plan
     assert plan.low_nodes() > 0
     assert plan.share_macs_low() >= TRAPS[name].min_share_macs
@@ -209,4 +169,3 @@ def test_fp32_output_is_meaningful(name: str) -> None:
 def test_there_are_enough_traps() -> None:
     assert len(TRAPS) >= 150
     assert sum(bool(trap.breaks & (A16 | H16)) for trap in TRAPS.values()) >= 140
-    assert {name for name, _ in (*BROKEN, *RETREATING)} <= TRAPS.keys()
