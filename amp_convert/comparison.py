@@ -16,7 +16,8 @@ are known without measuring, which keeps validation within a few forward passes:
    accumulated error is that of its source.
 
 A node whose mask is clamped is compared with what the clamp makes of the reference: -1e9 that
-became -32752 is no error, since a softmax makes 0 of either. Outputs are compared as they are.
+became -32752 is no error, since a softmax makes 0 of either. A value that is held times a power of
+two is compared with the reference times that. Outputs are compared as they are.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from amp_convert.dtypes import from_name, is_float_tensor, name_of
 from amp_convert.error_metrics import ErrorSums, Quantiles, RoundingSums, larger
 from amp_convert.errors import ModelError
 from amp_convert.plan import Decision
-from amp_convert.rewrite import clamped
+from amp_convert.rewrite import held
 from amp_convert.runner import in_mode
 
 aten = torch.ops.aten
@@ -272,9 +273,7 @@ class _NodeTable:
             return  # what was not written yet holds no value
         sums = self._sums[name]
         reference, mixed = _float_leaves(step.reference), _float_leaves(step.accumulated)
-        clamp = self._rewritten.clamps.get(name)
-        if clamp is not None:  # what a mask holds beyond this does not count
-            reference = [clamped(tensor, clamp) for tensor in reference]
+        reference = [held(tensor, self._decisions[name]) for tensor in reference]
         if [t.shape for t in reference] != [t.shape for t in mixed]:
             # A selection by value can do this; there is nothing to subtract.
             sums.accumulated.elements += sum(t.numel() for t in reference)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from amp_convert import device as devices
 from amp_convert.dtypes import is_float_tensor
 from amp_convert.errors import UnsupportedModelError
 from amp_convert.export import NodeInfo
-from amp_convert.rewrite import Rewritten, clamped, clamped_numbers
+from amp_convert.rewrite import Rewritten, held, planned_numbers
 from amp_convert.runner import Source
 
 
@@ -162,23 +162,28 @@ class _Lockstep:
         A weight's cast copy is the mixed arm's own: it is the same tensor.
         """
         holder = self._rewritten.values[node.name]
-        clamp = self._rewritten.clamps.get(node.name)
+        decisions = self._rewritten.decisions
+        decision, scales = decisions[node.name], iter(decisions[node.name].input_scales)
         delivered_low = holder.target is not node.target
         call = holder.all_input_nodes[0] if delivered_low else holder
 
         def stand_in(source: fx.Node, twin: Any) -> Any:
             value = reference.values[source]
+            if not isinstance(value, torch.Tensor):
+                return value
+            scale = next(scales, 1.0)
             if source in self._weights:
                 return twin
+            if source.name in decisions:
+                scale *= decisions[source.name].scale
             if is_float_tensor(value) and is_float_tensor(twin) and value.dtype != twin.dtype:
-                return (value if clamp is None else clamped(value, clamp)).to(twin.dtype)
-            return value
+                return held(value, replace(decision, scale=scale)).to(twin.dtype)
+            return value if scale == 1 else value * scale
 
         twins = [mixed.values[n] for n in _leaves(call)]
         made = iter([stand_in(s, t) for s, t in zip(_leaves(node), twins, strict=True)])
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(made))
-        if clamp is not None:
-            args, kwargs = clamped_numbers((args, kwargs), clamp)
+        args, kwargs = planned_numbers((args, kwargs), decision)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         return result.to(holder.kwargs["dtype"]) if delivered_low else result
 

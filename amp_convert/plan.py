@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from amp_convert.capture import Uncaptured
+from amp_convert.rules import Rewrites
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +32,10 @@ class Decision:
     dtype to cast to, or None. `output_dtypes` are those that the node's consumers see. `clamp` is
     the value that finite FP32 inputs and number arguments below it are raised to before they become
     low (the rewrite `clamp_masks`), or None.
+
+    Rescaling (the rewrites `scale_scores` and `rescale_layers`): the result is held times `scale`;
+    `input_scales` has the factor for each tensor argument, and is empty where all are 1;
+    `number_scale` is that of a number argument. All are powers of two.
     """
 
     node: str
@@ -51,6 +56,9 @@ class Decision:
     output_dtype: str | None
     output_dtypes: tuple[str | None, ...]
     clamp: float | None = None
+    scale: float = 1.0
+    input_scales: tuple[float, ...] = ()
+    number_scale: float = 1.0
 
     @property
     def decided(self) -> bool:
@@ -148,7 +156,7 @@ class Plan:
             "guards = false",
             "",
             "[rewrites]",
-            f"clamp_masks = {'true' if self._clamps() else 'false'}",
+            *(f"{name} = {str(used).lower()}" for name, used in self._rewrites().items()),
         ]
         for decision, mode in self._pinned():
             lines += [
@@ -161,8 +169,13 @@ class Plan:
             ]
         return "\n".join(lines) + "\n"
 
-    def _clamps(self) -> bool:
-        return any(d.clamp is not None for d in (*self.eval, *self.train))
+    def _rewrites(self) -> dict[str, bool]:
+        """The name of each rewrite, and whether some node of the plan has it."""
+        reasons = {d.reason for d in (*self.eval, *self.train)}
+        return {
+            rewrite.name: any(f"(rewrite {rewrite.name})" in reason for reason in reasons)
+            for rewrite in fields(Rewrites)
+        }
 
     def _pinned(self) -> Iterator[tuple[Decision, str]]:
         """Each decided node, with the one mode that it is pinned for, or "" for both."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -66,6 +66,14 @@ class Range:
         """Whether some row is all mask: in FP32 every value of -1e9 + score is the same there, with
         a smaller mask the scores show again."""
         return self.lowest_row < -1e3
+
+    def text(self, batches: int) -> str:
+        """The range as evidence in a report."""
+        return f"abs max {self.abs_max:.5g} in {batches} batch{'' if batches == 1 else 'es'}"
+
+    def scaled(self, factor: float) -> Range:
+        """The range of the values times a power of two."""
+        return replace(self, abs_max=self.abs_max * factor, maximum=self.maximum * factor)
 
     def merged(self, other: Range) -> Range:
         """The range of both; NaN wins over everything."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Rewritten:
 
     `values` maps the FX name of each node of the FP32 graph to the node of this one that holds its
     value, `origins` each node of this one that is no cast to the FP32 node it carries out; `casts`
-    names the casts that were inserted. `clamps` has the planned clamp of each FP32 node with one.
+    names the casts that were inserted. `decisions` has the planned decision of each call.
     """
 
     captured: CapturedGraph
@@ -38,7 +39,7 @@ class Rewritten:
     values: Mapping[str, fx.Node] = field(repr=False)
     origins: Mapping[str, str] = field(repr=False)
     casts: tuple[str, ...]
-    clamps: Mapping[str, float] = field(repr=False)
+    decisions: Mapping[str, Decision] = field(repr=False)
 
 
 def rewrite(region: Region, mode: str, plan: Plan) -> Rewritten:
@@ -61,6 +62,7 @@ class _Rewriter:
         self._values: dict[str, fx.Node] = {}
         self._origins: dict[str, str] = {}
         self._cast: dict[tuple[fx.Node, torch.dtype, float | None], fx.Node] = {}
+        self._scaled: dict[tuple[fx.Node, float], fx.Node] = {}
 
     def run(self) -> Rewritten:
         for node in self._captured.graph_module.graph.nodes:
@@ -78,7 +80,7 @@ class _Rewriter:
             values=self._values,
             origins=self._origins,
             casts=tuple(node.name for node in self._cast.values()),
-            clamps={n: d.clamp for n, d in self._decisions.items() if d.clamp is not None},
+            decisions=self._decisions,
         )
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -94,18 +96,21 @@ class _Rewriter:
         new = self._copy(node)
         new.args = fx.map_arg(node.args, lambda _: next(arguments))
         new.kwargs = fx.map_arg(node.kwargs, lambda _: next(arguments))
-        if decision.clamp is not None:
-            new.args, new.kwargs = clamped_numbers((new.args, new.kwargs), decision.clamp)
+        new.args, new.kwargs = planned_numbers((new.args, new.kwargs), decision)
         if decision.output_dtype is not None:
             self._values[node.name] = self._casted(new, from_name(decision.output_dtype))
 
     def _cast_arguments(self, node: fx.Node, decision: Decision) -> Iterator[fx.Node]:
         """The new node for every FX node among the arguments, in order, cast where planned."""
-        wanted = iter(decision.input_dtypes)
+        wanted = zip(decision.input_dtypes, decision.input_scales or repeat(1.0), strict=False)
         for leaf in pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(leaf, fx.Node):
                 new = self._values[leaf.name]
-                dtype = next(wanted) if isinstance(self._recorded.get(leaf.name), Value) else None
+                dtype, scale = None, 1.0
+                if isinstance(self._recorded.get(leaf.name), Value):
+                    dtype, scale = next(wanted)
+                if scale != 1:
+                    new = self._times(new, scale)
                 if dtype is not None:
                     new = self._casted(new, from_name(dtype), decision.clamp)
                 yield new
@@ -122,6 +127,13 @@ class _Rewriter:
             self._cast[key] = call(aten._to_copy.default, (value,), {"dtype": dtype})
         return self._cast[key]
 
+    def _times(self, value: fx.Node, scale: float) -> fx.Node:
+        """`value` times a power of two, by one product for all readers."""
+        key = (value, scale)
+        if key not in self._scaled:
+            self._scaled[key] = self._graph.call_function(aten.mul.Tensor, key)
+        return self._scaled[key]
+
     def _output(self, node: fx.Node) -> None:
         """Return what the original returns, in its dtypes."""
 
@@ -136,16 +148,21 @@ class _Rewriter:
         self._graph.output(fx.map_arg(node.args[0], restored))
 
 
-def clamped_numbers(arguments: Any, clamp: float) -> Any:
-    """Arguments whose finite numbers below `clamp` are raised to it."""
+def planned_numbers(arguments: Any, decision: Decision) -> Any:
+    """Number arguments as planned: clamped, or multiplied by a power of two."""
 
-    def raised(leaf: Any) -> Any:
-        below = isinstance(leaf, float) and -math.inf < leaf < clamp
-        return clamp if below else leaf
+    def changed(leaf: Any) -> Any:
+        if decision.clamp is not None and isinstance(leaf, float) and leaf > -math.inf:
+            return max(leaf, decision.clamp)
+        if decision.number_scale != 1 and isinstance(leaf, int | float):
+            return leaf * decision.number_scale
+        return leaf
 
-    return pytree.tree_map(raised, arguments)
+    return pytree.tree_map(changed, arguments)
 
 
-def clamped(tensor: torch.Tensor, clamp: float) -> torch.Tensor:
-    """A tensor whose finite values below `clamp` are raised to it."""
-    return torch.where(tensor == -math.inf, tensor, tensor.clamp_min(clamp))
+def held(tensor: torch.Tensor, decision: Decision) -> torch.Tensor:
+    """What the mixed graph would hold of a node's FP32 result: clamped and scaled as planned."""
+    if decision.clamp is not None:
+        tensor = torch.where(tensor == -math.inf, tensor, tensor.clamp_min(decision.clamp))
+    return tensor if decision.scale == 1 else tensor * decision.scale

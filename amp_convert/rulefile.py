@@ -89,7 +89,7 @@ class Guards:
     logit_error: Limit = 0.25
     cancellation_error: Limit = 0.05
     exp_growth: Limit = 16.0
-    rounding_growth: Limit = 16.0
+    rounding_growth: Limit = 20.0
     cumulative_length: Limit = 64.0
     reduction_depth: Limit = 131072.0
 
@@ -99,10 +99,15 @@ class Rewrites:
     """Changes beyond casts that a plan may ask for, the `[rewrites]` table.
 
     clamp_masks: what a softmax reads as a mask is raised to half of the low dtype's lowest number,
-    where its exponential is zero all the same; -inf stays -inf.
+    where its exponential is zero all the same; -inf stays -inf. scale_scores: attention scores that
+    are too large are scaled by a power of two before the product, instead of after it.
+    rescale_layers: a layer whose result is too large is scaled by a power of two that the next
+    layers take back.
     """
 
     clamp_masks: bool = False
+    scale_scores: bool = False
+    rescale_layers: bool = False
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,12 @@ def rule(category: str, *, name: str = "test.toml:1", **target: str) -> Rule:
 
 def rules_with(*rules: Rule, preset: str = "default", **guards: Any) -> Rules:
     """A preset with rules after its own, and with some guards set. The guard that tries rounding
-    is off unless it is set: it would catch what the others do."""
+    is off unless it is set: it would catch what the others do; and nothing is rescaled."""
     loaded = load_rules([preset])
     found = replace(loaded.guards, **{"rounding_growth": False, **guards})
     assert isinstance(found, Guards)
-    return replace(loaded, rules=(*loaded.rules, *rules), guards=found)
+    kept = replace(loaded.rewrites, scale_scores=False, rescale_layers=False)
+    return replace(loaded, rules=(*loaded.rules, *rules), guards=found, rewrites=kept)
 
 
 def decisions_of(plan: Plan, mode: str) -> tuple[Decision, ...]:

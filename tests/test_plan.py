@@ -143,7 +143,7 @@ def test_a_saved_plan_pins_every_decided_node() -> None:
     assert document == {
         "painting": "grappler",
         "guards": False,
-        "rewrites": {"clamp_masks": False},
+        "rewrites": {"clamp_masks": False, "scale_scores": False, "rescale_layers": False},
         "rule": [
             {"node": "a/aten.linear#0", "category": "allow", "reason": "matrix product"},
             {"node": "b/aten.exp#0", "category": "deny", "reason": "grows"},

@@ -107,7 +107,7 @@ def test_an_empty_batch_measures_nothing_of_it(staged: Staged) -> None:
 
 
 def test_no_batch_is_no_evidence(staged: Staged) -> None:
-    assert profile(staged.captured, []) == no_evidence() == RangeStats(0, {})
+    assert profile(staged.captured, [], dtypes=[]) == no_evidence() == RangeStats(0, {})
 
 
 def test_batches_are_read_once_and_one_at_a_time(staged: Staged) -> None:

@@ -87,8 +87,7 @@ class Site:
 
     def measured(self, seen: Range) -> str:
         """The evidence that a range is."""
-        batches = f"{self.batches} batch" if self.batches == 1 else f"{self.batches} batches"
-        return f"abs max {seen.abs_max:.5g} in {batches}"
+        return seen.text(self.batches)
 
 
 class Guard(Protocol):

@@ -160,7 +160,7 @@ def hot() -> Staged:
 
 
 def test_it_keeps_what_makes_and_what_reads_the_large_value_in_fp32(hot: Staged) -> None:
-    assert table(hot.plan()) == rows(
+    assert table(hot.plan(rules_with())) == rows(
         """
         first/linear#0  | allow | op linear              | f16 | low | f16 f16
         up/linear#0     | allow | op linear              | f16 | low | . f16
@@ -179,7 +179,7 @@ def test_bf16_and_tame_values_are_all_low(hot: Staged) -> None:
 def test_bf16_has_a_limit_too() -> None:
     staged = Staged.of(bulge(1.5e19), spread(2, 4))
     expected = dict.fromkeys(("grow/linear#0", "shrink/linear#0"), "activation-range")
-    assert guarded(staged.plan("default", BF16)) == expected
+    assert guarded(staged.plan(rules_with(), BF16)) == expected
 
 
 def test_without_it_the_output_overflows(hot: Staged) -> None:
@@ -191,7 +191,7 @@ def test_the_ranges_that_count_are_those_of_all_batches() -> None:
     staged = Staged.of(
         bulge(100.0), spread(2, 4), calibration=[(spread(2, 4),), (torch.ones(1, 4) * 4,)]
     )
-    assert set(guarded(staged.plan()).values()) == {"activation-range"}
+    assert set(guarded(staged.plan(rules_with())).values()) == {"activation-range"}
     assert seen(4e4) == staged.stats.ranges["grow/aten.linear#0"]
 
 

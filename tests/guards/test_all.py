@@ -42,7 +42,7 @@ FIRING: dict[str, tuple[str, Site]] = {
         "reduction_depth",
         site("mm", operands=(Operand("self", None, (1, 10**6)),)),
     ),
-    "rounding-growth": ("rounding_growth", site("batch_norm", growth=Growth(inputs=16.1))),
+    "rounding-growth": ("rounding_growth", site("batch_norm", growth=Growth(inputs=20.1))),
 }
 
 

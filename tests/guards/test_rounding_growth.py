@@ -34,12 +34,12 @@ GUARD = RoundingGrowth()
 @pytest.mark.parametrize(
     ("growth", "limit", "expected"),
     [
-        (16.0, 16.0, False),
-        (above(16.0), 16.0, True),
+        (20.0, 20.0, False),
+        (above(20.0), 20.0, True),
         (5.0, 4.0, True),
-        (0.0, 16.0, False),
-        (NAN, 16.0, True),
-        (INF, 16.0, True),
+        (0.0, 20.0, False),
+        (NAN, 20.0, True),
+        (INF, 20.0, True),
         (NAN, False, False),
         (INF, False, False),
     ],
