@@ -101,14 +101,14 @@ class Writer:
             reason = self._reason(node, verdict)
             evidence = verdict.evidence or self._evidence.text(node)
         clamp = self._clamp(node, flow)
-        if clamp is not None and _CLAMPED not in reason:
-            reason = f"{reason}; {_CLAMPED}"
+        rewrites = [_CLAMPED] if clamp is not None else []
         scaling = self._settled.scalings.get(node.name, UNSCALED)
-        if scaling != UNSCALED and scaling.rewrite not in reason:
+        if scaling != UNSCALED:
             how = f"its result is held times {scaling.result:g}"
             if scaling.result == 1:
                 how = "it takes the factor of what it reads back"
-            reason = f"{reason}; {how} (rewrite {scaling.rewrite})"
+            rewrites.append(f"{how} (rewrite {scaling.rewrite})")
+        rewrite = "; ".join(rewrites)
         originals = pytree.tree_leaves(self._values[node.name])
         was_low = all(isinstance(v, Value) and name_of(v.dtype) == low_name for v in originals)
         return Decision(
@@ -121,7 +121,7 @@ class Writer:
             category=category,
             dtype=next((name for name in outputs if name), ""),
             rule=rule,
-            reason=reason,
+            reason=f"{reason}; {rewrite}" if rewrite else reason,
             source=source,
             evidence=evidence,
             low=verdict is not None
@@ -132,6 +132,7 @@ class Writer:
             input_dtypes=tuple(name_of(d) if d is not None else None for d in flow.inputs),
             output_dtype=name_of(flow.output) if flow.output is not None else None,
             output_dtypes=outputs,
+            rewrite=rewrite,
             clamp=clamp,
             scale=scaling.result,
             input_scales=tuple(scaling.operands.get(i, 1.0) for i in range(len(flow.inputs)))

@@ -1,12 +1,14 @@
 """What calibration knows of the values of one captured graph.
 
 Calibration runs the eval graph. Where the train graph has more or fewer of an operator in a layer,
-nobody knows which is which: then the worst of all of them holds for each.
+nobody knows which is which: then the worst of all of them holds for each. Where it has a dropout of
+its own, the range is that of what the dropout reads and scales up.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -20,6 +22,7 @@ from amp_convert.rounding import Growth
 from amp_convert.runner import Source
 
 _T = TypeVar("_T")
+_DROPOUTS = ("aten.dropout", "aten.native_dropout")
 
 
 class Evidence:
@@ -50,7 +53,8 @@ class Evidence:
         """What calibration saw of a node's result, or of a tensor that the graph is given."""
         if node.name in self._given:
             return self._ranges.get(self._given[node.name])
-        return self._known(node, self._ranges, Range.merged)
+        found = self._known(node, self._ranges, Range.merged)
+        return found if found is not None else self._behind_dropout(node)
 
     def growth(self, node: fx.Node) -> Growth | None:
         """What the trials of calibration showed of a node."""
@@ -63,16 +67,29 @@ class Evidence:
         seen = self.range(node)
         return seen.text(self.batches) if seen is not None else "not measured"
 
+    def _behind_dropout(self, node: fx.Node) -> Range | None:
+        if node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
+        if node.name not in self._infos or self._infos[node.name].short_op not in _DROPOUTS:
+            return None
+        source, share = node.args[:2]
+        assert isinstance(source, fx.Node)
+        seen = self.range(source)
+        if seen is None or not isinstance(share, float) or share >= 1:
+            return seen
+        return seen.scaled(1 / (1 - share))
+
     def _known(
         self, node: fx.Node, measured: Mapping[str, _T], merged: Callable[[_T, _T], _T]
     ) -> _T | None:
         info = self._infos.get(node.name)
         if info is None:
             return None
-        group = (info.layer, info.short_op)
-        if len(self._groups[group]) == len(self._eval_groups.get(group, ())):
-            return measured.get(info.identity)
-        seen = [measured.get(name) for name in self._eval_groups.get(group, ())]
+        group = _group(info)
+        names, eval_names = self._groups[group], self._eval_groups.get(group, [])
+        if len(names) == len(eval_names):
+            return measured.get(eval_names[names.index(info.identity)])
+        seen = [measured.get(name) for name in eval_names]
         known = [found for found in seen if found is not None]
         return functools.reduce(merged, known) if known else None
 
@@ -80,5 +97,11 @@ class Evidence:
 def _by_layer_and_op(infos: Iterable[NodeInfo]) -> dict[tuple[str, str], list[str]]:
     groups: dict[tuple[str, str], list[str]] = {}
     for info in infos:
-        groups.setdefault((info.layer, info.short_op), []).append(info.identity)
+        groups.setdefault(_group(info), []).append(info.identity)
     return groups
+
+
+def _group(info: NodeInfo) -> tuple[str, str]:
+    """A node's layer and operator. Batch normalisation has one for each mode."""
+    op = "batch_norm" if "batch_norm" in info.short_op else info.short_op
+    return info.layer, op

@@ -33,6 +33,7 @@ class Decision:
     the value that finite FP32 inputs and number arguments below it are raised to before they become
     low (the rewrite `clamp_masks`), or None.
 
+    `rewrite` says what else than casts is done, and is the end of `reason`; "" for most nodes.
     Rescaling (the rewrites `scale_scores` and `rescale_layers`): the result is held times `scale`;
     `input_scales` has the factor for each tensor argument, and is empty where all are 1;
     `number_scale` is that of a number argument. All are powers of two.
@@ -55,6 +56,7 @@ class Decision:
     input_dtypes: tuple[str | None, ...]
     output_dtype: str | None
     output_dtypes: tuple[str | None, ...]
+    rewrite: str = ""
     clamp: float | None = None
     scale: float = 1.0
     input_scales: tuple[float, ...] = ()
@@ -165,15 +167,15 @@ class Plan:
                 f"node = {_quoted(decision.node)}",
                 f"category = {_quoted(self._category(decision))}",
                 *([f"mode = {_quoted(mode)}"] if mode else []),
-                f"reason = {_quoted(decision.reason)}",
+                f"reason = {_quoted(decision.reason.removesuffix(f'; {decision.rewrite}'))}",
             ]
         return "\n".join(lines) + "\n"
 
     def _rewrites(self) -> dict[str, bool]:
         """The name of each rewrite, and whether some node of the plan has it."""
-        reasons = {d.reason for d in (*self.eval, *self.train)}
+        used = {d.rewrite for d in (*self.eval, *self.train)}
         return {
-            rewrite.name: any(f"(rewrite {rewrite.name})" in reason for reason in reasons)
+            rewrite.name: any(f"(rewrite {rewrite.name})" in text for text in used)
             for rewrite in fields(Rewrites)
         }
 

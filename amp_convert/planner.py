@@ -142,9 +142,10 @@ class _GraphPlanner:
         self._index = {node.name: i for i, node in enumerate(self._nodes)}
         self._verdicts = {n.name: self._judge(n) for n in self._nodes}
         self._ops = {name: info.short_op for name, info in self._infos.items()}
-        self._rescaler = Rescaler(
-            self._graph, self._values, self._ops, self._evidence, rules.rewrites
-        )
+        kinds = rules.rewrites
+        if mode == "train":  # see `rescaling`
+            kinds = replace(kinds, rescale_layers=False)
+        self._rescaler = Rescaler(self._graph, self._values, self._ops, self._evidence, kinds)
         self._scalings: dict[str, Scaling] = {}
         self._sites = self._found_sites()
         self._painted = Painted(frozenset(), {})
@@ -283,9 +284,8 @@ class _GraphPlanner:
 
     def _rescale(self, precision: Mapping[str, Precision]) -> None:
         """Find the regions that are held scaled; the guards then see what they hold."""
-        headroom = self._rules.guards.activation_headroom or 0.0
         found = self._rescaler.find(
-            lambda node: precision.get(node.name) is Precision.LOW, self._dtype, headroom
+            lambda node: precision.get(node.name) is Precision.LOW, self._dtype
         )
         if found != self._scalings:
             self._scalings = found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
@@ -24,6 +24,8 @@ from amp_convert.export import NodeInfo
 from amp_convert.rounding import Growth, Trials, keep_window
 from amp_convert.runner import Source
 
+_SPAN = 24
+"""How many powers of two up and down the share of tiny weights is known for."""
 Growths = dict[torch.dtype, dict[str, Growth]]
 
 
@@ -33,7 +35,8 @@ class Range:
 
     `abs_max` is the largest finite or infinite magnitude seen, `maximum` the largest value with its
     sign; both are NaN if any element was NaN. `tiny_share`, measured for parameters and buffers
-    only, is the share of nonzero values under 2**-14, FP16's smallest normal number. `integral` is
+    only, is the share of nonzero values under 2**-14, FP16's smallest normal number; `under` has
+    that share for 2**-38 to 2**10, so that it is known after `scaled`. `integral` is
     whether it counts: it was made from integers or ranges alone, or is a buffer, and every value
     was an integer. `lowest_row` is the smallest maximum of a row (last axis), measured where there
     are values below -1e3, as in masks: a mask of -1e9 in a row without any other value counts.
@@ -44,22 +47,24 @@ class Range:
     tiny_share: float | None = None
     integral: bool = False
     lowest_row: float = math.inf
+    under: tuple[float, ...] = ()
 
     @classmethod
-    def of(
-        cls, tensor: torch.Tensor, *, tiny_share: float | None = None, may_count: bool = False
-    ) -> Range:
-        """The range of a non-empty floating point tensor; `may_count` if it may be integral."""
+    def of(cls, tensor: torch.Tensor, *, is_weight: bool = False, may_count: bool = False) -> Range:
+        """The range of a non-empty floating point tensor; `may_count` if it may be integral, and
+        the tiny shares if it `is_weight`."""
+        under = _shares_under(tensor) if is_weight else ()
+        tiny_share = under[_SPAN] if is_weight else None
         low, high = map(float, torch.aminmax(tensor.detach()))
         if math.isnan(low) or math.isnan(high):
-            return cls(math.nan, math.nan, tiny_share)
+            return cls(math.nan, math.nan, tiny_share, under=under)
         size = max(-low, high, 0.0)
         # FP32 itself counts no further than 2**24: what is larger is a mask value, not a count.
         integral = may_count and size <= 2**24 and bool(torch.equal(tensor, tensor.round()))
         lowest_row = (
             float(tensor.detach().amax(-1).min()) if low < -1e3 and tensor.dim() else math.inf
         )
-        return cls(size, high, tiny_share, integral, lowest_row)
+        return cls(size, high, tiny_share, integral, lowest_row, under)
 
     @property
     def masks_whole_rows(self) -> bool:
@@ -72,19 +77,27 @@ class Range:
         return f"abs max {self.abs_max:.5g} in {batches} batch{'' if batches == 1 else 'es'}"
 
     def scaled(self, factor: float) -> Range:
-        """The range of the values times a power of two."""
-        return replace(self, abs_max=self.abs_max * factor, maximum=self.maximum * factor)
+        """The range of the values times a power of two, or nearly one."""
+        if factor == 1:
+            return self
+        tiny_share = self.tiny_share
+        if self.under:
+            shift = min(max(round(math.log2(factor)), -_SPAN), _SPAN)
+            tiny_share = self.under[_SPAN - shift]
+        size, maximum = self.abs_max * factor, self.maximum * factor
+        return Range(size, maximum, tiny_share, lowest_row=self.lowest_row * factor)
 
     def merged(self, other: Range) -> Range:
         """The range of both; NaN wins over everything."""
         if math.isnan(self.abs_max) or math.isnan(other.abs_max):
-            return Range(math.nan, math.nan, self.tiny_share)
+            return Range(math.nan, math.nan, self.tiny_share, under=self.under)
         return Range(
             max(self.abs_max, other.abs_max),
             max(self.maximum, other.maximum),
             self.tiny_share,
             self.integral and other.integral,
             min(self.lowest_row, other.lowest_row),
+            self.under,
         )
 
 
@@ -140,7 +153,7 @@ def _profile_call(
         name = region.qualified(spec.target)
         if spec.source is not Source.USER and _measurable(value) and name not in ranges:
             may_count = spec.source is not Source.PARAMETER
-            ranges[name] = Range.of(value, tiny_share=_tiny_share(value), may_count=may_count)
+            ranges[name] = Range.of(value, is_weight=True, may_count=may_count)
     users = (
         v for s, v in zip(runner.signature.inputs, inputs, strict=True) if s.source is Source.USER
     )
@@ -220,8 +233,13 @@ def _measurable(value: object) -> TypeGuard[torch.Tensor]:
     return is_float_tensor(value) and value.numel() > 0
 
 
-def _tiny_share(tensor: torch.Tensor) -> float:
+def _shares_under(tensor: torch.Tensor) -> tuple[float, ...]:
+    """The shares of nonzero values under 2**(-14 - _SPAN), ..., 2**-14, ..., 2**(-14 + _SPAN)."""
     magnitude = tensor.detach().abs()
-    nonzero = int(torch.count_nonzero(magnitude))
-    tiny = int(torch.count_nonzero((magnitude > 0) & (magnitude < 2.0**-14)))
-    return tiny / nonzero if nonzero else 0.0
+    # frexp gives e with a magnitude in [2**(e - 1), 2**e): it is under 2**n when e <= n.
+    exponents = torch.frexp(magnitude[magnitude > 0]).exponent
+    lowest = -14 - _SPAN
+    counts = torch.bincount((exponents.clamp(lowest, -13 + _SPAN) - lowest).long().cpu())
+    shares = counts.cumsum(0).double() / max(exponents.numel(), 1)
+    padded = [*shares.tolist(), *[1.0 if exponents.numel() else 0.0] * (2 * _SPAN + 1)]
+    return tuple(padded[: 2 * _SPAN + 1])

@@ -8,16 +8,18 @@ factor back. Inside, values are held times 2**-k. Two kinds, each a rewrite of i
   number (or a tensor of one). The first operand is multiplied by 2**-k before the product, and the
   number by 2**k (or divided): the usual advice, to scale the query instead of the scores.
 - `rescale_layers`: a linear layer or a convolution, up to the next ones. The first layer's weight
-  and bias are multiplied by 2**-k, the weights of the next by 2**k. Frozen, it costs nothing.
+  and bias are multiplied by 2**-k, the weights of the next by 2**k. Frozen, it costs nothing. Only
+  in the eval graph: in training, the gradients of the next weights would leave the range.
 
 A region is given up where keeping it in FP32 is more accurate than any factor: where calibration
 saw that rounding one of its values throws a later result off notably (see `rounding`), and where
 scores are large after they are scaled.
 
 Only exponents move, so the digits are those that a dtype of the same precision and unlimited range
-would give, but for values that become subnormal. For these a region is given up when the largest
-magnitude of what is multiplied by 2**-k would come under `SMALLEST`: then rounding a subnormal is
-at most an eighth of the rounding error of a number 32 times smaller than the largest.
+would give, but for values that become subnormal. So a region is given up when most of a weight
+would, or when the largest magnitude of what is multiplied by 2**-k would come under `SMALLEST`:
+above it, rounding a subnormal is at most an eighth of the rounding error of a number 32 times
+smaller than the largest.
 """
 
 from __future__ import annotations
@@ -39,10 +41,13 @@ from amp_convert.rounding import NOTABLE
 from amp_convert.rules import Rewrites
 
 SMALLEST = 2.0**-7
+TINY_SHARE = 0.5
+"""Above this share of subnormal or vanishing values a weight is not multiplied."""
 SCORE_ERROR = 0.01
 """How far the largest scaled score may be rounded: larger ones are better kept in FP32."""
-HEADROOM = 2.0
-"""The least head room that is made: the calibrated maximum times this stays in range."""
+NEEDED, HEADROOM = 2.0, 8.0
+"""A result whose maximum times `NEEDED` leaves the range gets a factor that leaves this `HEADROOM`.
+Fixed, whatever a rules file asks of its guards: a saved plan, which has none, scales alike."""
 
 
 @dataclass(frozen=True)
@@ -97,22 +102,19 @@ class Rescaler:
         self._graph, self._values, self._ops, self._evidence = graph, values, ops, evidence
         self._on = {name for name in ("scale_scores", "rescale_layers") if getattr(rewrites, name)}
 
-    def find(
-        self, is_low: Callable[[fx.Node], bool], dtype: torch.dtype, headroom: float
-    ) -> dict[str, Scaling]:
+    def find(self, is_low: Callable[[fx.Node], bool], dtype: torch.dtype) -> dict[str, Scaling]:
         """The scaling of every node in a region, and of those that end one, by FX name.
 
-        A region starts at each low product whose calibrated maximum times `headroom` is beyond the
+        A region starts at each low product whose calibrated maximum times `NEEDED` is beyond the
         dtype's largest number.
         """
-        headroom = max(headroom, HEADROOM)
         scales: dict[fx.Node, float] = {}
         kinds: dict[fx.Node, str] = {}
         for node in self._graph.nodes:
             kind = self._kind(node)
             if kind not in self._on or not is_low(node):
                 continue
-            scale = self._needed(node, dtype, headroom)
+            scale = self._needed(node, dtype)
             region = self._region(node, kind) if scale < 1 else None
             if region is None or any(map(self._is_sensitive, region)):
                 continue
@@ -136,13 +138,13 @@ class Rescaler:
             return "rescale_layers"
         return "scale_scores" if op in _PRODUCTS else ""
 
-    def _needed(self, node: fx.Node, dtype: torch.dtype, headroom: float) -> float:
+    def _needed(self, node: fx.Node, dtype: torch.dtype) -> float:
         """The power of two that brings a result into range: 1 where it is, or is not finite."""
         seen = self._evidence.range(node)
         if seen is None or not math.isfinite(seen.abs_max):
             return 1.0
-        excess = seen.abs_max * headroom / torch.finfo(dtype).max
-        return 2.0 ** -math.ceil(math.log2(excess)) if excess > 1 else 1.0
+        excess = seen.abs_max / torch.finfo(dtype).max
+        return 2.0 ** -math.ceil(math.log2(excess * HEADROOM)) if excess * NEEDED > 1 else 1.0
 
     def _region(self, source: fx.Node, kind: str) -> list[fx.Node] | None:
         """The nodes whose values are held scaled; None where a reader cannot take it."""
@@ -166,9 +168,13 @@ class Rescaler:
     def _are_small(self, region: list[fx.Node], dtype: torch.dtype) -> bool:
         """Whether scores, once scaled, may be rounded."""
         ends = {user for member in region for user in member.users} - set(region)
-        seen = [self._evidence.range(end) for end in ends]
-        largest = max(abs(r.maximum) if r is not None else math.inf for r in seen)
-        return largest * unit_roundoff(dtype) <= SCORE_ERROR
+        for end in ends:
+            seen = self._evidence.range(end)
+            if seen is None or not seen.abs_max * NEEDED <= torch.finfo(dtype).max:
+                return False
+            if not abs(seen.maximum) * unit_roundoff(dtype) <= SCORE_ERROR:
+                return False
+        return True
 
     def _passes(self, node: fx.Node) -> bool:
         single = isinstance(self._values.get(node.name), Value)
@@ -187,11 +193,17 @@ class Rescaler:
         return readers == [_LAYERS[op][0]]
 
     def _is_number(self, argument: Any) -> bool:
-        """Whether an argument is a number, or a tensor that holds one."""
+        """Whether an argument is a number, or a constant tensor that holds one."""
         if isinstance(argument, fx.Node):
             value = self._values.get(argument.name)
-            return isinstance(value, Value) and math.prod(value.shape) == 1
+            single = isinstance(value, Value) and math.prod(value.shape) == 1
+            return single and self._is_constant(argument)
         return isinstance(argument, int | float) and argument != 0
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        if node.op != "call_function":
+            return bool(self._evidence.weight(node))
+        return all(map(self._is_constant, node.all_input_nodes))
 
     def _layer_weight(self, node: fx.Node) -> fx.Node | None:
         """A layer's weight, if it is a parameter."""
@@ -217,10 +229,12 @@ class Rescaler:
             arguments = [n for _, n in tensor_arguments(node, self._values)]
             for index, factor in scaling.operands.items():
                 seen = self._evidence.range(arguments[index])
-                if seen is None or not seen.abs_max * factor * HEADROOM <= limits.max:
+                if seen is None or not seen.abs_max * factor * NEEDED <= limits.max:
                     return False
                 is_bias = node.op == "call_function" and index == self._bias_index(node)
                 if factor < 1 and not is_bias and seen.abs_max * factor < smallest:
+                    return False
+                if dtype == torch.float16 and (seen.scaled(factor).tiny_share or 0) > TINY_SHARE:
                     return False
             number = next((a for a in node.args if isinstance(a, int | float)), 1.0)
             if (

@@ -149,13 +149,13 @@ class _Rewriter:
 
 
 def planned_numbers(arguments: Any, decision: Decision) -> Any:
-    """Number arguments as planned: clamped, or multiplied by a power of two."""
+    """Number arguments as planned: multiplied by a power of two, or else clamped."""
 
     def changed(leaf: Any) -> Any:
-        if decision.clamp is not None and isinstance(leaf, float) and leaf > -math.inf:
-            return max(leaf, decision.clamp)
         if decision.number_scale != 1 and isinstance(leaf, int | float):
             return leaf * decision.number_scale
+        if decision.clamp is not None and isinstance(leaf, float) and leaf > -math.inf:
+            return max(leaf, decision.clamp)
         return leaf
 
     return pytree.tree_map(changed, arguments)

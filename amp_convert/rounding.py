@@ -36,6 +36,10 @@ NOTABLE = 4.0
 """The growth from which on a value is searched for; no limit in a rules file is lower."""
 
 
+# Of a table that a rounded index leaves, or a matrix that is singular when it is rounded.
+_REFUSALS = (RuntimeError, IndexError, ValueError)
+
+
 @dataclass(frozen=True)
 class Growth:
     """How rounding errors grow around one node, in units of the low dtype's roundoff.
@@ -78,37 +82,51 @@ class Trials:
         yield reader, Growth(inputs=inputs)
         if inputs < NOTABLE:
             return
-        label = self._labels.get(reader.name, reader.name)
+        label, between = self._labels.get(reader.name, reader.name), self._before(reader)
         pending, known = list(reader.all_input_nodes), set(kept)
         while pending:
             value = pending.pop()
             if value in known or value.op != "call_function":
                 continue
             known.add(value)
-            growth = self._blame(value, reader, env, result)
+            growth = self._blame(value, reader, between, env, result)
             if not growth < NOTABLE:
                 yield value, Growth(result=growth, reader=label)
                 pending += value.all_input_nodes
 
+    def _before(self, reader: fx.Node) -> list[fx.Node]:
+        """What the reader depends on, of the nodes in the window before it, in order."""
+        last = self._index[reader]
+        found, needed = [], set(reader.all_input_nodes)
+        for node in reversed(self._nodes[max(last - WINDOW, 0) : last]):
+            if node in needed:
+                found.append(node)
+                needed.update(node.all_input_nodes)
+        return found[::-1]
+
     def _blame(
-        self, value: fx.Node, reader: fx.Node, env: Mapping[fx.Node, Any], result: Any
+        self,
+        value: fx.Node,
+        reader: fx.Node,
+        between: list[fx.Node],
+        env: Mapping[fx.Node, Any],
+        result: Any,
     ) -> float:
         """The growth at the reader when `value` alone is rounded, wherever it is read; 0 where the
         nodes between cannot run again."""
-        first, last = self._index[value], self._index[reader]
-        if last - first > WINDOW:
+        if value not in between:
             return 0.0
         values: dict[fx.Node, Any] = {**env, value: self._rounded(env[value])}
         changed = {value}
-        for node in self._nodes[first + 1 : last]:
+        for node in between[between.index(value) + 1 :]:
             if changed.isdisjoint(node.all_input_nodes):
                 continue
             if not _repeatable(node):
                 return 0.0
             try:
                 values[node] = _evaluate(node, values)
-            except RuntimeError:
-                return math.inf
+            except _REFUSALS as refusal:
+                return _infinite(refusal)
             changed.add(node)
         return self._growth(result, reader, values)
 
@@ -126,8 +144,8 @@ class Trials:
         dtype's roundoff; infinite when it refuses them, as a factorisation may."""
         try:
             result = _evaluate(reader, values)
-        except RuntimeError:
-            return math.inf
+        except _REFUSALS as refusal:
+            return _infinite(refusal)
         error = 0.0
         pairs = zip(pytree.tree_leaves(reference), pytree.tree_leaves(result), strict=True)
         for want, have in pairs:
@@ -136,6 +154,13 @@ class Trials:
                 sums.add(want, have)
                 error = larger(error, sums.rel_l2)
         return error / unit_roundoff(self._dtype)
+
+
+def _infinite(refusal: Exception) -> float:
+    """The growth where an operator refuses rounded values."""
+    if isinstance(refusal, torch.OutOfMemoryError):
+        raise refusal
+    return math.inf
 
 
 def keep_window(graph: fx.Graph, uses: Mapping[fx.Node, list[fx.Node]]) -> dict[Any, list[fx.Node]]:
@@ -148,20 +173,20 @@ def keep_window(graph: fx.Graph, uses: Mapping[fx.Node, list[fx.Node]]) -> dict[
 
 
 def _can_be_tried(node: fx.Node) -> bool:
-    """Whether a node computes new values, of PyTorch's own operators."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.name.startswith("aten::") or not _repeatable(node):
+    """Whether a node computes new values: it is no view, and picks nothing from a tuple."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not _repeatable(node):
         return False
-    return all(returned.alias_info is None for returned in schema.returns)
+    return all(returned.alias_info is None for returned in node.target._schema.returns)
 
 
 def _repeatable(node: fx.Node) -> bool:
-    """Whether running a node once more changes nothing, and gives the same result."""
-    if node.op != "call_function":
-        return False
+    """Whether running a node once more changes nothing, and gives the same result. Nobody knows
+    that of a custom operator; memory that is not written yet holds something else each time."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return not isinstance(node.target, torch._ops.HigherOrderOperator)
-    if node.target._schema.is_mutable:
+        return getattr(node.target, "__module__", "") == "_operator"
+    if node.target.namespace != "aten" or node.target._schema.is_mutable:
+        return False
+    if "empty" in node.target._schema.name:
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return True

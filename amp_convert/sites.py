@@ -202,10 +202,15 @@ class Sites:
         for user, consumer in self._readers(node):
             if consumer.op in PERIODIC or consumer.op in EXPONENTIAL:
                 yield replace(consumer, summed=any(c.op in SUMS for c in self._feeds[user]))
-            elif self._is_transparent(user) or consumer.op in _SUMS:
+            elif self._is_transparent(user) or (consumer.op in _SUMS and not _has_alpha(user)):
                 yield from self._reaches[user]
-            elif consumer.op in _PRODUCTS:
+            elif consumer.op in _PRODUCTS or consumer.op in _SUMS:
                 yield from (replace(end, scaled=True) for end in self._reaches[user])
+
+
+def _has_alpha(node: fx.Node) -> bool:
+    """Whether a sum multiplies one of its terms."""
+    return bool(_named_arguments(node).get("alpha", 1) != 1)
 
 
 def _named_arguments(node: fx.Node) -> dict[str, Any]:

@@ -266,6 +266,8 @@ def test_it_is_known_whether_a_product_lies_between() -> None:
     at = sites_of(lambda m, x: (lambda h: (h / 2 + h).exp())(x.tanh()))
     assert {end.scaled for end in at["tanh"].reaches} == {False, True}
     assert {end.scaled for end in at["div"].reaches} == {False}
+    at = sites_of(lambda m, x: torch.add(x, x.tanh(), alpha=3).exp())
+    assert {end.scaled for end in at["tanh"].reaches} == {True}
 
 
 # --- masks ---------------------------------------------------------------------------------------
