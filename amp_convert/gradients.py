@@ -1,0 +1,353 @@
+"""ConvertedModel -> `GradientParity`: one training step's gradients held against FP32's.
+
+Same weights, same batch, same random numbers; three steps, forward and backward, and none of an
+optimizer (see `trainstep`):
+
+1. The eager FP32 model. It is run first, so that whatever is wrong with the batch, the loss or the
+   FP32 gradients is said before anything is compared.
+2. The captured FP32 graph, the reference, whose activation gradients are reduced to histograms of
+   exponents on the way. Its parameter gradients are held against the eager model's as well: a
+   reference is checked, not trusted.
+3. The mixed model, with the loss multiplied by the loss scale, and the gradients divided by it.
+
+The loss is computed from outputs in the original's dtypes in all three. Errors are summed in FP64,
+a chunk at a time, and added up over a layer's parameters and over all.
+
+A model that was captured in parts is run as it is, with each captured part replaced by its FP32
+graph in step 2, as it is by its mixed graph in step 3. Activation gradients are then those inside
+the captured parts alone; parameter gradients are complete.
+
+The recommended loss scale rests on the gradients of all weights and all activations, whether the
+plan keeps them in FP32 or not: that is on the safe side, and the same for every plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from amp_convert.converted import ConvertedModel
+from amp_convert.error_metrics import ErrorSums, chunks, larger
+from amp_convert.exponents import (
+    SMALLEST_NORMAL,
+    TINIEST,
+    ExponentHistogram,
+    Exponents,
+    ScaleAdvice,
+    log2,
+    recommend_scale,
+)
+from amp_convert.export import NodeInfo
+from amp_convert.trainstep import Loss, StepTrace, TrainStep, Watched
+
+
+@dataclass(frozen=True)
+class GradientDifference:
+    """The unscaled gradients of the mixed model against FP32's, over `elements` of them.
+
+    `zeroed_share` is the share of the nonzero FP32 gradients that are zero in the mixed model.
+    `nonfinite` counts infinities and NaN in the mixed model; with any of them, no error is finite.
+    NaN stands for an error against a gradient that one of the models does not have. None where
+    there is nothing to measure.
+    """
+
+    elements: int
+    rel_l2: float | None
+    cosine: float | None
+    max_abs_err: float | None
+    ref_abs_max: float | None
+    zeroed_share: float | None
+    nonfinite: int
+
+
+@dataclass(frozen=True)
+class ParameterGradient(GradientDifference):
+    """The error of one parameter's gradient; a shared parameter has one row, by its first name."""
+
+    name: str
+    layer: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ActivationGradient:
+    """The FP32 gradient with respect to the results of one node.
+
+    `grad_underflow_fraction` is the share of its nonzero elements under 2**-24, and `scaled_...` of
+    those times the loss scale; None where all are zero.
+    """
+
+    node: str
+    layer: str
+    op: str
+    elements: int
+    abs_max: float
+    nonfinite: int
+    grad_underflow_fraction: float | None
+    scaled_grad_underflow_fraction: float | None
+
+
+@dataclass(frozen=True)
+class LayerGradient(GradientDifference):
+    """The error of all of a layer's parameter gradients together, and how many of its nonzero FP32
+    activation gradients are under 2**-24, unscaled and scaled (None without any)."""
+
+    layer: str
+    grad_underflow_fraction: float | None
+    scaled_grad_underflow_fraction: float | None
+
+
+@dataclass(frozen=True)
+class GradientRange:
+    """The FP32 gradients of all weights or of all activations: histogram of their exponents, and
+    the shares of the nonzero ones under 2**-24 (underflow) and 2**-14 (subnormal, and underflow),
+    unscaled and multiplied by the loss scale."""
+
+    histogram: ExponentHistogram
+    underflow_fraction: float | None
+    subnormal_fraction: float | None
+    scaled_underflow_fraction: float | None
+    scaled_subnormal_fraction: float | None
+
+    @classmethod
+    def of(cls, seen: Exponents, scale: float) -> GradientRange:
+        found = seen.histogram()
+        shares = [found.share_under(e, s) for s in (1, scale) for e in (TINIEST, SMALLEST_NORMAL)]
+        return cls(found, *shares)
+
+
+@dataclass(frozen=True)
+class GradientParity:
+    """What one step backward through both models showed. Plain data.
+
+    `scale` is the loss scale of the mixed model, `reference_rel_l2` the largest relative L2
+    difference of a parameter's gradient between the captured FP32 graph, which is the reference,
+    and the eager FP32 model. `same_random_numbers` is whether both models left the random state
+    alike: if not, dropout hit other elements. `layers` has layers with parameters first, and then
+    those that have activations only. `without_gradient` names the parameters that have none in
+    either model, which have no row; `only_fp32` and `only_mixed` those that have one in a single
+    model. Parameters that do not require gradients are left out.
+    """
+
+    dtype: str
+    scale: float
+    loss_fp32: float
+    loss_mixed: float
+    reference_rel_l2: float
+    same_random_numbers: bool
+    total: GradientDifference
+    parameters: tuple[ParameterGradient, ...]
+    layers: tuple[LayerGradient, ...]
+    activations: tuple[ActivationGradient, ...]
+    weight_range: GradientRange
+    activation_range: GradientRange
+    recommended: ScaleAdvice
+    without_gradient: tuple[str, ...]
+    only_fp32: tuple[str, ...]
+    only_mixed: tuple[str, ...]
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What is wrong whatever the tolerance, a sentence each; empty if nothing is."""
+        only = "has a gradient in the {} model only"
+        other = "the mixed model drew other random numbers than the FP32 model"
+        return (
+            *(() if self.same_random_numbers else (other,)),
+            *(f"{name} {only.format('FP32')}" for name in self.only_fp32),
+            *(f"{name} {only.format('mixed')}" for name in self.only_mixed),
+            *(
+                f"{row.name}: {row.nonfinite} of {row.elements} gradients are not finite in the "
+                f"mixed model, at a loss scale of {self.scale:g}"
+                for row in self.parameters
+                if row.nonfinite
+            ),
+        )
+
+
+def compare_gradients(
+    converted: ConvertedModel,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    target: Any,
+    loss: Loss,
+    *,
+    scale: float = 1.0,
+    path: str = "",
+) -> GradientParity:
+    """Run one training step of both models on one batch, without updating anything, and measure.
+
+    `scale` is the loss scale of the mixed model, a power of two: typically 2**16 for FP16 and 1 for
+    BF16. `path` is the file that `loss` stands in, for messages. Training flags, buffers, `.grad`
+    of the parameters, the batch and the random state are afterwards as they were.
+
+    Raises UsageError for another scale; UnsupportedModelError for a model without a train graph;
+    ModelError when the batch does not fit the model, and when the loss fails, is no differentiable
+    tensor of one element, or has a value or FP32 gradients that are not finite.
+    """
+    log2(scale)
+    step = TrainStep(converted, (tuple(args), dict(kwargs), target), loss, path)
+    eager = step.eager()
+    watched = Watched(converted.captured)
+    reference = step.run(watched, "FP32")
+    difference = _largest_difference(eager.gradients, reference.gradients)
+    del eager  # never three sets of gradients at a time
+    mixed = step.run(converted, "mixed", scale)
+    totals = _Totals(reference, mixed, scale)
+    for name, parameter in step.parameters.items():
+        totals.add(name, tuple(parameter.shape))
+    activations, by_layer = Exponents(), dict[str, Exponents]()
+    for info, seen in watched.seen.values():
+        activations.merge(seen)
+        by_layer.setdefault(info.layer, Exponents()).merge(seen)
+    return GradientParity(
+        dtype=converted.plan.dtype,
+        scale=float(scale),
+        loss_fp32=reference.loss,
+        loss_mixed=mixed.loss,
+        reference_rel_l2=difference,
+        same_random_numbers=_equal(reference.rng_state, mixed.rng_state),
+        total=GradientDifference(**totals.sums.fields()),
+        parameters=tuple(totals.rows),
+        layers=tuple(
+            _layer(layer, totals.layers.get(layer, _Sums()), by_layer.get(layer), scale)
+            for layer in dict.fromkeys((*totals.layers, *by_layer))
+        ),
+        activations=tuple(_activation(i, e, scale) for i, e in watched.seen.values() if e.elements),
+        weight_range=GradientRange.of(totals.weights, scale),
+        activation_range=GradientRange.of(activations, scale),
+        recommended=recommend_scale([totals.weights, activations], reference.loss),
+        without_gradient=tuple(totals.without),
+        only_fp32=tuple(totals.only_fp32),
+        only_mixed=tuple(totals.only_mixed),
+    )
+
+
+class _Totals:
+    """Rows and sums over the parameters, as they are added one by one."""
+
+    def __init__(self, reference: StepTrace, mixed: StepTrace, scale: float) -> None:
+        self._reference, self._mixed, self._scale = reference.gradients, mixed.gradients, scale
+        self.rows: list[ParameterGradient] = []
+        self.layers: dict[str, _Sums] = {}
+        self.sums, self.weights = _Sums(), Exponents()
+        self.without: list[str] = []
+        self.only_fp32: list[str] = []
+        self.only_mixed: list[str] = []
+
+    def add(self, name: str, shape: tuple[int, ...]) -> None:
+        """Take in both gradients of a parameter, and let go of them."""
+        want, have = self._reference.pop(name), self._mixed.pop(name)
+        if want is None and have is None:
+            self.without.append(name)
+            return
+        sums, layer = _Sums(), name.rpartition(".")[0]
+        if want is not None:
+            self.weights.add(want)
+        if want is None or have is None:
+            (self.only_mixed if want is None else self.only_fp32).append(name)
+        sums.add(want, have, self._scale)
+        self.sums.merge(sums)
+        self.layers.setdefault(layer, _Sums()).merge(sums)
+        row = ParameterGradient(**sums.fields(), name=name, layer=layer, shape=shape)
+        self.rows.append(row)
+
+
+def _layer(name: str, sums: _Sums, seen: Exponents | None, scale: float) -> LayerGradient:
+    found = (seen or Exponents()).histogram()
+    return LayerGradient(
+        **sums.fields(),
+        layer=name,
+        grad_underflow_fraction=found.share_under(TINIEST),
+        scaled_grad_underflow_fraction=found.share_under(TINIEST, scale),
+    )
+
+
+def _activation(info: NodeInfo, seen: Exponents, scale: float) -> ActivationGradient:
+    found = seen.histogram()
+    return ActivationGradient(
+        node=info.identity,
+        layer=info.layer,
+        op=info.op,
+        elements=found.elements,
+        abs_max=found.abs_max,
+        nonfinite=found.nonfinite,
+        grad_underflow_fraction=found.share_under(TINIEST),
+        scaled_grad_underflow_fraction=found.share_under(TINIEST, scale),
+    )
+
+
+def _largest_difference(
+    eager: Mapping[str, torch.Tensor | None], reference: Mapping[str, torch.Tensor | None]
+) -> float:
+    worst = 0.0
+    for name, want in eager.items():
+        have = reference[name]
+        if want is None or have is None:
+            worst = worst if want is have else math.inf
+            continue
+        sums = ErrorSums()
+        sums.add(want, have)
+        worst = larger(worst, sums.rel_l2)
+    return worst
+
+
+def _equal(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> bool:
+    return all(
+        one is other or (one is not None and other is not None and torch.equal(one, other))
+        for one, other in zip(a, b, strict=True)
+    )
+
+
+@dataclass
+class _Sums:
+    """The sums of some parameters' gradients."""
+
+    errors: ErrorSums = field(default_factory=ErrorSums)
+    nonzero: int = 0
+    zeroed: int = 0
+
+    def add(self, want: torch.Tensor | None, have: torch.Tensor | None, scale: float) -> None:
+        """Take in a parameter's gradients, the mixed one still scaled; None where there is none."""
+        if want is not None and have is not None:
+            have = have / scale if scale != 1 else have
+            self.errors.add(want, have)
+            for one, other in chunks(want, have):
+                self.nonzero += int(torch.count_nonzero(one))
+                if int(torch.count_nonzero(other)) < other.numel():
+                    self.zeroed += int(((other == 0) & (one != 0)).sum())
+            return
+        given = want if want is not None else have
+        assert given is not None
+        self.errors.elements += given.numel()
+        self.errors.difference = self.errors.max_abs = math.nan
+        if want is None:
+            self.errors.nonfinite += int((~torch.isfinite(given)).sum())
+        else:  # the parameter does not learn: all that there was is lost
+            lost = int(torch.count_nonzero(want))
+            self.nonzero, self.zeroed = self.nonzero + lost, self.zeroed + lost
+
+    def merge(self, other: _Sums) -> None:
+        mine, theirs = self.errors, other.errors
+        for name in ("elements", "difference", "reference", "product", "nonfinite"):
+            setattr(mine, name, getattr(mine, name) + getattr(theirs, name))
+        mine.max_abs = larger(mine.max_abs, theirs.max_abs)
+        mine.ref_abs_max = larger(mine.ref_abs_max, theirs.ref_abs_max)
+        self.nonzero += other.nonzero
+        self.zeroed += other.zeroed
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `GradientDifference`."""
+        errors, measured = self.errors, self.errors.elements > 0
+        return {
+            "elements": errors.elements,
+            "rel_l2": errors.rel_l2 if measured else None,
+            "cosine": errors.cosine if measured else None,
+            "max_abs_err": errors.max_abs if measured else None,
+            "ref_abs_max": errors.ref_abs_max if measured else None,
+            "zeroed_share": self.zeroed / self.nonzero if self.nonzero else None,
+            "nonfinite": errors.nonfinite,
+        }
