@@ -26,11 +26,15 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_is_leaf, tr
 from amp_convert.dtypes import name_of
 from amp_convert.errors import ModelError, UsageError
 from amp_convert.settings import split_source
-from amp_convert.usercode import run_file, run_module
+from amp_convert.usercode import defined_at, placed, run_file, run_module
 from amp_convert.usercode import user_code as user_code
 from amp_convert.usercode import user_output_to_stderr as user_output_to_stderr
 
 _INPUTS = "a tensor, a tuple (positional arguments) or a dict (keyword arguments)"
+_OPTIONAL = (
+    *("eval_batches", "metrics", "train_batches", "loss"),
+    *("optimizer", "scheduler", "initial_model"),
+)
 _END = object()
 
 
@@ -56,6 +60,8 @@ class Case:
     train_batches: Callable[[int], Iterable[tuple[Any, Any]]] | None = None
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    initial_model: Callable[[int], nn.Module] | None = None
     path: str = ""
 
 
@@ -72,8 +78,7 @@ def load_case(source: str) -> Case:
     module, path = run_file(place) if is_file else run_module(place)
     model = _build_model(module, attribute, path)
     args, kwargs = _example_inputs(module, path)
-    names = ("eval_batches", "metrics", "train_batches", "loss", "optimizer")
-    calls = {name: _optional_callable(module, name, path) for name in names}
+    calls = {name: _optional_callable(module, name, path) for name in _OPTIONAL}
     if calls["metrics"] and not calls["eval_batches"]:
         what = f"{os.path.basename(path)} defines metrics, but not eval_batches"
         raise ModelError(what, mend="Define eval_batches(), which yields (inputs, target) pairs.")
@@ -104,7 +109,7 @@ def as_call(inputs: Any, what: str = "example_inputs") -> tuple[tuple[Any, ...],
     if isinstance(inputs, list):
         raise ModelError(f"{what} gives a list", mend="Use a tuple for positional arguments.")
     detail = " with keys that are not strings" if isinstance(inputs, Mapping) else ""
-    raise ModelError(f"{what} gives {_kind(inputs)}{detail}", mend=f"Give {_INPUTS}.")
+    raise ModelError(f"{what} gives {kind_of(inputs)}{detail}", mend=f"Give {_INPUTS}.")
 
 
 def check_forward(case: Case) -> Any:
@@ -134,7 +139,7 @@ def check_forward(case: Case) -> Any:
     tensors = [(n, t) for n, t in named_leaves(outputs) if isinstance(t, torch.Tensor)]
     if not tensors:
         mend = "Let forward() return a tensor, or a tuple, list or dict of tensors."
-        what = f"the model returns {_kind(outputs)} without a tensor"
+        what = f"the model returns {kind_of(outputs)} without a tensor"
         raise ModelError(what, where=os.path.basename(case.path), mend=mend)
     if spoilt := [f"{n}: {c} of {t.numel()} values" for n, t in tensors if (c := _nans(t))]:
         mend = "Correct the model or example_inputs first: NaN cannot be compared with anything."
@@ -151,7 +156,8 @@ def user_batches(
     `what` is the user's name for `make`, "eval_batches" or "train_batches". Raises ModelError
     when the user's code does, when it gives no batch at all, or when a batch is not a pair.
     """
-    what, mend = f"{what}()", "Let it give (inputs, target) pairs, anew at each call."
+    what, where = f"{what}()", defined_at(make, path)
+    mend = "Let it give (inputs, target) pairs, anew at each call."
     with user_code(what, path):
         batches = iter(make())
     for index in range(at_most):
@@ -160,10 +166,12 @@ def user_batches(
         if batch is _END and index:
             return
         if batch is _END:
-            raise ModelError(f"{what} gives no batches", where=os.path.basename(path), mend=mend)
+            raise ModelError(f"{what} gives no batches", where=where, mend=mend)
+        said = f"batch {index} of {what}"
         if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ModelError(f"batch {index} of {what} is {_kind(batch)}, not a pair", mend=mend)
-        args, kwargs = as_call(batch[0], f"batch {index} of {what}")
+            raise ModelError(f"{said} is {kind_of(batch)}, not a pair", where=where, mend=mend)
+        with placed(where):
+            args, kwargs = as_call(batch[0], said)
         yield args, kwargs, batch[1]
 
 
@@ -178,8 +186,9 @@ def score(case: Case, outputs: Any, target: Any) -> dict[str, float]:
         values: Any = case.metrics(outputs, target)
         if isinstance(values, Mapping):
             return {str(name): float(value) for name, value in values.items()}
+    what, where = f"metrics() gives {kind_of(values)}", defined_at(case.metrics, case.path)
     mend = 'Return a dict of numbers, such as {"accuracy": 0.98}.'
-    raise ModelError(f"metrics() gives {_kind(values)}, not a dict", mend=mend)
+    raise ModelError(f"{what}, not a dict", where=where, mend=mend)
 
 
 def named_leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
@@ -228,7 +237,7 @@ def _build_model(module: ModuleType, attribute: str, path: str) -> nn.Module:
             value = value()
     if not isinstance(value, nn.Module):
         mend = f"Let {said} give the torch.nn.Module to convert."
-        raise ModelError(f"{said} gives {_kind(value)}", where=os.path.basename(path), mend=mend)
+        raise ModelError(f"{said} gives {kind_of(value)}", where=os.path.basename(path), mend=mend)
     _check_parameters(value, said, path)
     return value
 
@@ -281,7 +290,7 @@ def _optional_callable(module: ModuleType, name: str, path: str) -> Any:
     value = getattr(module, name, None)
     if value is None or callable(value):
         return value
-    what = f"{name} is {_kind(value)}, not a function"
+    what = f"{name} is {kind_of(value)}, not a function"
     raise ModelError(what, where=os.path.basename(path), mend=f"Write it as def {name}(...).")
 
 
@@ -295,6 +304,7 @@ def _lower_is_better(module: ModuleType, path: str) -> frozenset[str]:
     raise ModelError(what, where=os.path.basename(path), mend=mend)
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What `value` is, for a message: "None", "a dict", "an int"."""
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

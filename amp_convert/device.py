@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import random
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -117,26 +119,56 @@ def plain_mode(device: torch.device) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True, eq=False)
+class RngState:
+    """The state of every global random number generator: PyTorch's of the CPU and, on CUDA, of the
+    device, Python's and NumPy's. All but the tensors is plain data."""
+
+    cpu: torch.Tensor
+    device: torch.Tensor | None
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+
+    def same(self, other: RngState) -> bool:
+        """Whether both go on with the same numbers."""
+        mine, theirs = self.device, other.device
+        alike = mine is theirs if mine is None or theirs is None else torch.equal(mine, theirs)
+        rest = (self.python, self.numpy) == (other.python, other.numpy)
+        return alike and rest and torch.equal(self.cpu, other.cpu)
+
+
 @contextlib.contextmanager
 def preserved_rng(device: torch.device) -> Iterator[None]:
-    """Leave the random state of the CPU and of `device` as it was."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    """Leave the random state as it was."""
+    state = rng_state(device)
+    try:
         yield
+    finally:
+        set_rng_state(device, state)
 
 
-def rng_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def rng_state(device: torch.device) -> RngState:
     """The random state of the CPU and, on CUDA, of `device`."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(
-        device
-    ) if device.type == "cuda" else None
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    name, keys, *rest = np.random.get_state(legacy=True)
+    numpy = (name, tuple(np.asarray(keys).tolist()), *rest)
+    return RngState(torch.get_rng_state(), cuda, random.getstate(), numpy)
 
 
-def set_rng_state(device: torch.device, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+def set_rng_state(device: torch.device, state: RngState) -> None:
     """Go back to a state that `rng_state` returned."""
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+    torch.set_rng_state(state.cpu)
+    if state.device is not None:
+        torch.cuda.set_rng_state(state.device, device)
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+
+
+def seed_all(seed: int) -> None:
+    """Start every global random number generator from `seed`."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def milliseconds(function: Callable[[], Any], device: torch.device) -> float:
@@ -195,11 +227,25 @@ class StorageMeter(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    """The tensors that have storage of their own: of a sparse one, its parts."""
+    found: list[torch.Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.sparse_coo:
+            found += [leaf._indices(), leaf._values()]
+        elif isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            found.append(leaf)
+    return found
 
 
 def _cuda(device: torch.device, reason: str) -> Device:
     return Device(device, torch.cuda.get_device_name(device), reason)
+
+
+def kernels_of(device: torch.device) -> str:
+    """What decides about the bits of PyTorch's kernels: the GPU, or the CPU's instruction set."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _cpu_name() -> str:

@@ -1,6 +1,6 @@
 """ConvertedModel -> `GradientParity`: one training step's gradients held against FP32's.
 
-Same weights, same batch, same random numbers; three steps, forward and backward, and none of an
+Same weights, same batch, same random numbers; four steps, forward and backward, and none of an
 optimizer (see `trainstep`):
 
 1. The eager FP32 model. It is run first, so that whatever is wrong with the batch, the loss or the
@@ -8,13 +8,16 @@ optimizer (see `trainstep`):
 2. The captured FP32 graph, the reference, whose activation gradients are reduced to histograms of
    exponents on the way. Its parameter gradients are held against the eager model's as well: a
    reference is checked, not trusted.
-3. The mixed model, with the loss multiplied by the loss scale, and the gradients divided by it.
+3. The eager FP32 model with every weight rounded to the low dtype, once. How far its gradients part
+   from FP32's is what the model itself makes of rounding: in deep networks with BatchNorm that can
+   be most of a gradient at the first weights, and no fault of a conversion's.
+4. The mixed model, with the loss multiplied by the loss scale, and the gradients divided by it.
 
-The loss is computed from outputs in the original's dtypes in all three. Errors are summed in FP64,
+The loss is computed from outputs in the original's dtypes in all four. Errors are summed in FP64,
 a chunk at a time, and added up over a layer's parameters and over all.
 
 A model that was captured in parts is run as it is, with each captured part replaced by its FP32
-graph in step 2, as it is by its mixed graph in step 3. Activation gradients are then those inside
+graph in step 2, as it is by its mixed graph in step 4. Activation gradients are then those inside
 the captured parts alone; parameter gradients are complete.
 
 The recommended loss scale rests on the gradients of all weights and all activations, whether the
@@ -32,6 +35,7 @@ import torch
 
 from amp_convert.converted import ConvertedModel
 from amp_convert.error_metrics import ErrorSums, chunks, larger
+from amp_convert.errors import ModelError
 from amp_convert.exponents import (
     SMALLEST_NORMAL,
     TINIEST,
@@ -130,7 +134,9 @@ class GradientParity:
     alike: if not, dropout hit other elements. `layers` has layers with parameters first, and then
     those that have activations only. `without_gradient` names the parameters that have none in
     either model, which have no row; `only_fp32` and `only_mixed` those that have one in a single
-    model. Parameters that do not require gradients are left out.
+    model. Parameters that do not require gradients are left out. `rounded_rel_l2` is the relative
+    L2 difference from FP32's gradients, all together, of those from rounded weights; None where
+    that was not measured.
     """
 
     dtype: str
@@ -149,6 +155,7 @@ class GradientParity:
     without_gradient: tuple[str, ...]
     only_fp32: tuple[str, ...]
     only_mixed: tuple[str, ...]
+    rounded_rel_l2: float | None = None
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -176,13 +183,16 @@ def compare_gradients(
     loss: Loss,
     *,
     scale: float = 1.0,
+    backoff: float | None = None,
     path: str = "",
 ) -> GradientParity:
     """Run one training step of both models on one batch, without updating anything, and measure.
 
     `scale` is the loss scale of the mixed model, a power of two: typically 2**16 for FP16 and 1 for
-    BF16. `path` is the file that `loss` stands in, for messages. Training flags, buffers, `.grad`
-    of the parameters, the batch and the random state are afterwards as they were.
+    BF16. With a `backoff` factor below 1 it is lowered by that, to a power of two, for as long as
+    the mixed gradients are not finite, as a dynamic loss scale would be. `path` is the file that
+    `loss` stands in, for messages. Training flags, buffers, `.grad` of the parameters, the batch
+    and the random state are afterwards as they were.
 
     Raises UsageError for another scale; UnsupportedModelError for a model without a train graph;
     ModelError when the batch does not fit the model, and when the loss fails, is no differentiable
@@ -195,7 +205,12 @@ def compare_gradients(
     reference = step.run(watched, "FP32")
     difference = _largest_difference(eager.gradients, reference.gradients)
     del eager  # never three sets of gradients at a time
+    sensitivity = _sensitivity(step, reference)
     mixed = step.run(converted, "mixed", scale)
+    while backoff is not None and scale > 1 and not _finite(mixed):
+        scale = max(scale * 2.0 ** math.floor(math.log2(backoff)), 1.0)
+        del mixed
+        mixed = step.run(converted, "mixed", scale)
     totals = _Totals(reference, mixed, scale)
     for name, parameter in step.parameters.items():
         totals.add(name, tuple(parameter.shape))
@@ -209,7 +224,7 @@ def compare_gradients(
         loss_fp32=reference.loss,
         loss_mixed=mixed.loss,
         reference_rel_l2=difference,
-        same_random_numbers=_equal(reference.rng_state, mixed.rng_state),
+        same_random_numbers=reference.rng_state.same(mixed.rng_state),
         total=GradientDifference(**totals.sums.fields()),
         parameters=tuple(totals.rows),
         layers=tuple(
@@ -223,6 +238,7 @@ def compare_gradients(
         without_gradient=tuple(totals.without),
         only_fp32=tuple(totals.only_fp32),
         only_mixed=tuple(totals.only_mixed),
+        rounded_rel_l2=sensitivity,
     )
 
 
@@ -295,11 +311,23 @@ def _largest_difference(
     return worst
 
 
-def _equal(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> bool:
-    return all(
-        one is other or (one is not None and other is not None and torch.equal(one, other))
-        for one, other in zip(a, b, strict=True)
-    )
+def _sensitivity(step: TrainStep, reference: StepTrace) -> float | None:
+    """The relative L2 difference of all gradients from those with rounded weights; None without
+    any, and where the loss refuses what those weights give."""
+    try:
+        rounded = step.rounded()
+    except ModelError:
+        return None
+    sums = ErrorSums()
+    for name, want in reference.gradients.items():
+        have = rounded.gradients[name]
+        if want is not None and have is not None:
+            sums.add(want, have)
+    return sums.rel_l2 if sums.elements else None
+
+
+def _finite(trace: StepTrace) -> bool:
+    return all(g is None or bool(torch.isfinite(g).all()) for g in trace.gradients.values())
 
 
 @dataclass

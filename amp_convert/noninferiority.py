@@ -158,6 +158,31 @@ class Noninferiority:
         return self.looks[-1] if self.looks else None
 
 
+def require_test(seeds: int, *, has_margin: bool) -> None:
+    """Raises UsageError unless `seeds` is 1, for no test, or can be tested against a margin: before
+    the first look there is no answer, and after the last one no more use."""
+    if seeds == 1:
+        return
+    if not LOOKS[0] <= seeds <= LOOKS[-1]:
+        looks = f"{', '.join(map(str, LOOKS[:-1]))} and {LOOKS[-1]}"
+        what = f"{seeds} seeds were asked for; the test looks at {looks} pairs"
+        raise UsageError(what, mend=f"Give 1, or a number from {LOOKS[0]} to {LOOKS[-1]}.")
+    if not has_margin:
+        raise UsageError(
+            "a test over seeds needs a margin that is fixed before it",
+            mend="Give --margin in the metric's unit, or --fp32-baseline with a file that "
+            "amp-convert baseline made.",
+        )
+
+
+def require_baseline(seeds: int) -> None:
+    """Raises UsageError for fewer seeds than an FP32 baseline needs."""
+    if seeds < MIN_BASELINE_SEEDS:
+        what = f"an FP32 baseline of {seeds} seeds was asked for; a margin needs at least "
+        mend = f"Give --seeds {MIN_BASELINE_SEEDS} or more."
+        raise UsageError(f"{what}{MIN_BASELINE_SEEDS}", mend=mend)
+
+
 def judge_pairs(
     fp32: Sequence[float], mixed: Sequence[float], margin: Margin, *, lower_is_better: bool
 ) -> Noninferiority:

@@ -27,13 +27,14 @@ from torch.utils import _pytree as pytree
 
 from amp_convert import device as devices
 from amp_convert.capture import Captured, Region
-from amp_convert.case import user_code
+from amp_convert.case import kind_of, user_code
 from amp_convert.converted import ConvertedModel
-from amp_convert.dtypes import is_float_tensor
+from amp_convert.dtypes import from_name, is_float_tensor
 from amp_convert.errors import ModelError, UnsupportedModelError
 from amp_convert.exponents import Exponents
 from amp_convert.export import NodeInfo
 from amp_convert.runner import GraphRunner, in_mode
+from amp_convert.usercode import defined_at
 
 Loss = Callable[[Any, Any], torch.Tensor]
 """The user's loss: (outputs, target) to a tensor of one element."""
@@ -46,7 +47,7 @@ class StepTrace:
 
     loss: float
     gradients: dict[str, torch.Tensor | None]
-    rng_state: tuple[torch.Tensor, torch.Tensor | None]
+    rng_state: devices.RngState
 
 
 class TrainStep:
@@ -87,17 +88,31 @@ class TrainStep:
                 )
         return trace
 
+    def rounded(self) -> StepTrace:
+        """The step of the original with its FP32 parameters rounded to the low dtype, once; those
+        beyond its range stay as they are."""
+        low = from_name(self._converted.plan.dtype)
+        floats = [p for p in self._model.parameters() if p.dtype == torch.float32]
+        before = [parameter.data for parameter in floats]
+        try:
+            for parameter, data in zip(floats, before, strict=True):
+                wide = data.to(low).float()
+                parameter.data = torch.where(torch.isfinite(wide), wide, data)
+            with user_code("a training step of the FP32 model with rounded weights", self._path):
+                return self.run(self._model, "rounded FP32")
+        finally:
+            for parameter, data in zip(floats, before, strict=True):
+                parameter.data = data
+
     def run(self, call: Callable[..., Any], arm: str, scale: float = 1.0) -> StepTrace:
         """The step with `call` in the model's place; `arm`, "FP32" or "mixed", names it."""
         with self._training():
-            args, kwargs, target = pytree.tree_map_only(torch.Tensor, torch.clone, self._batch)
+            args, kwargs, target = cloned(self._batch)
             outputs = call(*args, **kwargs)
-            with user_code(f"loss(), given the outputs of the {arm} model,", self._path):
-                value: Any = self._loss(outputs, target)
+            value = checked_loss(self._loss, outputs, target, arm, self._path)
             del outputs
-            self._check_type(value)
             if arm == "FP32":
-                self._check_value(value)
+                require_trainable(value, self._loss, self._path)
             found = self._backward(value, scale)
             state = devices.rng_state(self._device)
         return StepTrace(float(value.detach()), found, state)
@@ -108,7 +123,7 @@ class TrainStep:
         wide = value.to(torch.promote_types(value.dtype, torch.float32)).sum() * scale
         wanted = list(self.parameters.values())
         found: Sequence[torch.Tensor | None] = torch.autograd.grad(wide, wanted, allow_unused=True)
-        gradients = [None if gradient is None else _real(gradient) for gradient in found]
+        gradients = [None if gradient is None else real_gradient(gradient) for gradient in found]
         return dict(zip(self.parameters, gradients, strict=True))
 
     @contextlib.contextmanager
@@ -125,27 +140,6 @@ class TrainStep:
                 yield
             finally:
                 self._converted.training = was_training
-
-    def _check_type(self, value: Any) -> None:
-        what = ""
-        if not isinstance(value, torch.Tensor):
-            what = f"{type(value).__name__}, not a tensor"
-        elif value.numel() != 1:
-            what = f"a tensor of shape {tuple(value.shape)}"
-        elif not is_float_tensor(value):
-            what = f"a tensor of {value.dtype}"
-        if what:
-            mend = "Let it return a floating point tensor of one element."
-            raise self._error(f"loss() gives {what}", mend)
-
-    def _check_value(self, value: torch.Tensor) -> None:
-        number = float(value.detach())
-        if not math.isfinite(number):
-            mend = "Correct the model, its weights or that batch first."
-            raise self._error(f"the FP32 model itself has a loss of {number}", mend)
-        if not value.requires_grad:
-            mend = "Compute it from the model's outputs, without detach(), item() or no_grad()."
-            raise self._error("loss() gives a tensor that no parameter has a gradient from", mend)
 
     def _error(self, what: str, mend: str) -> ModelError:
         return ModelError(what, where=os.path.basename(self._path), mend=mend)
@@ -193,7 +187,7 @@ class Watched:
 
 def _take(exponents: Exponents, gradient: torch.Tensor | None) -> None:
     if gradient is not None:
-        exponents.add(_real(gradient))
+        exponents.add(real_gradient(gradient))
 
 
 class _Watching(fx.Interpreter):
@@ -227,7 +221,46 @@ def _runner(region: Region, mode: str) -> GraphRunner:
     return region.runner(mode)
 
 
-def _real(gradient: torch.Tensor) -> torch.Tensor:
+def cloned(values: tuple[Any, ...]) -> Any:
+    """The same with tensors of its own: a model or loss may write to what it is given."""
+    return pytree.tree_map_only(torch.Tensor, torch.clone, values)
+
+
+def checked_loss(loss: Loss, outputs: Any, target: Any, arm: str, path: str) -> torch.Tensor:
+    """The user's loss of the outputs of the model that `arm` names; `path` is the loss's file.
+
+    Raises ModelError when the loss fails, or is no floating point tensor of one element.
+    """
+    with user_code(f"loss(), given the outputs of the {arm} model,", path):
+        value: Any = loss(outputs, target)
+    what = ""
+    if not isinstance(value, torch.Tensor):
+        what = f"{kind_of(value)}, not a tensor"
+    elif value.numel() != 1:
+        what = f"a tensor of shape {tuple(value.shape)}"
+    elif not is_float_tensor(value):
+        what = f"a tensor of {value.dtype}"
+    if what:
+        mend = "Let it return a floating point tensor of one element."
+        raise ModelError(f"loss() gives {what}", where=defined_at(loss, path), mend=mend)
+    checked: torch.Tensor = value
+    return checked
+
+
+def require_trainable(value: torch.Tensor, loss: Loss, path: str) -> None:
+    """Raises ModelError for a loss of the FP32 model that nothing can be trained with."""
+    number = float(value.detach())
+    if not math.isfinite(number):
+        what = f"the FP32 model itself has a loss of {number}"
+        mend = "Correct the model, its weights or that batch first."
+        raise ModelError(what, where=os.path.basename(path), mend=mend)
+    if not value.requires_grad:
+        what = "loss() gives a tensor that no parameter has a gradient from"
+        mend = "Compute it from the model's outputs, without detach(), item() or no_grad()."
+        raise ModelError(what, where=defined_at(loss, path), mend=mend)
+
+
+def real_gradient(gradient: torch.Tensor) -> torch.Tensor:
     """A gradient as a dense tensor of real numbers."""
     if gradient.layout is not torch.strided:  # of an embedding
         gradient = gradient.to_dense()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -85,6 +86,26 @@ def user_code(what: str, path: str, mend: str = "") -> Iterator[None]:
         mend = mend or "Correct it there; --debug shows the traceback."
         where = _user_line(error, path)
         raise ModelError(f"{what} {_raised(error)}", where=where, mend=mend) from error
+
+
+@contextlib.contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Errors raised inside this that name no place get `where` for one."""
+    try:
+        yield
+    except AmpConvertError as error:
+        if error.where:
+            raise
+        raise type(error)(error.what, where=where, mend=error.mend) from error
+
+
+def defined_at(function: object, path: str) -> str:
+    """The model file and the line where a function of the user's begins; only the file for one that
+    is from elsewhere."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    code, name = getattr(function, "__code__", None), os.path.basename(path)
+    return f"{name}:{code.co_firstlineno}" if code and code.co_filename == path else name
 
 
 def run_file(place: str) -> tuple[ModuleType, str]:

@@ -123,14 +123,19 @@ def initialize(module: nn.Module) -> None:
 def build_model() -> nn.Module:
     """Train the network for 100 steps and return it in eval mode. Two calls give equal weights."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        model = CharGPT()
+        model = initial_model(SEED)
     optimize = optimizer(model.parameters())
     for _, (characters, following) in zip(range(BUILD_STEPS), train_batches(SEED), strict=False):
         optimize.zero_grad()
         loss(model(characters), following).backward()
         optimize.step()
     return model.eval()
+
+
+def initial_model(seed: int) -> nn.Module:
+    """Return the untrained network of a seed, which a comparison of training starts from."""
+    torch.manual_seed(seed)
+    return CharGPT()
 
 
 def example_inputs() -> Tensor:

@@ -52,14 +52,19 @@ class DigitsCNN(nn.Module):
 def build_model() -> nn.Module:
     """Train the network and return it in eval mode. Two calls give the same weights."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        model = DigitsCNN()
+        model = initial_model(SEED)
     optimize = optimizer(model.parameters())
     for images, digits in train_batches(SEED):
         optimize.zero_grad()
         loss(model(images), digits).backward()
         optimize.step()
     return model.eval()
+
+
+def initial_model(seed: int) -> nn.Module:
+    """Return the untrained network of a seed, which a comparison of training starts from."""
+    torch.manual_seed(seed)
+    return DigitsCNN()
 
 
 def example_inputs() -> Tensor:

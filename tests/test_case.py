@@ -18,6 +18,10 @@ from amp_convert.errors import ModelError, UsageError
 HEAD = "import torch\nfrom torch import nn\n"
 MODEL = HEAD + "def build_model():\n    return nn.Linear(3, 2)\n"
 INPUTS = "def example_inputs():\n    return torch.ones(4, 3)\n"
+OPTIONAL = (
+    *("eval_batches", "metrics", "train_batches", "loss"),
+    *("optimizer", "scheduler", "initial_model"),
+)
 Load = Callable[..., Case]
 
 
@@ -59,8 +63,7 @@ def test_smallest_file(load: Load, tmp_path: Path) -> None:
     assert isinstance(case.model, nn.Linear)
     assert torch.equal(case.args[0], torch.ones(4, 3))
     assert (len(case.args), case.kwargs, case.lower_is_better) == (1, {}, frozenset())
-    calls = (case.eval_batches, case.metrics, case.train_batches, case.loss, case.optimizer)
-    assert calls == (None,) * 5
+    assert [getattr(case, name) for name in OPTIONAL] == [None] * 7
 
 
 def test_whole_file(load: Load) -> None:
@@ -72,14 +75,19 @@ def test_whole_file(load: Load) -> None:
         + "def train_batches(seed): yield torch.full((1, 3), float(seed)), 0\n"
         + "loss = nn.MSELoss()\n"
         + "def optimizer(parameters): return torch.optim.SGD(parameters, lr=7.0)\n"
+        + "def scheduler(optimizer): return torch.optim.lr_scheduler.StepLR(optimizer, 7)\n"
+        + "def initial_model(seed): return nn.Linear(3, 2 + seed)\n"
         + "lower_is_better = ['b']\n"
     )
-    assert all([case.eval_batches, case.train_batches, case.loss, case.optimizer])
+    assert all(getattr(case, name) for name in OPTIONAL)
     assert [target for _, target in case.eval_batches()] == [0]
     assert score(case, None, None) == {"a": 0.5, "b": 2.0}
     assert [x[0, 0].item() for x, _ in case.train_batches(9)] == [9.0]
     assert case.loss(torch.ones(1), torch.zeros(1)).item() == 1.0
-    assert case.optimizer(case.model.parameters()).defaults["lr"] == 7.0
+    optimizer = case.optimizer(case.model.parameters())
+    assert optimizer.defaults["lr"] == 7.0
+    assert case.scheduler(optimizer).step_size == 7
+    assert case.initial_model(4).out_features == 6
     assert case.lower_is_better == frozenset({"b"})
 
 
@@ -216,6 +224,13 @@ def test_everything_printed_goes_to_stderr(load: Load, capsys: pytest.CaptureFix
             "eval_batches is a list, not a function (at model.py). "
             "Write it as def eval_batches(...).",
         ),
+        *[
+            (
+                MODEL + INPUTS + f"{name} = 3",
+                f"{name} is an int, not a function (at model.py). Write it as def {name}(...).",
+            )
+            for name in OPTIONAL
+        ],
         (
             MODEL + INPUTS + "def metrics(o, t): ...",
             "model.py defines metrics, but not eval_batches. "

@@ -147,9 +147,9 @@ def test_user_batches() -> None:
     ("given", "said"),
     [
         ([], "train_batches() gives no batches (at model.py). Let it give (inputs, target) pairs"),
-        ([torch.ones(2, 3)], "batch 0 of train_batches() is a Tensor, not a pair. Let it give"),
-        ([(1, 2, 3)], "batch 0 of train_batches() is a tuple, not a pair. "),
-        ([((), 1), ([], 2)], "batch 1 of train_batches() gives a list. Use a tuple"),
+        ([torch.ones(2, 3)], "batch 0 of train_batches() is a Tensor, not a pair (at model.py)."),
+        ([(1, 2, 3)], "batch 0 of train_batches() is a tuple, not a pair (at model.py). "),
+        ([((), 1), ([], 2)], "batch 1 of train_batches() gives a list (at model.py). Use a tuple"),
         (None, "train_batches() raised TypeError: 'NoneType' object is not iterable (at "),
     ],
 )

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -118,6 +118,28 @@ def _assert_errors(row: Any, pairs: list[Any]) -> None:
     assert row.ref_abs_max == float(want.abs().max())
     lost = int(((have == 0) & (want != 0)).sum())
     assert row.zeroed_share == lost / int((want != 0).sum())
+
+
+@both_dtypes
+def test_what_rounded_weights_do_to_fp32s_gradients(dtype: torch.dtype) -> None:
+    """By hand; a weight that the dtype cannot hold stays as it is."""
+    torch.manual_seed(0)
+    of = staged(Net())
+    with torch.no_grad():
+        next(of.model.parameters()).view(-1)[0] = 1e5
+    found = parity(of.convert(dtype=dtype))
+    before = {n: p.detach().clone() for n, p in of.model.named_parameters()}
+    rounded = copy.deepcopy(of.model)
+    for parameter in rounded.parameters():
+        wide = parameter.data.to(dtype).float()
+        parameter.data = torch.where(wide.isinf(), parameter.data, wide)
+    want, have = by_hand(of.model), by_hand(rounded)
+    pairs = [(want[n], have[n]) for n in want if want[n] is not None]
+    size = torch.stack([w.norm() for w, _ in pairs]).norm()
+    apart = torch.stack([(h - w).norm() for w, h in pairs]).norm()
+    assert found.rounded_rel_l2 == pytest.approx(float(apart / size), rel=1e-9)
+    assert found.rounded_rel_l2 > 0
+    assert_same_bits(before, dict(of.model.named_parameters()))
 
 
 @both_dtypes
@@ -405,10 +427,26 @@ def test_a_loss_that_refuses_what_the_mixed_model_gives() -> None:
 
     def loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         calls.append(out.dtype)
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise ValueError("not in [0, 1]")
         return F.mse_loss(out, target)
 
     with pytest.raises(ModelError, match="given the outputs of the mixed model, raised ValueError"):
         parity(net().convert(), loss)
-    assert calls == [torch.float32] * 3
+    assert calls == [torch.float32] * 4
+
+
+def test_a_loss_that_refuses_rounded_weights_costs_that_figure_only() -> None:
+    calls = []
+
+    def loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        calls.append(out.dtype)
+        if len(calls) == 3:
+            raise ValueError("not in [0, 1]")
+        return F.mse_loss(out, target)
+
+    found = parity(net().convert(), loss)
+    assert found.rounded_rel_l2 is None
+    assert replace(found, rounded_rel_l2=parity(net().convert()).rounded_rel_l2) == parity(
+        net().convert()
+    )

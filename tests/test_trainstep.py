@@ -96,7 +96,7 @@ def test_gradients_are_those_of_plain_pytorch() -> None:
     for trace in traces:
         assert trace.loss == value
         assert_same_bits(wanted, trace.gradients)
-    assert torch.equal(traces[0].rng_state[0], traces[1].rng_state[0])
+    assert traces[0].rng_state.same(traces[1].rng_state)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -215,7 +215,7 @@ def test_everything_is_as_it_was() -> None:
     assert_same_bits(grads, {"first.weight": torch.full((8, 4), 3.0)})
     assert torch.equal(x, X)
     assert torch.equal(y, Y)
-    assert all(torch.equal(state, t.rng_state[0]) is False for t in traces)  # dropout did draw
+    assert all(torch.equal(state, t.rng_state.cpu) is False for t in traces)  # dropout did draw
 
 
 def test_everything_is_as_it_was_after_an_error() -> None:
@@ -278,7 +278,7 @@ def _nan_gradient(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda out, t: 0.5, "loss() gives float, not a tensor (at net.py)"),
+        (lambda out, t: 0.5, "loss() gives a float, not a tensor (at net.py)"),
         (lambda out, t: out, "loss() gives a tensor of shape (6, 4)"),
         (lambda out, t: (out > 0).sum(), "loss() gives a tensor of torch.int64"),
         (lambda out, t: F.mse_loss(out.detach(), t), "a tensor that no parameter has a gradient"),

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from amp_convert import usercode
 from amp_convert.errors import ModelError, UsageError
-from amp_convert.usercode import run_file, run_module, user_code
+from amp_convert.usercode import defined_at, placed, run_file, run_module, user_code
 
 Write = Callable[..., str]
 
@@ -256,6 +257,30 @@ def test_errors_of_ours_and_their_mend_pass_unchanged() -> None:
     with pytest.raises(ModelError) as advised, user_code("it", "", mend="Do this."):
         raise ValueError
     assert advised.value.mend == "Do this."
+
+
+def test_errors_without_a_place_get_one() -> None:
+    ours, ready = UsageError("x", mend="y"), ModelError("x", where="net.py:3")
+    with pytest.raises(UsageError) as caught, placed("batch 0"):
+        raise ours
+    assert (str(caught.value), caught.value.__cause__) == ("x (at batch 0). y", ours)
+    with pytest.raises(ModelError) as unchanged, placed("batch 0"):
+        raise ready
+    assert unchanged.value is ready
+    with pytest.raises(ZeroDivisionError), placed("batch 0"):
+        raise ZeroDivisionError
+
+
+def test_where_a_function_of_the_users_begins(write: Write) -> None:
+    path = write(
+        "\ndef loss(a, b):\n    return a\n\nother = lambda seed: seed\nfrom math import sin"
+    )
+    module, _ = run_file(path)
+    assert defined_at(module.loss, path) == "model.py:2"
+    assert defined_at(partial(partial(module.loss, 1), 2), path) == "model.py:2"
+    assert defined_at(module.other, path) == "model.py:5"
+    for foreign in (module.sin, torch.optim.AdamW, torch.nn.MSELoss(), inspect.unwrap, None):
+        assert defined_at(foreign, path) == "model.py"
 
 
 def test_prints_go_to_stderr(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
