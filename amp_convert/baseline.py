@@ -1,10 +1,10 @@
 """A baseline: what the gate remembers of one run, small enough to commit and to review.
 
 It holds statuses, metrics and each node's precision and errors, keyed by names that survive
-recapture; floats have 4 significant digits and nodes have a line each, so that a diff shows what
-changed. Nothing in it belongs to one machine: no paths, no timings. A file that cannot be trusted
-(missing, truncated, of another schema version, with unknown keys) is a UsageError, never an empty
-baseline.
+recapture; of training, statuses and the number of steps. Floats have 4 significant digits and nodes
+have a line each, so that a diff shows what changed. Nothing in it belongs to one machine: no paths,
+no timings. A file that cannot be trusted (missing, truncated, of another schema version, with
+unknown keys) is a UsageError, never an empty baseline.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from amp_convert.errors import UsageError
-from amp_convert.report import SCHEMA_VERSION, RunReport
+from amp_convert.report import SCHEMA_VERSION, RunReport, Unchecked
 from amp_convert.report.model import Section
 from amp_convert.verdict import CheckStatus
 
@@ -52,7 +52,11 @@ class BaselineNode(Section):
 
 
 class Baseline(Section):
-    """The slim form of a report; `device` is a type ("cpu", "cuda"), nodes are by identity."""
+    """The slim form of a report; `device` is a type ("cpu", "cuda"), nodes are by identity.
+
+    `training_steps` is None where nothing was trained, and in baselines from before there was
+    training.
+    """
 
     schema_version: Literal[1]
     kind: Literal["baseline"]
@@ -64,11 +68,12 @@ class Baseline(Section):
     metrics: dict[str, BaselineMetric]
     checks: dict[str, CheckStatus]
     nodes: dict[str, BaselineNode]
+    training_steps: int | None = None
 
 
 def baseline_of(report: RunReport) -> Baseline:
     """The slim form of `report`, whatever its verdict. Equal reports give equal baselines."""
-    plan, inference = report.plan, report.inference
+    plan, inference, trained = report.plan, report.inference, report.training
     measured = {row.node: row for row in inference.nodes} if inference else {}
     nodes = {}
     for decision in plan.decisions:
@@ -100,6 +105,7 @@ def baseline_of(report: RunReport) -> Baseline:
         },
         checks={check.name: check.status for check in report.verdict.checks},
         nodes=nodes,
+        training_steps=None if isinstance(trained, Unchecked) else trained.run.steps,
     )
 
 

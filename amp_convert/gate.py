@@ -5,14 +5,20 @@ report equals its own baseline. Then, by stable names, a finding each for:
 
 1. a report whose own verdict is fail;
 2. a check that ran in the baseline and is unchecked or gone now, or that passed and fails now;
+   but one on training that ran now too and cannot tell is a note;
 3. a metric that is gone, or worse than before by more than the tolerance;
 4. casts added;
 5. a node, or a whole layer, that computed in low precision and is in FP32 now;
 6. a node whose local or accumulated error grew by more than the factor, is NaN or infinite now, or
    is no longer measured. Errors below one rounding of the dtype count as one: that is noise.
 
+Of training only the checks are compared, as in 2. On another machine both of its arms have other
+bits, and a metric after it another value, which is no regression; and each report has held its own
+mixed arm to its own FP32 arm.
+
 Any finding fails the gate. Without one, an inconclusive report, or a baseline without errors to
-compare, leaves it inconclusive. What is new, gone or ruled otherwise is a note, and no failure.
+compare, leaves it inconclusive. What is new, gone, ruled otherwise or trained for another number of
+steps is a note, and no failure.
 """
 
 from __future__ import annotations
@@ -35,6 +41,7 @@ from amp_convert.regressions import (
     added_casts,
     newly_fp32,
     replaced,
+    undecided,
     worse_checks,
     worse_errors,
     worse_metrics,
@@ -133,6 +140,12 @@ def _notes(report: RunReport, now: Baseline, before: Baseline) -> Iterator[str]:
         yield "the baseline holds no node errors, so none were compared"
     if now.rules != before.rules:
         yield f"rules were {', '.join(before.rules)}, are {', '.join(now.rules)}"
+    for name, reason in undecided(report).items():
+        if before.checks.get(name) == "pass":
+            yield f"{name} passed in the baseline and has no answer now: {reason}"
+    steps = before.training_steps, now.training_steps
+    if None not in steps and steps[0] != steps[1]:
+        yield f"training steps were {steps[0]}, are {steps[1]}"
     for what, names in (
         ("gone", sorted(before.nodes.keys() - now.nodes.keys())),
         ("new", sorted(now.nodes.keys() - before.nodes.keys())),

@@ -15,6 +15,9 @@ from amp_convert.plan import Decision
 from amp_convert.report import RunReport
 from amp_convert.thresholds import metric_holds, metric_limit, rounding_unit
 
+# Checks on training, which is a draw: measured, and still unchecked, they ran and cannot tell.
+_DRAWS = tuple(f"training.{name}" for name in ("gradients", "weights", "loss", "metric", "seeds"))
+
 
 class FindingKind(StrEnum):
     """What got worse."""
@@ -46,14 +49,27 @@ def worse_checks(report: RunReport, now: Baseline, before: Baseline) -> Iterator
         reason = f"the report's own verdict is fail: {', '.join(failed)}"
         yield Finding(FindingKind.VERDICT, report.model.name, "", None, "fail", reason)
     reasons = {check.name: check.reason for check in report.verdict.checks}
+    open_questions = undecided(report)
     for name, was in sorted(before.checks.items()):
         status = now.checks.get(name, "gone")
+        if name in open_questions:
+            continue
         if was != "unchecked" and status in ("unchecked", "gone"):
             reason = f"ran in the baseline and no longer does: {reasons.get(name, 'gone')}"
             yield Finding(FindingKind.CHECK, name, "", was, status, reason)
         elif was == "pass" and status == "fail":
             reason = f"passed in the baseline: {reasons[name]}"
             yield Finding(FindingKind.CHECK, name, "", was, status, reason)
+
+
+def undecided(report: RunReport) -> dict[str, str]:
+    """The checks that ran and have no answer, and why: another draw may have one. Where the verdict
+    needs one, it is inconclusive, and so is the gate."""
+    return {
+        check.name: check.reason
+        for check in report.verdict.checks
+        if check.status == "unchecked" and check.value is not None and check.name.startswith(_DRAWS)
+    }
 
 
 def worse_metrics(now: Baseline, before: Baseline, tolerance: float) -> Iterator[Finding]:

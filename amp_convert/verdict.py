@@ -12,7 +12,7 @@ not measured is unchecked, and every comparison is written so that NaN fails it.
 5. `nodes.finite`: is every node finite that is finite in FP32? `frozen.identical`: is the model
    that gets deployed the one that was judged?
 6. `metrics.NAME`: do the user's own metrics hold?
-7. `training`: unchecked in this version.
+7. `training.*`: does it train as FP32 does? See `training_checks`.
 
 The verdict fails when any check fails; it is inconclusive when a required check (see `is_required`)
 is unchecked; otherwise it passes. The checks that do not block stay in the list as unchecked.
@@ -38,11 +38,13 @@ from amp_convert.checks import (
 from amp_convert.errors import UsageError
 from amp_convert.output_checks import autocast_check, output_checks
 from amp_convert.thresholds import Thresholds
+from amp_convert.training_checks import training_checks
 
 if TYPE_CHECKING:
     from amp_convert.divergence import Divergence
     from amp_convert.fidelity import Fidelity
     from amp_convert.plan import Plan
+    from amp_convert.training_parity import TrainingParity
 
 __all__ = [
     "EXIT_CODES",
@@ -80,16 +82,22 @@ def judge(
     thresholds: Thresholds,
     *,
     metrics_supplied: bool,
+    training: TrainingParity | None = None,
+    no_training: str = "training was not asked for",
 ) -> Verdict:
     """Hold the evidence against `thresholds`.
 
-    `divergence` is None when the graphs could not be run side by side, as on the meta device.
+    `divergence` is None when the graphs could not be run side by side, as on the meta device, and
+    `training` when nothing was trained, for the reason `no_training`.
     `metrics_supplied` is whether the user's file gives metrics: they are then required. Raises
     UsageError when `thresholds` are those of another dtype than the plan's.
     """
     if thresholds.dtype != plan.dtype:
         raise UsageError(f"the thresholds are for {thresholds.dtype}, the plan for {plan.dtype}")
-    limits = thresholds if any(decision.low for decision in plan.eval) else thresholds.exact()
+    limits, training_limits = (
+        thresholds if any(decision.low for decision in decisions) else thresholds.exact()
+        for decisions in (plan.eval, plan.train)
+    )
     checks = (
         fidelity_check("eval", fidelity, limits),
         fidelity_check("train", fidelity, limits),
@@ -101,7 +109,7 @@ def judge(
         nodes_check(plan, divergence),
         frozen_check(divergence),
         *metric_checks(divergence, limits),
-        Check("training", "unchecked", None, None, "training parity is not in this version"),
+        *training_checks(training, no_training, training_limits),
     )
     return Verdict(_status(checks, metrics_supplied), checks)
 
@@ -112,12 +120,21 @@ def is_required(check: str, *, metrics_supplied: bool) -> bool:
     Not required are: `fidelity.train` and `training` (inference parity stands without them),
     `capture.whole` (what was not captured runs in eager FP32, and the outputs cover it), and
     `outputs.vs_autocast` (native autocast may not run a model that we can).
+
+    Once training has run, its checks are required, but for three that can fail and, unchecked,
+    leave the answer to the rest: `training.random` (a kernel may draw in another order for another
+    dtype, and dropout be as good), `training.gradients` (a batch may tell nothing about a model
+    that amplifies any rounding; many steps do), and `training.metrics.NAME` (one run says too
+    little about a metric that was not named before it). Where the user gives
+    no metrics, none are asked for.
     """
-    if check == "metrics" or check.startswith("metrics."):
+    if check in ("metrics", "training.metrics") or check.startswith("metrics."):
         return metrics_supplied
-    if check == "outputs.vs_autocast":
+    if check in ("outputs.vs_autocast", "training.random", "training.gradients"):
         return False
-    return check.startswith(("outputs.", "plan.")) or check in (
+    if check.startswith("training.metrics."):
+        return False
+    return check.startswith(("outputs.", "plan.", "training.")) or check in (
         "fidelity.eval",
         "fidelity.batches",
         "nodes.finite",

@@ -16,6 +16,7 @@ from amp_convert.fidelity import Fidelity
 from amp_convert.gate import GateResult, compare
 from amp_convert.plan import Casts, Decision, Plan
 from amp_convert.report import Environment, ModelInfo, PlanSection, RunReport, Unchecked
+from amp_convert.training_parity import TrainingParity
 from amp_convert.verdict import Check, Thresholds, Verdict, judge
 
 FP16 = Thresholds.for_dtype("float16")
@@ -180,12 +181,14 @@ def report(
     decisions: tuple[Decision, ...] = DECISIONS,
     inference: Divergence | None = None,
     uncaptured: tuple[Uncaptured, ...] = (),
+    training: TrainingParity | None = None,
     **section: Any,
 ) -> RunReport:
     """A report of a run, judged by the real verdict. `section` changes fields of its plan."""
     inference = inference or divergence()
-    planned = plan(*decisions, uncaptured=uncaptured)
+    planned = plan(*decisions, uncaptured=uncaptured, train=decisions)
     limits = Thresholds.for_dtype("float16")
+    found = judge(BOTH_MODES, planned, inference, limits, metrics_supplied=True, training=training)
     low = sum(d.low for d in decisions)
     totals = {
         "dtype": "float16",
@@ -214,7 +217,7 @@ def report(
             parameters=12345,
         ),
         created="2026-01-02T03:04:05Z",
-        verdict=judge(BOTH_MODES, planned, inference, limits, metrics_supplied=True),
+        verdict=found,
         environment=Environment(
             python="3.11.7",
             torch="2.13.0+cpu",
@@ -230,7 +233,7 @@ def report(
         fidelity=BOTH_MODES,
         plan=PlanSection.model_validate(totals | section),
         inference=inference,
-        training=Unchecked(reason="not in this version"),
+        training=training or Unchecked(reason="not asked for"),
         onnx=Unchecked(reason="not asked for"),
     )
 
@@ -242,14 +245,16 @@ def verdict(
     planned: Any = None,
     thresholds: Thresholds = FP16,
     metrics_supplied: bool = True,
+    training: TrainingParity | None = None,
 ) -> Verdict:
     """The verdict over evidence that passes but for what is given."""
     return judge(
         rows,
-        planned or plan(),
+        planned or plan(train=DECISIONS),
         inference or divergence(),
         thresholds,
         metrics_supplied=metrics_supplied,
+        training=training,
     )
 
 

@@ -33,6 +33,7 @@ from tests.evidence import (
     output,
     report,
 )
+from tests.training_evidence import parity
 
 NAN = math.nan
 
@@ -70,6 +71,37 @@ def test_numbers_keep_four_significant_digits_and_the_same_text_results() -> Non
     noisier = measured(node_error(LAST, local_rel_l2=1.23456111e-3))
     assert baseline_of(noisy).nodes[LAST].local_rel_l2 == 1.235e-3
     assert baseline_text(baseline_of(noisy)) == baseline_text(baseline_of(noisier))
+
+
+def test_of_training_a_baseline_keeps_statuses_and_steps() -> None:
+    """No metric after training: on another machine it is another, which is no regression."""
+    found = baseline_of(report(training=parity()))
+    assert found.training_steps == 8
+    assert found.metrics.keys() == {"accuracy"}
+    assert {n: s for n, s in found.checks.items() if n.startswith("training")} == {
+        "training.steps": "pass",
+        "training.sound": "pass",
+        "training.random": "pass",
+        "training.gradients": "pass",
+        "training.weights": "pass",
+        "training.loss": "pass",
+        "training.metric": "pass",
+        "training.metrics.loss": "pass",
+    }
+    assert baseline_of(report()).training_steps is None
+
+
+def test_a_baseline_from_before_there_was_training_is_read(baseline_file: Path) -> None:
+    document = json.loads(baseline_file.read_text())
+    del document["training_steps"]
+    baseline_file.write_text(json.dumps(document))
+    assert load_baseline(baseline_file) == baseline_of(report())
+
+
+@pytest.mark.parametrize("name", ["digits_cnn", "minilm"])
+def test_the_committed_baselines_are_read(name: str) -> None:
+    path = Path(__file__).parents[1] / "reports" / "baselines" / f"{name}.json"
+    assert load_baseline(path).nodes
 
 
 def test_integer_nodes_are_left_out() -> None:

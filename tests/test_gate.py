@@ -33,6 +33,7 @@ from tests.evidence import (
     node_error,
     report,
 )
+from tests.training_evidence import LOSSES, arm, mixed_arm, parity, run
 
 NAN, INF = math.nan, math.inf
 
@@ -70,6 +71,21 @@ def test_gone_and_new_nodes_and_other_rules_are_noted() -> None:
         "4 node(s) new: extra.0/aten.linear#0, extra.1/aten.linear#0, extra.2/aten.linear#0 "
         "and 1 more",
     )
+
+
+def test_another_number_of_training_steps_is_noted() -> None:
+    fewer = parity(run(arm("fp32", LOSSES[2:]), mixed_arm(LOSSES[2:])), steps=6)
+    before, now = report(training=parity()), report(training=fewer)
+    result = gated(now, before)
+    assert (result.status, result.notes) == ("pass", ("training steps were 8, are 6",))
+    assert gated(before, before).notes == gated(before, report()).notes == ()
+
+
+def test_an_inconclusive_training_leaves_the_gate_inconclusive() -> None:
+    stopped = report(training=parity(steps=9, ended="interrupted after 8 of 9 steps"))
+    result = gated(stopped)
+    assert (result.status, result.findings) == ("inconclusive", ())
+    assert result.notes == ("the report's own verdict is inconclusive",)
 
 
 def test_the_folder_of_a_rules_file_does_not_matter() -> None:

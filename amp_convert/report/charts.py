@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from amp_convert.divergence import NodeDivergence
@@ -18,23 +18,14 @@ from amp_convert.report import format as fmt
 from amp_convert.report.grouping import layer_name
 from amp_convert.report.model import RunReport
 from amp_convert.report.summary import severity, tolerance
+from amp_convert.report.svg import LEFT, RIGHT, TOP, Axis, Mark, decades, dots, line, log10
 
-WIDTH, HEIGHT = 960, 332
-LEFT, RIGHT, TOP, BOTTOM = 58, 946, 24, 284
+HEIGHT, BOTTOM = 332, 284
 _MAX_DECADES = 8
 _MAX_BANDS = 40
 _NAMED_SHARE = 0.6
 _CHARACTER = 6.6
 _MAX_DEPTH = 6
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point with a label."""
-
-    x: float
-    y: float
-    label: str
 
 
 @dataclass(frozen=True)
@@ -72,20 +63,6 @@ class _Run:
     part: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Scale:
-    nodes: int
-    low: int
-    high: int
-
-    def x(self, index: int) -> float:
-        return round(LEFT + (RIGHT - LEFT) * (index + 0.5) / self.nodes, 1)
-
-    def y(self, error: float) -> float:
-        share = (math.log10(error) - self.low) / (self.high - self.low)
-        return round(BOTTOM - (BOTTOM - TOP) * min(max(share, 0.0), 1.0), 1)
-
-
 def error_chart(report: RunReport) -> ErrorChart | None:
     """The chart of error along the graph; None when no node has an error to draw."""
     rows = [
@@ -95,24 +72,24 @@ def error_chart(report: RunReport) -> ErrorChart | None:
     ]
     limit = tolerance(report)
     errors = [error for row in rows for error in (row.local_rel_l2, row.accumulated_rel_l2)]
-    scale = _scale(len(rows), [*errors, limit])
-    if scale is None:
+    powers = decades([*errors, limit], _MAX_DECADES)
+    if not rows or powers is None:
         return None
+    x, y = Axis(-0.5, len(rows) - 0.5, LEFT, RIGHT), Axis(*powers, BOTTOM, TOP, log10)
     bands, caption = _bands([row.layer for row in rows])
-    accumulated = [(scale.x(i), row.accumulated_rel_l2) for i, row in enumerate(rows)]
-    local = [(scale.x(i), row.local_rel_l2) for i, row in enumerate(rows)]
+    accumulated = _thinned([row.accumulated_rel_l2 for row in rows], x)
+    local = _thinned([row.local_rel_l2 for row in rows], x)
     return ErrorChart(
         decades=tuple(
-            Mark(LEFT, scale.y(10.0**power), f"1e{power}")
-            for power in range(scale.low, scale.high + 1)
+            Mark(LEFT, y.place(power), f"1e{power}") for power in range(powers[0], powers[1] + 1)
         ),
         bands=tuple(bands),
         caption=caption,
-        accumulated=_path(_thinned(accumulated), scale, "L"),
-        local=_path(_thinned(local), scale, "dot"),
-        worst=tuple(_worst_marks(rows, scale)),
-        failures=tuple(_failures(rows, scale)),
-        tolerance=Mark(RIGHT, scale.y(limit), f"tolerance {fmt.error(limit)}") if limit else None,
+        accumulated=line([(place, y.at(error)) for place, error in accumulated]),
+        local=dots((place, y.at(error)) for place, error in local),
+        worst=tuple(_worst_marks(rows, x, y)),
+        failures=tuple(_failures(rows, x)),
+        tolerance=Mark(RIGHT, y.at(limit), f"tolerance {fmt.error(limit)}") if limit else None,
     )
 
 
@@ -120,57 +97,40 @@ def _drawable(error: float | None) -> bool:
     return error is not None and math.isfinite(error) and error > 0
 
 
-def _scale(nodes: int, errors: Iterable[float | None]) -> _Scale | None:
-    powers = [math.log10(error) for error in errors if error is not None and _drawable(error)]
-    if not nodes or not powers:
-        return None
-    high = math.ceil(max(powers))
-    low = max(min(math.floor(min(powers)), high - 1), high - _MAX_DECADES)
-    return _Scale(nodes, low, high)
-
-
-def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float]]:
+def _thinned(errors: Sequence[float | None], x: Axis) -> list[tuple[float, float]]:
     columns: dict[int, tuple[float, float]] = {}
-    for x, error in points:
+    for index, error in enumerate(errors):
         if error is not None and _drawable(error):
-            held = columns.get(int(x))
+            place = x.at(index)
+            held = columns.get(int(place))
             if held is None or error > held[1]:
-                columns[int(x)] = (x, error)
+                columns[int(place)] = (place, error)
     return list(columns.values())
-
-
-def _path(points: Sequence[tuple[float, float]], scale: _Scale, kind: str) -> str:
-    if kind == "dot":
-        return "".join(f"M{x:g} {scale.y(error):g}h0" for x, error in points)
-    return "".join(
-        f"{'L' if place else 'M'}{x:g} {scale.y(error):g}"
-        for place, (x, error) in enumerate(points)
-    )
 
 
 def _label(row: NodeDivergence, error: float | None) -> str:
     return f"{layer_name(row.layer)} {fmt.printable(row.op)}: {fmt.error(error)}"
 
 
-def _worst_marks(rows: Sequence[NodeDivergence], scale: _Scale) -> list[Mark]:
+def _worst_marks(rows: Sequence[NodeDivergence], x: Axis, y: Axis) -> list[Mark]:
     ranked = sorted(
         (i for i, row in enumerate(rows) if _drawable(row.accumulated_rel_l2)),
         key=lambda i: -severity(rows[i].accumulated_rel_l2),
     )
     return [
-        Mark(scale.x(i), scale.y(error), _label(rows[i], error))
+        Mark(x.at(i), y.at(error), _label(rows[i], error))
         for i in ranked[:10]
         if (error := rows[i].accumulated_rel_l2) is not None
     ]
 
 
-def _failures(rows: Sequence[NodeDivergence], scale: _Scale) -> list[Mark]:
+def _failures(rows: Sequence[NodeDivergence], x: Axis) -> list[Mark]:
     columns: dict[int, Mark] = {}
     for index, row in enumerate(rows):
         error = row.accumulated_rel_l2
         if error is not None and not math.isfinite(error):
-            x = scale.x(index)
-            columns.setdefault(int(x), Mark(x, TOP, _label(row, error)))
+            place = x.at(index)
+            columns.setdefault(int(place), Mark(place, TOP, _label(row, error)))
     return list(columns.values())
 
 

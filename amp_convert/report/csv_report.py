@@ -1,6 +1,10 @@
 """layers.csv: one row a node of the eval plan, with its decision and its measured error.
 
-Decisions and errors are joined by node identity; a node that was not measured has empty cells.
+Decisions and errors are joined by node identity; a node that was not measured has empty cells. The
+same goes for `grad_underflow_fraction`, the share of the nonzero FP32 gradients with respect to the
+node's results that are under 2**-24: it is measured in the train graph, which has other nodes in
+some places. `grad_rel_l2` and `grad_cosine` are those of all parameter gradients of the node's
+layer together, the same in all rows of a layer.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from amp_convert.report.format import printable
 from amp_convert.report.model import RunReport
+from amp_convert.training_parity import TrainingParity
 
 _DECIDED = ("node", "layer", "op", "dtype", "rule", "reason", "source")
 _MEASURED = (
@@ -24,7 +29,9 @@ _MEASURED = (
     "overflow_fraction",
     "underflow_fraction",
 )
-COLUMNS = _DECIDED + _MEASURED
+_LAYER_GRADIENT = {"grad_rel_l2": "rel_l2", "grad_cosine": "cosine"}
+_GRADIENT = ("grad_underflow_fraction",)
+COLUMNS = (*_DECIDED, *_MEASURED, *_LAYER_GRADIENT, *_GRADIENT)
 # What makes a spreadsheet take a cell for a formula (OWASP, CSV injection), full-width forms
 # included.
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
@@ -54,11 +61,21 @@ def _cell(value: str | float | None) -> str:
 def layers_csv(report: RunReport) -> str:
     """The text of layers.csv, in graph order."""
     errors = {row.node: row for row in report.inference.nodes} if report.inference else {}
+    training = report.training
+    gradients = training.gradients if isinstance(training, TrainingParity) else None
+    layers = {row.layer: row for row in gradients.layers} if gradients else {}
+    activations = {row.node: row for row in gradients.activations} if gradients else {}
     return csv_text(
         COLUMNS,
         (
             [getattr(decision, name) for name in _DECIDED]
-            + [getattr(errors.get(decision.node), name, None) for name in _MEASURED]
+            + _fields(errors.get(decision.node), _MEASURED)
+            + _fields(layers.get(decision.layer), _LAYER_GRADIENT.values())
+            + _fields(activations.get(decision.node), _GRADIENT)
             for decision in report.plan.decisions
         ),
     )
+
+
+def _fields(row: object, names: Iterable[str]) -> list[str | float | None]:
+    return [getattr(row, name, None) for name in names]

@@ -14,6 +14,8 @@ _UNPRINTABLE = re.compile(
     "\ufff9-\uffff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 
 def printable(text: str) -> str:
     """`text` with control, invisible and text-direction characters shown as escapes.
@@ -79,6 +81,18 @@ def percent(share: float) -> str:
     if 0.999 < share < 1:
         return "> 99.9 %"
     return f"{share * 100:.1f} %"
+
+
+def scale(value: float) -> str:
+    """A loss scale: in full up to 65536, where most begin, and a higher power of two as such."""
+    if value > 2**16 and math.isfinite(value) and math.frexp(value)[0] == 0.5:
+        return power_of_two(math.frexp(value)[1] - 1)
+    return number(value)
+
+
+def power_of_two(exponent: int) -> str:
+    """ "2⁻²⁴"."""
+    return f"2{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def milliseconds(value: float | None) -> str:

@@ -11,13 +11,19 @@ import base64
 import functools
 import hashlib
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from amp_convert.plan import Decision
-from amp_convert.report import charts
+from amp_convert.report import (
+    charts,
+    gradient_chart,
+    gradient_summary,
+    svg,
+    training_charts,
+    training_summary,
+)
 from amp_convert.report import format as fmt
 from amp_convert.report.grouping import (
     fp32_groups,
@@ -26,31 +32,21 @@ from amp_convert.report.grouping import (
     ops_text,
     stays_fp32,
 )
-from amp_convert.report.model import RunReport
+from amp_convert.report.model import RunReport, Unchecked
 from amp_convert.report.summary import (
     ARMS,
     comparison,
     gaps,
-    tolerance,
     verdict_sentence,
     worst_layers,
-    worst_output,
 )
+from amp_convert.report.tiles import tiles, training_tiles
 
 TEMPLATES = Path(__file__).with_name("templates")
 _MAX_ROWS = 1_500
 _NAME = 100
 _PLACE = 40
 _PROSE = 600
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A headline figure: what it is, its value, and what to compare it with."""
-
-    title: str
-    value: str
-    notes: tuple[str, ...]
 
 
 def html_text(report: RunReport) -> str:
@@ -93,11 +89,12 @@ def _content(report: RunReport) -> dict[str, object]:
     return {
         "report": report,
         "sentence": verdict_sentence(report),
-        "tiles": _tiles(report),
+        "tiles": tiles(report),
         "rows": rows,
         "arms": [arm for arm in ARMS if any(getattr(row, arm) for row in rows)],
         "chart": charts.error_chart(report),
         "frame": charts,
+        "svg": svg,
         "worst": worst_layers(report),
         "groups": fp32_groups(decisions),
         "layers_text": layers_text,
@@ -109,6 +106,31 @@ def _content(report: RunReport) -> dict[str, object]:
         "errors": {row.node: row for row in report.inference.nodes} if report.inference else {},
         "fp32_nodes": sum(map(stays_fp32, decisions)),
         "shares": _shares(report, decisions),
+        **_training(report),
+    }
+
+
+def _training(report: RunReport) -> dict[str, object]:
+    """What training.html.j2 takes besides."""
+    parity = report.training
+    if isinstance(parity, Unchecked):
+        return {"parity": None}
+    gradients, answer = parity.gradients, parity.noninferiority
+    return {
+        "parity": parity,
+        "training": training_summary,
+        "gradient": gradient_summary,
+        "training_tiles": training_tiles(parity, report.verdict.checks),
+        "training_rows": training_summary.training_rows(parity),
+        "training_arms": training_summary.arms_shown(parity.run),
+        "looks": training_summary.look_rows(answer) if answer else [],
+        "loss_chart": training_charts.loss_chart(parity.run),
+        "distance_chart": training_charts.distance_chart(parity.run),
+        "scale_chart": training_charts.scale_chart(parity.run),
+        "gradient_chart": gradient_chart.gradient_chart(gradients),
+        "gradient_frame": gradient_chart,
+        "ranges": gradient_summary.range_rows(gradients),
+        "worst_gradients": gradient_summary.worst_gradients(gradients),
     }
 
 
@@ -128,51 +150,3 @@ def _shares(report: RunReport, decisions: tuple[Decision, ...]) -> list[tuple[st
         ("multiply-adds", plan.share_macs_low, f"{fmt.millions(macs)} in all"),
         ("nodes", plan.share_nodes_low, f"{plan.nodes:,} in all"),
     ]
-
-
-def _tiles(report: RunReport) -> list[Tile]:
-    plan = report.plan
-    tiles = [*_error_tile(report), *_metric_tiles(report), *_cost_tiles(report)]
-    nodes = f"{plan.low_nodes:,} of {fmt.count(plan.nodes, 'node')}"
-    notes = ("of the multiply-adds", nodes, f"{fmt.count(plan.casts, 'cast')} inserted")
-    return [*tiles, Tile("in low precision", fmt.percent(plan.share_macs_low), notes)]
-
-
-def _error_tile(report: RunReport) -> list[Tile]:
-    inference = report.inference
-    mixed = worst_output(inference.outputs) if inference else None
-    if inference is None or mixed is None:
-        return []
-    autocast = worst_output(inference.autocast_outputs)
-    limit = tolerance(report)
-    notes = [f"native autocast {fmt.error(autocast.rel_l2)}"] if autocast else []
-    notes += [f"limit {fmt.error(limit)}"] if limit is not None else []
-    return [Tile("output error", fmt.error(mixed.rel_l2), tuple(notes))]
-
-
-def _metric_tiles(report: RunReport) -> list[Tile]:
-    return [
-        Tile(
-            fmt.clip(fmt.printable(metric.name), 40),
-            fmt.number(metric.mixed),
-            (f"FP32 {fmt.number(metric.fp32)}", f"change {fmt.change(metric.fp32, metric.mixed)}"),
-        )
-        for metric in (report.inference.metrics if report.inference else ())[:2]
-    ]
-
-
-def _cost_tiles(report: RunReport) -> list[Tile]:
-    costs = {cost.arm: cost for cost in report.inference.costs} if report.inference else {}
-    fp32, mixed = costs.get("fp32"), costs.get("mixed")
-    if fp32 is None or mixed is None:
-        return []
-    tiles = []
-    if fp32.milliseconds and mixed.milliseconds:
-        ratio = f"{fp32.milliseconds / mixed.milliseconds:.2f} × as fast"
-        notes = (f"FP32 {fmt.milliseconds(fp32.milliseconds)}", ratio)
-        tiles.append(Tile("time", fmt.milliseconds(mixed.milliseconds), notes))
-    if fp32.peak_bytes and mixed.peak_bytes:
-        ratio = f"{mixed.peak_bytes / fp32.peak_bytes:.2f} × the memory"
-        notes = (f"FP32 {fmt.mebibytes(fp32.peak_bytes)}", ratio)
-        tiles.append(Tile("peak memory", fmt.mebibytes(mixed.peak_bytes), notes))
-    return tiles

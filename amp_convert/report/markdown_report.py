@@ -15,6 +15,7 @@ from amp_convert.report.summary import (
     verdict_sentence,
     worst_layers,
 )
+from amp_convert.report.training_markdown import training_lines
 
 
 def markdown_text(report: RunReport) -> str:
@@ -24,6 +25,7 @@ def markdown_text(report: RunReport) -> str:
         _figures(report),
         _checks(report),
         _worst(report),
+        training_lines(report.training),
         _fp32(report),
         _gaps(report),
         _environment(report),

@@ -17,6 +17,7 @@ from amp_convert.capture import Uncaptured
 from amp_convert.divergence import Divergence
 from amp_convert.fidelity import Fidelity
 from amp_convert.plan import Decision, Plan
+from amp_convert.training_parity import TrainingParity
 from amp_convert.verdict import Verdict
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -119,7 +120,7 @@ class RunReport(Section):
     fidelity: tuple[Fidelity, ...]
     plan: PlanSection
     inference: Divergence | None
-    training: Unchecked
+    training: TrainingParity | Unchecked
     onnx: Unchecked
 
     @field_validator("verdict")

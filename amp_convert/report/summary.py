@@ -16,7 +16,8 @@ from amp_convert.capture import Uncaptured
 from amp_convert.divergence import Divergence, NodeDivergence, OutputError
 from amp_convert.report import format as fmt
 from amp_convert.report.grouping import layer_name
-from amp_convert.report.model import RunReport
+from amp_convert.report.model import RunReport, Unchecked
+from amp_convert.training_parity import LOSS, TrainingParity
 
 ARMS = ("fp32", "autocast", "mixed", "frozen")
 
@@ -184,8 +185,10 @@ def gaps(report: RunReport) -> list[Gap]:
         # The parts that were not captured are listed one by one below.
         if check.status == "unchecked" and check.name != "capture.whole"
     ]
-    if all(check.name != "training" for check in checks):
+    if isinstance(report.training, Unchecked) and all(c.name != "training" for c in checks):
         found.append(Gap("training", report.training.reason))
+    if isinstance(report.training, TrainingParity):
+        found += _training_gaps(report.training)
     found.append(Gap("onnx", report.onnx.reason))
     for cost in report.inference.costs if report.inference else ():
         if cost.note and (cost.milliseconds is None or cost.peak_bytes is None):
@@ -193,6 +196,23 @@ def gaps(report: RunReport) -> list[Gap]:
     plan = report.plan
     found += coverage_gaps(plan.unknown_ops, plan.uncaptured, plan.unmatched_rules)
     return _merged(found)
+
+
+def _training_gaps(parity: TrainingParity) -> list[Gap]:
+    """What was not looked at in training; checks that could not run are not repeated here."""
+    found = [
+        Gap(f"training of the {arm.arm} arm", arm.note)
+        for arm in parity.run.arms
+        if arm.note and arm.arm not in ("fp32", "mixed")
+    ]
+    fp32 = parity.run.arm("fp32")
+    if fp32 is not None and set(fp32.metrics) == {LOSS}:
+        reason = "the model file gives no metrics, so training is judged by its loss alone"
+        found.append(Gap("metrics after training", reason))
+    if parity.noninferiority is None and not parity.pairs:
+        reason = "one pair was trained; --seeds tests whether mixed is worse over several"
+        found.append(Gap("training over seeds", reason))
+    return found
 
 
 def _merged(gaps: Iterable[Gap]) -> list[Gap]:

@@ -1,8 +1,9 @@
 """The result on the terminal: the verdict, then why, within 80 columns.
 
-Order: verdict and failed checks, headline figures of all arms, the layers of largest error, what
-stays FP32 and why, what was not checked, where the report is. Everything is built from `Text`, so
-no name from the model is read as markup; colour and width are the console's own affair.
+Order: verdict and failed checks, headline figures of all arms, the layers of largest error,
+training, what stays FP32 and why, what was not checked, where the report is. Everything is built
+from `Text`, so no name from the model is read as markup; colour and width are the console's own
+affair.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from amp_convert.report.summary import (
     verdict_sentence,
     worst_layers,
 )
+from amp_convert.report.training_summary import steps_text
+from amp_convert.report.training_terminal import training_body
+from amp_convert.training_parity import TrainingParity
 from amp_convert.verdict import is_required
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "unchecked": "yellow"}
@@ -36,6 +40,7 @@ _MAX_GAPS = 12
 _NAME = 54
 _PLACE = 32
 _ROOM = 55  # columns that the worst layers' figures leave for their names
+_NOTE = 68
 _PROSE = 300
 
 
@@ -47,6 +52,8 @@ def render(console: Console, report: RunReport, folder: Path | None) -> None:
     sections.append(_headline(report))
     if worst := _worst(report):
         sections.append(worst)
+    if isinstance(report.training, TrainingParity):
+        sections.append(_training(report.training))
     sections.append(_fp32(report))
     blocking, missing = _gaps(report)
     if blocking:
@@ -125,8 +132,10 @@ def _gaps(report: RunReport) -> tuple[list[Gap], list[Gap]]:
     found = gaps(report)
     if report.verdict.status != "inconclusive":
         return [], found
-    open_checks = [check.name for check in report.verdict.checks if check.status == "unchecked"]
-    required = [name for name in open_checks if is_required(name, metrics_supplied=False)]
+    checks = report.verdict.checks
+    open_checks = [check.name for check in checks if check.status == "unchecked"]
+    supplied = any(check.name.startswith("metrics.") for check in checks)
+    required = [name for name in open_checks if is_required(name, metrics_supplied=supplied)]
     # Without any other gap it is the user's metrics that are missing.
     required = required or [name for name in open_checks if name.startswith("metrics")]
     blocking = [gap for gap in found if set(gap.what.split(", ")) & set(required)]
@@ -175,6 +184,11 @@ def _worst_text(layer: WorstLayer) -> Text:
     if len(node + where) > _ROOM >= len(name + where):
         return Text.assemble(name, (f"{where}\n{node}", "dim"))
     return Text.assemble(name, (f"\n{node}{where}", "dim"))
+
+
+def _training(training: TrainingParity) -> RenderableType:
+    note = short(steps_text(training), _NOTE)
+    return Group(heading("Training", note), indented(*training_body(training)))
 
 
 def _fp32(report: RunReport) -> RenderableType:

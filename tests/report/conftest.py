@@ -26,6 +26,7 @@ from tests.report.builders import (
     plan_section,
     transformer_block,
 )
+from tests.report.trained import hostile_parity, parity
 
 
 @pytest.fixture
@@ -101,6 +102,15 @@ def small_report() -> RunReport:
 
 
 @pytest.fixture
+def trained_report(small_report: RunReport) -> RunReport:
+    """`small_report` with training, whose every number is chosen as well."""
+    checks = tuple(check for check in small_report.verdict.checks if check.name != "training")
+    gradients = Check("training.gradients", "pass", 0.004, 0.1, "the gradients are FP32's")
+    verdict = Verdict("fail", (*checks, gradients))
+    return small_report.model_copy(update={"training": parity(), "verdict": verdict})
+
+
+@pytest.fixture
 def hostile_report(small_report: RunReport) -> RunReport:
     """`small_report` with every text that comes from a model replaced by a hostile one."""
     names = iter(HOSTILE * 8)
@@ -132,6 +142,7 @@ def hostile_report(small_report: RunReport) -> RunReport:
             "verdict": Verdict("fail", checks),
             "inference": inference,
             "plan": plan_section(nodes, uncaptured),
+            "training": hostile_parity(),
         }
     )
 

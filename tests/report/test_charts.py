@@ -7,8 +7,9 @@ import re
 from dataclasses import replace
 
 from amp_convert.divergence import NodeDivergence
-from amp_convert.report import RunReport, charts
-from amp_convert.report.charts import BOTTOM, LEFT, RIGHT, TOP, error_chart
+from amp_convert.report import RunReport
+from amp_convert.report.charts import BOTTOM, error_chart
+from amp_convert.report.svg import LEFT, RIGHT, TOP
 from tests.report.builders import decision, divergence_of
 
 
@@ -114,4 +115,4 @@ def test_the_worst_nodes_are_marked(small_report: RunReport) -> None:
     assert chart is not None
     assert len(chart.worst) == 10
     assert chart.worst[0].label == "a aten.op0: 1.00e-01"
-    assert charts.TOP <= chart.worst[0].y <= charts.BOTTOM
+    assert TOP <= chart.worst[0].y <= BOTTOM

@@ -15,15 +15,16 @@ from amp_convert.report.csv_report import COLUMNS, csv_text, layers_csv
 from amp_convert.report.format import printable
 
 
-def test_golden(small_report: RunReport, golden: Callable[[str, str], None]) -> None:
-    golden("layers.csv", layers_csv(small_report))
+def test_golden(trained_report: RunReport, golden: Callable[[str, str], None]) -> None:
+    golden("layers.csv", layers_csv(trained_report))
 
 
 def test_the_columns_are_the_contract(small_report: RunReport) -> None:
     header = layers_csv(small_report).splitlines()[0]
     assert header == (
         "node,layer,op,dtype,rule,reason,source,local_rel_l2,accumulated_rel_l2,sqnr_db,cosine,"
-        "max_abs_err,max_ulp,nonfinite,overflow_fraction,underflow_fraction"
+        "max_abs_err,max_ulp,nonfinite,overflow_fraction,underflow_fraction,grad_rel_l2,"
+        "grad_cosine,grad_underflow_fraction"
     )
 
 
@@ -40,6 +41,27 @@ def test_without_inference_the_measured_cells_are_empty(small_report: RunReport)
     rows = list(csv.DictReader(io.StringIO(layers_csv(report))))
     assert len(rows) == len(report.plan.decisions)
     assert {row[name] for row in rows for name in COLUMNS[7:]} == {""}
+
+
+def test_gradients_are_those_of_the_layer_and_their_underflow_that_of_the_node(
+    trained_report: RunReport,
+) -> None:
+    names = COLUMNS[-3:]
+    table = csv.DictReader(io.StringIO(layers_csv(trained_report)))
+    assert {row["node"]: [row[name] for name in names] for row in table} == {
+        "features.0/aten.conv2d#0": ["0.0025", "0.999", "0.25"],
+        # A layer without parameters, and a node that the train graph does not have.
+        "features.1/aten.batch_norm#0": ["", "", ""],
+        "classifier/aten.linear#0": ["0.005", "0.999", "0.0"],
+        "/aten.exp#0": ["", "", ""],
+        "/aten.frobnicate#0": ["", "", ""],
+        "/aten.argmax#0": ["", "", ""],
+    }
+
+
+def test_without_training_their_cells_are_empty(small_report: RunReport) -> None:
+    table = csv.DictReader(io.StringIO(layers_csv(small_report)))
+    assert {row[name] for row in table for name in COLUMNS[-3:]} == {""}
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])

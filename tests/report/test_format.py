@@ -112,3 +112,24 @@ def test_a_long_path_keeps_its_last_parts(path: str, width: int, shown: str) -> 
 def test_the_tail_of_a_path_fits(path: str, width: int) -> None:
     assert len(fmt.tail(path, width)) <= width
     assert path.endswith(fmt.tail(path, width).removeprefix("…"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (65536.0, "65536"),
+        (1.0, "1"),
+        (0.5, "0.5"),
+        (131072.0, "2¹⁷"),
+        (2.0**100, "2¹⁰⁰"),
+        (100000.0, "100000"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+    ],
+)
+def test_a_loss_scale_is_short(value: float, text: str) -> None:
+    assert fmt.scale(value) == text
+
+
+def test_a_power_of_two_has_its_exponent_above() -> None:
+    assert [fmt.power_of_two(n) for n in (-24, 0, 16)] == ["2⁻²⁴", "2⁰", "2¹⁶"]

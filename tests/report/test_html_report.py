@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +21,15 @@ from amp_convert.report.format import printable
 from amp_convert.report.html_report import TEMPLATES, html_text
 from amp_convert.verdict import Check, Verdict
 from tests.report.builders import HOSTILE, decision, fp32, plan_section
+from tests.report.trained import (
+    arm_of,
+    four_arms,
+    gradients,
+    long_parity,
+    over_seeds,
+    parity,
+    run_of,
+)
 
 _VOID = {"meta"}
 
@@ -60,8 +70,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page(small_report: RunReport) -> Page:
-    return Page(html_text(small_report))
+def page(trained_report: RunReport) -> Page:
+    return Page(html_text(trained_report))
 
 
 def test_the_page_loads_nothing_and_runs_nothing(hostile_report: RunReport) -> None:
@@ -108,10 +118,10 @@ def test_any_name_is_one_text(small_report: RunReport, name: str) -> None:
     assert printable(name).strip() in [text.strip() for text in Page(html_text(report)).text]
 
 
-def test_a_thousand_nodes_stay_under_500_kilobytes(
+def test_a_thousand_nodes_and_ten_thousand_steps_stay_under_500_kilobytes(
     make_report: Callable[[int], RunReport],
 ) -> None:
-    report = make_report(1_000)
+    report = make_report(1_000).model_copy(update={"training": long_parity(10_000)})
     text = html_text(report)
     assert len(Page(text).named("tr")) > 1_000
     assert len(text.encode()) < 500_000
@@ -165,7 +175,7 @@ def test_colours_have_the_contrast_that_wcag_asks_for(theme: int) -> None:
     text += [("page", status) for status in ("pass", "fail", "open")] + [("low", "page")]
     for ink, ground in text:
         assert _contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
-    for ink in ("low", "local", "limit", "fail"):
+    for ink in ("low", "local", "limit", "reference", "fail"):
         for ground in ("page", "soft"):
             assert _contrast(colours[ink], colours[ground]) >= 3, (ink, ground)
 
@@ -184,6 +194,69 @@ def test_the_bars_show_the_shares(small_report: RunReport) -> None:
     page = Page(html_text(small_report.model_copy(update={"plan": plan})))
     bars = [rect for rect in page.named("rect") if rect.get("class") == "low"]
     assert [bar["width"] for bar in bars] == ["75.0", "50.0"]
+
+
+def _headings(page: Page) -> list[str]:
+    return [str(tag["id"]) for tag in page.named("h2")]
+
+
+_TRAINING = ["training", "loss", "scale", "gradients"]
+
+
+def test_training_has_its_charts(page: Page) -> None:
+    assert [name for name in _headings(page) if name in (*_TRAINING, "seeds")] == _TRAINING
+    charts = [svg for svg in page.named("svg") if svg.get("class") == "chart"]
+    assert [str(svg["aria-labelledby"]).split()[0] for svg in charts] == [
+        "chart-title",
+        "loss-chart-title",
+        "distance-chart-title",
+        "scale-chart-title",
+        "gradient-title",
+    ]
+    titles = [
+        attributes["id"]
+        for name, attributes in page.tags
+        if name in ("title", "desc") and "id" in attributes
+    ]
+    for svg in charts:
+        assert set(str(svg["aria-labelledby"]).split()) <= set(titles)
+    curves = [path["class"] for path in page.named("path") if "curve" in str(path.get("class"))]
+    assert curves == [
+        "curve fp32", "curve mixed", "curve autocast",
+        "curve mixed", "curve autocast",
+        "curve mixed", "curve autocast",
+    ]  # fmt: skip
+
+
+def test_without_scaling_there_is_no_chart_of_it(trained_report: RunReport) -> None:
+    arms = tuple(replace(arm, scales=(), skipped=()) for arm in four_arms().arms)
+    training = parity(run=replace(four_arms(), arms=arms), gradients=gradients(scale=1.0))
+    page = Page(html_text(trained_report.model_copy(update={"training": training})))
+    assert "scale" not in _headings(page)
+    assert not any("scaled" in text for text in page.text)
+
+
+def test_training_over_seeds_shows_pairs_and_looks(trained_report: RunReport) -> None:
+    training = parity(**over_seeds([0.9] * 5, [0.9, 0.91, 0.88, 0.9, 0.92]))
+    page = Page(html_text(trained_report.model_copy(update={"training": training})))
+    assert "seeds" in _headings(page)
+    tables = [str(table.get("class")) for table in page.named("table")]
+    assert {"stack looks", "stack pairs"} <= set(tables)
+    assert "-0.01914" in page.text
+    assert "+0.02314" in page.text
+
+
+def test_training_that_did_not_run_says_why(small_report: RunReport) -> None:
+    page = Page(html_text(small_report))
+    assert "Not checked: training parity is not in this version." in page.text
+    assert not {"loss", "scale", "gradients", "seeds"} & set(_headings(page))
+
+
+def test_training_that_made_no_step_can_be_shown(trained_report: RunReport) -> None:
+    training = parity(run=run_of(arm_of("fp32", []), arm_of("mixed", [])), ended="interrupted")
+    page = Page(html_text(trained_report.model_copy(update={"training": training})))
+    assert "interrupted" in page.text
+    assert [name for name in _headings(page) if name in _TRAINING] == ["training", "gradients"]
 
 
 _CHROMIUM = (

@@ -38,6 +38,17 @@ def test_json_is_strict_and_follows_the_schema(
     assert list(Draft202012Validator(schema).iter_errors(document)) == []
 
 
+def test_training_follows_the_schema(trained_report: RunReport, schema: dict[str, Any]) -> None:
+    document = json.loads(json_text(trained_report), parse_constant=_refuse)
+    norms = document["training"]["run"]["arms"][1]["gradient_norms"]
+    assert norms[:2] == ["Infinity", 1.0]
+    assert document["training"]["gradients"]["weight_range"]["histogram"]["counts"] == {
+        "-12": 10,
+        "-3": 30,
+    }
+    assert list(Draft202012Validator(schema).iter_errors(document)) == []
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -14,10 +14,20 @@ from pydantic import ValidationError
 
 from amp_convert.capture import Uncaptured
 from amp_convert.divergence import ArmCost, Divergence, MetricPair, NodeDivergence, OutputError
+from amp_convert.exponents import ExponentHistogram
 from amp_convert.fidelity import Fidelity
+from amp_convert.gradients import (
+    ActivationGradient,
+    GradientParity,
+    GradientRange,
+    LayerGradient,
+    ParameterGradient,
+)
+from amp_convert.noninferiority import Look, Margin, Noninferiority
 from amp_convert.plan import Decision
-from amp_convert.report import RunReport
+from amp_convert.report import RunReport, Unchecked
 from amp_convert.report.json_report import json_text
+from amp_convert.training_parity import PairedRun, SeedPair, TrainingArm, TrainingParity
 from amp_convert.verdict import Check, Verdict
 from tests.report.builders import decision, fp32, plan_section
 
@@ -36,6 +46,31 @@ _STAGES = {
         costs=st.lists(st.builds(ArmCost), max_size=2).map(tuple),
     ),
 }
+_COUNTS = st.dictionaries(st.integers(-1074, 1023), st.integers(1, 10**9), max_size=3)
+_HISTOGRAM = st.builds(ExponentHistogram, counts=_COUNTS)
+_RANGE = st.builds(GradientRange, histogram=_HISTOGRAM)
+_GRADIENTS = st.builds(
+    GradientParity,
+    parameters=st.lists(st.builds(ParameterGradient), max_size=2).map(tuple),
+    layers=st.lists(st.builds(LayerGradient), max_size=2).map(tuple),
+    activations=st.lists(st.builds(ActivationGradient), max_size=2).map(tuple),
+    weight_range=_RANGE,
+    activation_range=_RANGE,
+)
+_ARMS = st.lists(st.builds(TrainingArm), max_size=2).map(tuple)
+_MARGINS = st.builds(Margin, value=st.floats(1e-300, 1e300))
+_TRAINING = st.builds(
+    TrainingParity,
+    gradients=_GRADIENTS,
+    run=st.builds(PairedRun, arms=_ARMS),
+    pairs=st.lists(st.builds(SeedPair), max_size=2).map(tuple),
+    noninferiority=st.none()
+    | st.builds(
+        Noninferiority,
+        margin=_MARGINS,
+        looks=st.lists(st.builds(Look), max_size=2).map(tuple),
+    ),
+)
 _DECISIONS = st.lists(st.builds(Decision), max_size=3).map(tuple)
 _UNCAPTURED = st.lists(st.builds(Uncaptured), max_size=2).map(tuple)
 
@@ -59,6 +94,59 @@ def test_a_report_survives_json(
     assert json_text(again) == text
     if "NaN" not in text:
         assert again == report
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(_TRAINING)
+def test_training_survives_json(small_report: RunReport, training: TrainingParity) -> None:
+    report = small_report.model_copy(update={"training": training})
+    text = json_text(report)
+    again = RunReport.model_validate_json(text)
+    assert isinstance(again.training, TrainingParity)
+    assert json_text(again) == text
+    if "NaN" not in text:
+        assert again.training == training
+
+
+def test_training_comes_back_as_what_it_was(trained_report: RunReport) -> None:
+    again = RunReport.model_validate_json(json_text(trained_report))
+    assert again.training == trained_report.training
+    assert isinstance(again.training, TrainingParity)
+    counts = again.training.gradients.activation_range.histogram.counts
+    assert dict(counts) == {-27: 10, -20: 40, -10: 50}
+    mixed = again.training.run.arm("mixed")
+    assert mixed is not None
+    assert mixed.gradient_norms[0] == math.inf
+    assert mixed.skipped == (1,)
+
+
+def test_training_that_did_not_run_comes_back_unchecked(small_report: RunReport) -> None:
+    again = RunReport.model_validate_json(json_text(small_report))
+    assert again.training == Unchecked(reason="training parity is not in this version")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("training.surprise", 1),
+        ("training.run.arms.0.surprise", 1),
+        ("training.gradients", None),
+        ("training.run.arms.0.losses", "many"),
+        ("training.gradients.weight_range.histogram.counts", {"half": 1}),
+    ],
+)
+def test_what_training_does_not_have_is_refused(
+    trained_report: RunReport, path: str, value: object
+) -> None:
+    document = json.loads(json_text(trained_report))
+    RunReport.model_validate(document)
+    _set(document, path, value)
+    with pytest.raises(ValidationError):
+        RunReport.model_validate(document)
 
 
 def test_numbers_that_json_lacks_come_back_as_numbers(small_report: RunReport) -> None:

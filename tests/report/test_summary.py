@@ -20,8 +20,10 @@ from amp_convert.report.summary import (
     worst_layers,
     worst_output,
 )
+from amp_convert.training_parity import TrainingParity
 from amp_convert.verdict import Verdict
 from tests.report.builders import decision, divergence_of, fp32, output_error
+from tests.report.trained import arm_of, over_seeds, parity, run_of
 
 
 def _with_errors(report: RunReport, errors: dict[str, list[float | None]]) -> RunReport:
@@ -98,6 +100,31 @@ def test_gaps_name_all_that_was_not_checked_once(small_report: RunReport) -> Non
         ("cost of the frozen arm", "peak memory is not measured on this platform"),
         ("aten.frobnicate, 1 node", "aten.frobnicate is in no rule, so it stays float32"),
         ("head", "not captured, stays eager float32: a branch on a value (model.py:50)"),
+    ]
+
+
+def test_gaps_name_what_was_not_looked_at_in_training(trained_report: RunReport) -> None:
+    def found(training: TrainingParity) -> list[tuple[str, str]]:
+        report = trained_report.model_copy(
+            update={"training": training, "verdict": Verdict("pass", ())}
+        )
+        return [(gap.what, gap.reason) for gap in gaps(report)][:-4]
+
+    seeds = (
+        "training over seeds",
+        "one pair was trained; --seeds tests whether mixed is worse over several",
+    )
+    assert found(parity()) == [seeds]
+    assert found(parity(**over_seeds([0.9] * 5, [0.9] * 5))) == []
+    losses = (arm_of("fp32", [1.0], metrics={"loss": 1.0}), arm_of("mixed", [1.0]))
+    banned = arm_of("autocast", [], note="the original fails under torch.autocast: banned")
+    assert found(parity(run=run_of(*losses, banned))) == [
+        ("training of the autocast arm", "the original fails under torch.autocast: banned"),
+        (
+            "metrics after training",
+            "the model file gives no metrics, so training is judged by its loss alone",
+        ),
+        seeds,
     ]
 
 
