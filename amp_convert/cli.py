@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.text import Text
 from typer.exceptions import TyperException
 
-from amp_convert import __version__
+from amp_convert import __version__, flags
 from amp_convert.console import reserve_stdout, running
 from amp_convert.errors import AmpConvertError, UsageError
-from amp_convert.settings import load_settings
+from amp_convert.noninferiority import MIN_BASELINE_SEEDS, require_baseline
+from amp_convert.settings import SETTINGS, load_settings
 
 if TYPE_CHECKING:
     from amp_convert.gate import GateResult
@@ -54,114 +55,39 @@ app = typer.Typer(
 )
 
 
-_Source = Annotated[
-    str, typer.Argument(metavar="MODEL", help="model.py, or package.module:attribute.")
-]
-_DtypeFlag = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype", metavar="float16|bfloat16", help="The low precision. [default: float16]"
-    ),
-]
-_RulesFlag = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--rules",
-        metavar="NAME|FILE ...",
-        help="Presets (default, autocast, fp32, half) or rules files; later ones win. "
-        "[default: default]",
-    ),
-]
-_DeviceFlag = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="auto|cpu|cuda",
-        help="Where to run; also cuda:N. auto takes CUDA where there is one. [default: auto]",
-    ),
-]
-_JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-_DebugFlag = Annotated[
-    bool, typer.Option("--debug", help="Show the libraries' warnings, and tracebacks.")
-]
-_CalibrateFlag = Annotated[
-    int | None,
-    typer.Option("--calibrate", metavar="N", help="Batches to calibrate on. [default: 4]"),
-]
-
-
 @app.command(short_help="Convert MODEL, compare it with FP32, and give a verdict.")
 def convert(
-    source: _Source,
-    dtype: _DtypeFlag = None,
-    rules: _RulesFlag = None,
-    device: _DeviceFlag = None,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out", metavar="DIR", help="The report's folder. [default: reports/<MODEL's stem>]"
-        ),
-    ] = None,
-    calibrate: _CalibrateFlag = None,
-    batches: Annotated[
-        int | None,
-        typer.Option("--batches", metavar="N", help="Eval batches to compare on. [default: 8]"),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            "--tolerance",
-            metavar="X",
-            help="Largest relative L2 error of an output. [default: 0.02, for bfloat16 0.16]",
-        ),
-    ] = None,
-    metric_tolerance: Annotated[
-        float | None,
-        typer.Option(
-            "--metric-tolerance",
-            metavar="X",
-            help="Loss allowed in a metric, relative. [default: 0.01]",
-        ),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option("--baseline", metavar="FILE", help="Gate the result on this baseline too."),
-    ] = None,
-    train: Annotated[
-        bool | None,
-        typer.Option("--train/--no-train", help="Compare training too (not in this version)."),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option("--steps", metavar="N", help="Training steps (not in this version)."),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option("--seeds", metavar="N", help="Training seeds (not in this version)."),
-    ] = None,
-    onnx: Annotated[
-        bool | None, typer.Option("--onnx", help="Export FP16 ONNX (not in this version).")
-    ] = None,
-    as_json: _JsonFlag = False,
-    debug: _DebugFlag = False,
+    source: flags.Source,
+    dtype: flags.Dtype = None,
+    rules: flags.Rules = None,
+    device: flags.Device = None,
+    out: flags.Out = None,
+    calibrate: flags.Calibrate = None,
+    batches: flags.Batches = None,
+    tolerance: flags.Tolerance = None,
+    metric_tolerance: flags.MetricTolerance = None,
+    baseline: flags.Baseline = None,
+    onnx: flags.Onnx = None,
+    train: flags.Train = None,
+    steps: flags.Steps = None,
+    seeds: flags.Seeds = None,
+    margin: flags.Margin = None,
+    fp32_baseline: flags.Fp32Baseline = None,
+    train_metric: flags.TrainMetric = None,
+    accumulate: flags.Accumulate = None,
+    clip_norm: flags.ClipNorm = None,
+    loss_scale: flags.LossScale = None,
+    initial_scale: flags.InitialScale = None,
+    scale_growth: flags.ScaleGrowth = None,
+    scale_backoff: flags.ScaleBackoff = None,
+    scale_interval: flags.ScaleInterval = None,
+    checkpoint: flags.Checkpoint = None,
+    checkpoint_every: flags.CheckpointEvery = None,
+    as_json: flags.Json = False,
+    debug: flags.Debug = False,
 ) -> int:
     """Convert MODEL, compare it with its FP32 original node by node, and give a verdict."""
-    flags = {
-        "dtype": dtype,
-        "rules": rules,
-        "device": device,
-        "out": out,
-        "calibrate": calibrate,
-        "batches": batches,
-        "tolerance": tolerance,
-        "metric_tolerance": metric_tolerance,
-        "baseline": baseline,
-        "train": train,
-        "steps": steps,
-        "seeds": seeds,
-        "onnx": onnx,
-    }
-    settings = load_settings(source, flags)
+    settings = flags.convert_settings(source, _given(locals()))
     with running(debug) as (console, progress):
         from amp_convert import pipeline
         from amp_convert.baseline import load_baseline
@@ -178,31 +104,63 @@ def convert(
 
             gated = gate.compare(run.report, expected, metric_tolerance=settings.metric_tolerance)
         write_report(folder, run.report, run.plan.to_toml())
+        pipeline.clean_up(run, settings)
     _print_report(console, run.report, folder, gated, as_json=as_json)
     return run.report.verdict.exit_code or (gated.exit_code if gated else 0)
 
 
+@app.command(short_help="Measure FP32's spread over seeds: the margin for --seeds.")
+def baseline(
+    source: flags.Source,
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="The file to write.")],
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", help="Seeds to train, at least 8.")
+    ] = MIN_BASELINE_SEEDS,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="Training steps. [default: 50]")
+    ] = None,
+    batches: flags.Batches = None,
+    train_metric: flags.TrainMetric = None,
+    accumulate: flags.Accumulate = None,
+    clip_norm: flags.ClipNorm = None,
+    device: flags.Device = None,
+    as_json: flags.Json = False,
+    debug: flags.Debug = False,
+) -> int:
+    """Train MODEL in FP32 over several seeds, and keep its metric: --fp32-baseline takes the
+    margin from the file."""
+    settings = load_settings(source, _given(locals()))
+    require_baseline(seeds)
+    with running(debug) as (console, progress):
+        from amp_convert import pipeline
+        from amp_convert.fp32_baseline import check_writable
+
+        check_writable(Path(out))
+        made = pipeline.baseline(source, settings, progress)
+        made.write(Path(out))
+    if as_json:
+        console.file.write(made.text)
+    else:
+        console.print(Text(f"{out} written: {made.summary}"), soft_wrap=True)
+    return 0
+
+
 @app.command()
 def audit(
-    source: _Source,
-    dtype: _DtypeFlag = None,
-    rules: _RulesFlag = None,
-    device: _DeviceFlag = None,
+    source: flags.Source,
+    dtype: flags.Dtype = None,
+    rules: flags.Rules = None,
+    device: flags.Device = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="A folder to write the audit to.")
     ] = None,
-    calibrate: _CalibrateFlag = None,
-    as_json: _JsonFlag = False,
-    debug: _DebugFlag = False,
+    calibrate: flags.Calibrate = None,
+    as_json: flags.Json = False,
+    debug: flags.Debug = False,
 ) -> int:
     """Show which layers of MODEL stay FP32, and why; convert nothing."""
-    flags = {
-        "dtype": dtype,
-        "rules": rules,
-        "device": device,
-        "calibrate": calibrate,
-    }
-    settings = load_settings(source, flags)
+    given = {"dtype": dtype, "rules": rules, "device": device, "calibrate": calibrate}
+    settings = load_settings(source, given)
     with running(debug) as (console, progress):
         from amp_convert import pipeline
         from amp_convert.report import audit as auditing
@@ -240,8 +198,8 @@ def gate(
     update: Annotated[
         bool, typer.Option("--update", help="Write the baseline anew from REPORT instead.")
     ] = False,
-    as_json: _JsonFlag = False,
-    debug: _DebugFlag = False,
+    as_json: flags.Json = False,
+    debug: flags.Debug = False,
 ) -> int:
     """Hold a report against a baseline; for merge checks."""
     with running(debug) as (console, _):
@@ -310,7 +268,12 @@ def run(arguments: Sequence[str]) -> int:
 
 # What a shell reports of a process that these signals end: 128 + SIGINT, 128 + SIGPIPE.
 _INTERRUPTED, _READER_GONE = 130, 141
-_COMMANDS = ("convert", "audit", "gate")
+_COMMANDS = ("convert", "baseline", "audit", "gate")
+
+
+def _given(parameters: Mapping[str, object]) -> dict[str, object]:
+    """The settings among a command's parameters."""
+    return {name: parameters[name] for name in SETTINGS if name in parameters}
 
 
 def _normalised(arguments: Sequence[str]) -> list[str]:

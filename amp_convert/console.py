@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -67,6 +69,34 @@ class Bar:
         """Move the current bar on by one step."""
         if self._task is not None:
             self._bar.advance(self._task)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[Callable[[], bool]]:
+        """Let the first Ctrl-C ask the stage to stop, and only the second one break it off."""
+        asked = threading.Event()
+        if threading.current_thread() is not threading.main_thread():
+            yield asked.is_set  # only the main thread may handle signals
+            return
+
+        here = os.getpid()
+
+        def ask(*_: object) -> None:
+            if os.getpid() != here:
+                return  # a worker that the user's code has forked: it goes on, so that we can
+            if asked.is_set():
+                raise KeyboardInterrupt
+            asked.set()
+            self.say("stopping after this step; Ctrl-C again breaks off")
+
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield asked.is_set
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 class _Steps(ProgressColumn):

@@ -1,14 +1,16 @@
 """The stages in order: a model file in, a `RunReport` out.
 
-load -> capture -> profile -> plan -> rewrite -> validate -> judge. Each stage is a function of the
-ones before; this module only calls them, moves things to the chosen device and says how far it is.
+load -> capture -> profile -> plan -> rewrite -> validate -> train -> judge. Each stage is a
+function of the ones before; this module only calls them, moves things to the chosen device and says
+how far it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from amp_convert import __version__, costs
+from amp_convert import __version__, checkpoint, costs, training_setup
 from amp_convert import device as devices
 from amp_convert.capture import Captured, capture
 from amp_convert.case import Case, check_forward, load_case, score, user_batches
@@ -26,11 +28,15 @@ from amp_convert.device import Device
 from amp_convert.divergence import Divergence
 from amp_convert.dtypes import from_name
 from amp_convert.errors import UsageError
+from amp_convert.fp32_baseline import Fp32Baseline, make_fp32_baseline
+from amp_convert.noninferiority import MIN_BASELINE_SEEDS
 from amp_convert.plan import Plan
 from amp_convert.profile import RangeStats, profile
 from amp_convert.report import Environment, ModelInfo, PlanSection, RunReport, Unchecked
 from amp_convert.rules import Rules, load_rules
 from amp_convert.settings import Settings, split_source
+from amp_convert.training import DEFAULT_STEPS, compare_training
+from amp_convert.training_parity import TrainingParity
 from amp_convert.usercode import SOURCES
 from amp_convert.verdict import Thresholds, judge
 
@@ -46,6 +52,12 @@ class Progress(Protocol):
     def advance(self) -> None:
         """One step of the current stage is done."""
 
+    def say(self, text: str) -> None:
+        """Something that the user should know now; a sentence or a clause."""
+
+    def interruptible(self) -> AbstractContextManager[Callable[[], bool]]:
+        """While this is open, the user may ask the stage to stop; gives whether that was asked."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -59,7 +71,8 @@ class Run:
 def convert(source: str, settings: Settings, progress: Progress) -> Run:
     """The main job: convert the model at `source` and judge the result."""
     _refuse_unavailable(settings)
-    prepared = _prepare(source, settings, progress)
+    training_setup.load_margin(settings)
+    prepared = _prepare(source, settings, progress, trains=True)
     case, captured = prepared.case, prepared.captured
     progress.stage("plan and rewrite")
     converted = convert_captured(
@@ -81,9 +94,61 @@ def convert(source: str, settings: Settings, progress: Progress) -> Run:
         costs=measured,
         frozen_identical=frozen_identical(converted, case.args, case.kwargs),
     )
+    trained = _train(prepared, converted, settings, progress)
     progress.stage("judge")
-    report = _report(prepared, settings, converted.plan, divergence)
+    report = _report(prepared, settings, converted.plan, divergence, trained)
     return Run(report, converted.plan, converted)
+
+
+def _train(
+    prepared: _Prepared, converted: ConvertedModel, settings: Settings, progress: Progress
+) -> TrainingParity | Unchecked:
+    case, captured = prepared.case, prepared.captured
+    if reason := training_setup.why_not(case, settings, captured):
+        return Unchecked(reason=reason)
+    options = training_setup.make_options(case, settings, prepared.device.device)
+    steps = settings.steps or DEFAULT_STEPS
+    progress.stage("train beside FP32", steps * options.seeds)
+    with progress.interruptible() as should_stop:
+        return compare_training(
+            converted,
+            training_setup.make_recipe(case, settings),
+            training_setup.make_data(case, settings, prepared.device.device),
+            options,
+            tick=progress.advance,
+            should_stop=should_stop,
+            say=progress.say,
+        )
+
+
+def clean_up(run: Run, settings: Settings) -> None:
+    """Delete the checkpoint of a training that has come to its end; to be called once the report
+    is written."""
+    training = run.report.training
+    if settings.checkpoint and isinstance(training, TrainingParity) and not training.interrupted:
+        checkpoint.remove(Path(settings.checkpoint))
+
+
+def baseline(source: str, settings: Settings, progress: Progress) -> Fp32Baseline:
+    """Train the FP32 model at `source` over `settings.seeds` seeds, and keep its metric."""
+    progress.stage("load the model")
+    device = devices.choose(settings.device)
+    torch.manual_seed(0)
+    case = _on_device(load_case(source), device.device)
+    training_setup.why_not(case, dataclasses.replace(settings, train=True))
+    steps, seeds = settings.steps or DEFAULT_STEPS, settings.seeds or MIN_BASELINE_SEEDS
+    progress.stage("train in FP32", steps * seeds)
+    return make_fp32_baseline(
+        case.model,
+        training_setup.make_recipe(case, settings),
+        training_setup.make_data(case, settings, device.device),
+        training_setup.conditions(case, settings, device.device),
+        name=case.name,
+        seeds=seeds,
+        metric=settings.train_metric,
+        lower_is_better=case.lower_is_better,
+        tick=progress.advance,
+    )
 
 
 def audit(source: str, settings: Settings, progress: Progress) -> tuple[Plan, ModelInfo]:
@@ -127,16 +192,25 @@ class _Prepared:
     stats: RangeStats
 
 
-def _prepare(source: str, settings: Settings, progress: Progress) -> _Prepared:
+def _prepare(
+    source: str, settings: Settings, progress: Progress, *, trains: bool = False
+) -> _Prepared:
     rules = load_rules(settings.rules)
     device = devices.choose(settings.device)
     progress.stage("load the model")
     # A model that draws its initial weights without a seed is the same at every run.
     torch.manual_seed(0)
     case = _on_device(load_case(source), device.device)
+    if trains and not training_setup.why_not(case, settings):
+        # What is wrong with these settings is said now, and not after minutes of work.
+        training_setup.make_options(case, settings, device.device)
+        if settings.checkpoint:
+            checkpoint.check(Path(settings.checkpoint))
     check_forward(case)
     progress.stage("capture and check against eager FP32")
     captured = capture(case.model, case.args, case.kwargs)
+    if trains:
+        training_setup.why_not(case, settings, captured)
     progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
     batches = _ticking(_batches(case, device, settings.calibrate), progress)
     stats = profile(captured, batches, [from_name(settings.dtype)])
@@ -168,25 +242,22 @@ def _ticking(batches: Iterator[Batch], progress: Progress) -> Iterator[Call]:
 
 
 def _refuse_unavailable(settings: Settings) -> None:
-    asked = {
-        "--train": settings.train,
-        "--steps": settings.steps,
-        "--seeds": settings.seeds,
-        "--onnx": settings.onnx,
-    }
-    for flag, value in asked.items():
-        if value:
-            raise UsageError(
-                f"{flag} is not available in amp-convert {__version__}",
-                mend="Leave it out: this version judges inference and lists the rest as unchecked.",
-            )
+    if settings.onnx:
+        raise UsageError(
+            f"--onnx is not available in amp-convert {__version__}",
+            mend="Leave it out: this version writes no ONNX, and lists it as unchecked.",
+        )
 
 
 # --- the report ----------------------------------------------------------------------------------
 
 
 def _report(
-    prepared: _Prepared, settings: Settings, plan: Plan, divergence: Divergence
+    prepared: _Prepared,
+    settings: Settings,
+    plan: Plan,
+    divergence: Divergence,
+    training: TrainingParity | Unchecked,
 ) -> RunReport:
     case, captured = prepared.case, prepared.captured
     thresholds = Thresholds.for_dtype(
@@ -194,8 +265,15 @@ def _report(
         output_rel_l2=settings.tolerance,
         metric_tolerance=settings.metric_tolerance,
     )
+    trained = training if isinstance(training, TrainingParity) else None
     verdict = judge(
-        captured.fidelity, plan, divergence, thresholds, metrics_supplied=case.metrics is not None
+        captured.fidelity,
+        plan,
+        divergence,
+        thresholds,
+        metrics_supplied=case.metrics is not None,
+        training=trained,
+        no_training=training.reason if isinstance(training, Unchecked) else "",
     )
     return RunReport(
         amp_convert=__version__,
@@ -206,10 +284,7 @@ def _report(
         fidelity=captured.fidelity,
         plan=PlanSection.of(plan),
         inference=divergence,
-        training=Unchecked(
-            reason="this version compares no training runs; that the train graph has the eager "
-            "model's gradients is shown by fidelity"
-        ),
+        training=training,
         onnx=Unchecked(reason="this version exports no ONNX"),
     )
 

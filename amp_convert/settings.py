@@ -10,6 +10,7 @@ This module runs at start-up: it imports neither torch nor the user's code.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import sys
@@ -33,6 +34,13 @@ class Settings:
     steps, `seeds` training pairs. `tolerance` bounds the relative L2 error of an output, and
     `metric_tolerance` the loss in a metric, relative to its FP32 value. None means that the
     stage concerned chooses.
+
+    In training, `accumulate` batches make a step and `clip_norm` bounds the gradients' L2 norm.
+    `loss_scale` is "dynamic", "none" or a fixed power of two, None what the dtype needs; a dynamic
+    one starts at `initial_scale` and follows `scale_growth`, `scale_backoff` and `scale_interval`,
+    as in `torch.amp.GradScaler`. `train_metric` is what training is judged by, over seeds
+    against `margin` in its own unit or that of the file `fp32_baseline`. `checkpoint` is a folder,
+    written every `checkpoint_every` steps.
     """
 
     dtype: str = "float16"
@@ -48,6 +56,24 @@ class Settings:
     onnx: bool = False
     tolerance: float | None = None
     metric_tolerance: float = 0.01
+    accumulate: int = 1
+    clip_norm: float | None = None
+    loss_scale: str | None = None
+    initial_scale: float = 65536.0
+    scale_growth: float = 2.0
+    scale_backoff: float = 0.5
+    scale_interval: int = 2000
+    train_metric: str | None = None
+    margin: float | None = None
+    fp32_baseline: str | None = None
+    checkpoint: str | None = None
+    checkpoint_every: int = 25
+
+    @property
+    def loss_scaling(self) -> str:
+        """`loss_scale`, or what the dtype needs: BF16 has FP32's exponents, so nothing that FP32
+        keeps underflows in it."""
+        return self.loss_scale or ("dynamic" if self.dtype == "float16" else "none")
 
 
 def load_settings(model_source: str, flags: Mapping[str, object]) -> Settings:
@@ -124,7 +150,7 @@ def _from_pyproject(folder: Path) -> dict[str, Any]:
 
 def _anchored(key: str, value: Any, folder: Path) -> Any:
     """`value` with relative paths made absolute from `folder`; a preset's name stays."""
-    if key in ("out", "baseline"):
+    if key in ("out", "baseline", "fp32-baseline", "checkpoint"):
         return str(folder / value)
     if key == "rules":
         return tuple(
@@ -187,14 +213,49 @@ def _count(value: object) -> int:
     raise ValueError("a whole number of at least 1")
 
 
+def _number(value: object) -> float:
+    """`value` as a float; NaN, which every comparison refuses, unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if abs(value) <= sys.float_info.max else math.nan
+
+
 def _amount(value: object) -> float:
-    if (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and 0 <= value <= sys.float_info.max
-    ):
-        return float(value)
+    if (number := _number(value)) >= 0:
+        return number
     raise ValueError("a finite number of at least 0")
+
+
+def _between(low: float, high: float, wanted: str) -> Callable[[object], float]:
+    def check(value: object) -> float:
+        if low < (number := _number(value)) < high:
+            return number
+        raise ValueError(wanted)
+
+    return check
+
+
+def _power_of_two(value: object) -> float:
+    number = _number(value)
+    if 1 <= number < 2.0**128 and math.frexp(number)[0] == 0.5:
+        return number
+    raise ValueError("a power of two from 1 to 2**127")  # the largest in FP32
+
+
+def _loss_scale(value: object) -> str:
+    if value == "dynamic" or value == "none":
+        return str(value)
+    try:
+        number = _power_of_two(float(value) if isinstance(value, str) else value)
+    except ValueError:
+        raise ValueError("dynamic, none, or a power of two from 1 to 2**127") from None
+    return f"{number:.0f}"
+
+
+def _name(value: object) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise ValueError("a name")
 
 
 def _switch(value: object) -> bool:
@@ -203,6 +264,7 @@ def _switch(value: object) -> bool:
     raise ValueError("true or false")
 
 
+_positive = _between(0, math.inf, "a finite number above 0")
 _BY_FIELD: dict[str, Callable[[object], object]] = {
     "dtype": _dtype,
     "rules": _rules,
@@ -217,5 +279,19 @@ _BY_FIELD: dict[str, Callable[[object], object]] = {
     "onnx": _switch,
     "tolerance": _amount,
     "metric_tolerance": _amount,
+    "accumulate": _count,
+    "clip_norm": _positive,
+    "loss_scale": _loss_scale,
+    "initial_scale": _power_of_two,
+    "scale_growth": _between(1, math.inf, "a finite number above 1"),
+    "scale_backoff": _between(0, 1, "a number between 0 and 1"),
+    "scale_interval": _count,
+    "train_metric": _name,
+    "margin": _positive,
+    "fp32_baseline": _path,
+    "checkpoint": _path,
+    "checkpoint_every": _count,
 }
+SETTINGS = tuple(field.name for field in fields(Settings))
+"""The names of all settings."""
 _CHECKS = {field.name.replace("_", "-"): _BY_FIELD[field.name] for field in fields(Settings)}

@@ -53,6 +53,40 @@ def metrics(outputs, target):
 """
 )
 
+# A classifier with all that training takes; the line numbers of its functions are in messages.
+TRAINED = (
+    HEAD
+    + """from torch.nn import functional as F
+
+def build_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+def batch(seed):
+    inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
+    return inputs, inputs[:, :4].argmax(1)
+
+def example_inputs():
+    return batch(0)[0]
+
+def eval_batches():
+    yield batch(1)
+
+def metrics(outputs, target):
+    return {"accuracy": (outputs.argmax(1) == target).float().mean()}
+
+def train_batches(seed):
+    for step in range(6):
+        yield batch(100 * seed + step + 2)
+
+def loss(outputs, target):
+    return F.cross_entropy(outputs, target)
+
+def optimizer(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+"""
+)
+
 CNN = (
     HEAD
     + """

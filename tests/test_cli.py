@@ -17,6 +17,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from amp_convert import __version__
+from amp_convert.settings import SETTINGS
 from tests.command import (
     BRANCH,
     CNN,
@@ -42,7 +43,8 @@ STAGES = [
 # The columns that the design promises, in its order.
 COLUMNS = (
     "node,layer,op,dtype,rule,reason,source,local_rel_l2,accumulated_rel_l2,sqnr_db,cosine,"
-    "max_abs_err,max_ulp,nonfinite,overflow_fraction,underflow_fraction"
+    "max_abs_err,max_ulp,nonfinite,overflow_fraction,underflow_fraction,"
+    "grad_rel_l2,grad_cosine,grad_underflow_fraction"
 )
 
 
@@ -334,7 +336,8 @@ def test_help_lists_commands_and_exit_codes(tmp_path: Path) -> None:
     outcome = amp(tmp_path, "--help")
     assert outcome.code == 0
     text = " ".join(outcome.out.split())
-    assert "convert Convert MODEL, compare it with FP32, and give a verdict. audit" in text
+    assert "convert Convert MODEL, compare it with FP32, and give a verdict. baseline" in text
+    assert "baseline Measure FP32's spread over seeds: the margin for --seeds. audit" in text
     assert "0 pass, 1 parity or gate failed, 2 wrong usage or input, 3 inconclusive, 4" in text
     assert max(map(len, outcome.out.splitlines())) <= 80
 
@@ -348,12 +351,13 @@ def test_the_flags_of_the_contract_and_their_defaults(tmp_path: Path) -> None:
         "[default: auto]",
         "--out DIR The report's folder. [default: reports/<MODEL's stem>]",
         "--train / --no-train",
-        "--steps N",
+        "--steps N Training steps. [default: up to 50]",
         "--seeds N",
         "--onnx",
         "--baseline FILE",
         "--json",
         "--debug",
+        *(f"--{name.replace('_', '-')} " for name in SETTINGS),
     ):
         assert words in text
 
@@ -373,8 +377,10 @@ def test_the_version(tmp_path: Path) -> None:
 def test_help_does_not_import_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from amp_convert.cli import run\n"
-        "assert [run([*c, '--help']) for c in ([], ['convert'], ['audit'], ['gate'])] == [0] * 4\n"
+        "helps = [run([*c, '--help']) for c in ([], ['convert'], ['baseline'], ['gate'])]\n"
+        "assert helps == [0] * 4\n"
         "assert (run(['--version']), run(['--jsn']), run(['x.py', '--steps', '0'])) == (0, 2, 2)\n"
+        "assert run(['x.py', '--seeds', '5']) == 2  # a margin is missing\n"
         "found = {'torch', 'numpy', 'pandas'} & set(sys.modules)\n"
         "sys.exit(f'imported {found}' if found else 0)"
     )

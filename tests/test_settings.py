@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.amp import GradScaler
 
 from amp_convert.errors import UsageError
 from amp_convert.settings import Settings, load_settings, model_folder, split_source
 
 TABLE = "[tool.amp-convert]\n"
+POWERS = "a power of two from 1 to 2**127"
 
 
 @pytest.fixture
@@ -51,7 +54,56 @@ def test_defaults(model: str) -> None:
         onnx=False,
         tolerance=None,
         metric_tolerance=0.01,
+        accumulate=1,
+        clip_norm=None,
+        loss_scale=None,
+        initial_scale=65536.0,
+        scale_growth=2.0,
+        scale_backoff=0.5,
+        scale_interval=2000,
+        train_metric=None,
+        margin=None,
+        fp32_baseline=None,
+        checkpoint=None,
+        checkpoint_every=25,
     )
+
+
+def test_the_dynamic_scale_is_pytorchs_own_by_default() -> None:
+    theirs, ours = GradScaler("cpu"), Settings()
+    assert (ours.initial_scale, ours.scale_growth, ours.scale_backoff, ours.scale_interval) == (
+        theirs.get_scale(),
+        theirs.get_growth_factor(),
+        theirs.get_backoff_factor(),
+        theirs.get_growth_interval(),
+    )
+
+
+def test_the_dtype_decides_about_the_loss_scale_unless_it_is_given() -> None:
+    assert Settings().loss_scaling == "dynamic"
+    assert Settings(dtype="bfloat16").loss_scaling == "none"
+    assert Settings(dtype="bfloat16", loss_scale="dynamic").loss_scaling == "dynamic"
+    assert Settings(loss_scale="1024").loss_scaling == "1024"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("dynamic", "dynamic"),
+        ("none", "none"),
+        ("1", "1"),
+        ("65536", "65536"),
+        ("65536.0", "65536"),
+        (1024, "1024"),
+        (2.0**20, "1048576"),
+        (2.0**127, str(2**127)),
+    ],
+)
+def test_loss_scales(model: str, given: object, kept: str) -> None:
+    found = load_settings(model, {"loss_scale": given}).loss_scale
+    assert found == kept
+    if kept[0].isdigit():
+        assert float(found) == float(str(given))
 
 
 def test_settings_are_frozen() -> None:
@@ -64,6 +116,9 @@ def test_every_setting_from_pyproject(model: str, tmp_path: Path) -> None:
         TABLE + "dtype = 'bfloat16'\nrules = ['half', 'mine.toml']\ndevice = 'cuda:1'\nout = 'o'\n"
         "baseline = 'b.json'\ncalibrate = 1\nbatches = 2\ntrain = false\nsteps = 3\nseeds = 5\n"
         "onnx = true\ntolerance = 1\nmetric-tolerance = 0.5\n"
+        "accumulate = 2\nclip-norm = 1\nloss-scale = 'dynamic'\ninitial-scale = 1024\n"
+        "scale-growth = 4\nscale-backoff = 0.25\nscale-interval = 100\ntrain-metric = 'f1'\n"
+        "margin = 0.1\nfp32-baseline = 'fp32.json'\ncheckpoint = 'c'\ncheckpoint-every = 7\n"
     )
     settings = load_settings(model, {})
     assert settings == Settings(
@@ -80,8 +135,23 @@ def test_every_setting_from_pyproject(model: str, tmp_path: Path) -> None:
         onnx=True,
         tolerance=1.0,
         metric_tolerance=0.5,
+        accumulate=2,
+        clip_norm=1.0,
+        loss_scale="dynamic",
+        initial_scale=1024.0,
+        scale_growth=4.0,
+        scale_backoff=0.25,
+        scale_interval=100,
+        train_metric="f1",
+        margin=0.1,
+        fp32_baseline=f"{tmp_path}/fp32.json",
+        checkpoint=f"{tmp_path}/c",
+        checkpoint_every=7,
     )
-    assert isinstance(settings.tolerance, float)
+    assert all(
+        isinstance(value, float)
+        for value in (settings.tolerance, settings.clip_norm, settings.initial_scale)
+    )
 
 
 def test_flags_win_and_absent_flags_do_not(model: str, tmp_path: Path) -> None:
@@ -147,8 +217,10 @@ def test_package_form(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("metric_tolerance = 1", "unknown setting metric_tolerance",
          "Did you mean metric-tolerance?"),
         ("zzz = 1", "unknown setting zzz",
-         "Known are: baseline, batches, calibrate, device, dtype, metric-tolerance, "
-         "onnx, out, rules, seeds, steps, tolerance, train."),
+         "Known are: accumulate, baseline, batches, calibrate, checkpoint, checkpoint-every, "
+         "clip-norm, device, dtype, fp32-baseline, initial-scale, loss-scale, margin, "
+         "metric-tolerance, onnx, out, rules, scale-backoff, scale-growth, scale-interval, seeds, "
+         "steps, tolerance, train, train-metric."),
         ("dtype = 'fp16'", "dtype is 'fp16'", "Give float16 or bfloat16."),
         ("dtype = ['float16']", "dtype is ['float16']", "Give float16 or bfloat16."),
         ("device = 'gpu'", "device is 'gpu'", "Give auto, cpu, cuda or cuda:N."),
@@ -179,6 +251,35 @@ def test_package_form(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_wrong_keys_and_values(model: str, tmp_path: Path, line: str, what: str, mend: str) -> None:
     (tmp_path / "pyproject.toml").write_text(TABLE + line)
     assert refusal(model) == f"{what} (at pyproject.toml [tool.amp-convert]). {mend}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted", "values"),
+    [
+        ("accumulate scale-interval checkpoint-every", "a whole number of at least 1",
+         "0 -5 1.5 true '2'"),
+        ("clip-norm margin", "a finite number above 0", "0 -1 nan inf true '1'"),
+        ("initial-scale", POWERS, "3 0.5 0 -2 nan inf true '8' 3.402823669209385e38"),
+        ("loss-scale", f"dynamic, none, or {POWERS}",
+         "0.5 1000 -1 nan true 'inf' 'nan' 'static' '0.5' '' 3.402823669209385e38"),
+        ("scale-growth", "a finite number above 1", "1 0.5 -2 nan inf true '2'"),
+        ("scale-backoff", "a number between 0 and 1", "0 1 2 -0.5 nan inf true '0.5'"),
+        ("train-metric", "a name", "'' 1 true"),
+        ("fp32-baseline checkpoint", "a path", "'' 3 true"),
+    ],
+)  # fmt: skip
+def test_wrong_values_of_training(
+    model: str, tmp_path: Path, keys: str, wanted: str, values: str
+) -> None:
+    """In pyproject.toml and as a flag, in the same words."""
+    for key in keys.split():
+        for text in values.split():
+            (tmp_path / "pyproject.toml").write_text(f"{TABLE}{key} = {text}")
+            value = tomllib.loads(f"x = {text}")["x"]
+            said = f"{key} is {value!r} (at %s). Give {wanted}."
+            assert refusal(model) == said % "pyproject.toml [tool.amp-convert]"
+            (tmp_path / "pyproject.toml").write_text("")
+            assert refusal(model, **{key: value}) == said % f"--{key}"
 
 
 def test_wrong_flags_are_named_as_flags(model: str) -> None:

@@ -47,6 +47,7 @@ def main() -> None:
         turns = TURNS if dtype is torch.bfloat16 or device.type == "cuda" else 3
         speed(model, converted, inputs, dtype, turns)
         validation(model, converted, inputs, dtype, 5 if turns == TURNS else 2)
+    training_step(model, convert(model, inputs, torch.bfloat16), inputs, torch.bfloat16)
 
 
 def start_up() -> None:
@@ -153,6 +154,49 @@ def validation(
     ratio = times["validate"] / times["fp32"]
     print(f"  time / FP32 forward            {ratio:.2f}   (bound 6)")
     print(f"  peak memory / FP32 forward     {memory:.2f}   (bound 2.5; weights not counted)")
+
+
+def training_step(
+    model: nn.Module,
+    converted: ConvertedModel,
+    inputs: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Forward and backward, dropout included, from outputs to `.grad`; no optimizer, which is the
+    same for all arms but the all-low one."""
+    device = converted.captured.device
+    all_low = copy.deepcopy(model).to(dtype)
+    for each in (model, converted, all_low):
+        each.train()
+
+    def step(call: nn.Module, *, autocast: bool = False) -> Callable[[], None]:
+        def run() -> None:
+            with torch.enable_grad():
+                with torch.autocast(device.type, dtype=dtype, enabled=autocast):
+                    loss = call(**inputs).last_hidden_state.float().square().mean()
+                loss.backward()
+            for parameter in call.parameters():
+                parameter.grad = None
+
+        return run
+
+    arms: Arms = {
+        "fp32": step(model),
+        "autocast": step(model, autocast=True),
+        "all low": step(all_low),
+        "converted": step(converted),
+    }
+    times = medians(arms, device, TURNS)
+    for each in (model, converted):
+        each.eval()
+    name = str(dtype).removeprefix("torch.")
+    print(f"\n4-layer BERT, batch 8x128, {name} training step on {device.type}, {TURNS} turns")
+    for arm, value in times.items():
+        print(f"  {arm:<10} {value:8.1f} ms   {times['fp32'] / value:5.2f} times FP32's speed")
+    ratio = times["converted"] / times["autocast"]
+    print(f"  converted / autocast           {ratio:.3f}   (bound 1)")
+    ratio = times["converted"] / times["all low"]
+    print(f"  converted / all low            {ratio:.3f}   (bound 1.10)")
 
 
 def medians(arms: Arms, device: torch.device, turns: int) -> dict[str, float]:
