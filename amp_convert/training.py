@@ -195,7 +195,9 @@ class _Comparison:
 
     def _interrupt(self, race: Race) -> str:
         self._interrupted = True
-        self._save(race)
+        if self._save(race):
+            where = self._options.checkpoint
+            self._say(f"kept in {where}: the same command goes on from there")
         return f"interrupted after {race.steps} of {self._steps} steps"
 
     def _keep_first(self, run: PairedRun) -> None:
@@ -268,10 +270,11 @@ class _Comparison:
             **options.identity,
         }
 
-    def _save(self, race: Race) -> None:
+    def _save(self, race: Race) -> bool:
+        """Write the checkpoint, where one is wanted; whether it is there."""
         self._unsaved, folder = 0, self._options.checkpoint
         if folder is None:
-            return
+            return False
         try:
             state = {
                 "seed": race.seed,
@@ -283,6 +286,8 @@ class _Comparison:
             checkpoint.save(folder, state, fingerprint=self._fingerprint)
         except UsageError as error:
             self._say(str(error))
+            return False
+        return True
 
     def _resume(self) -> dict[str, Any] | None:
         folder = self._options.checkpoint
