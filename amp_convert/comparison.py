@@ -91,8 +91,8 @@ def frozen_identical(
             copies = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
             with in_mode(model, training=False), devices.preserved_rng(device):
                 results.append(model(*copies[0], **copies[1]))
-    sums: dict[str, _OutputSums] = {}
-    _accumulate(sums, *results)
+    sums: dict[str, OutputSums] = {}
+    accumulate(sums, *results)
     rows = [total.row(name) for name, total in sums.items()]
     return all(row.mismatches == 0 and not row.rel_l2 > 0 for row in rows)
 
@@ -104,8 +104,8 @@ class _Comparison:
         self._device = self._captured.device
         self._low = from_name(self._plan.dtype)
         self._tables = {r.path: _NodeTable(converted, r, self._low) for r in self._captured.regions}
-        self._outputs: dict[str, _OutputSums] = {}
-        self._native: dict[str, _OutputSums] = {}
+        self._outputs: dict[str, OutputSums] = {}
+        self._native: dict[str, OutputSums] = {}
         self._native_reason = "" if autocast else "it was not asked for"
         self._scores: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._weights = 0
@@ -116,7 +116,7 @@ class _Comparison:
         state = devices.rng_state(self._device)
         reference, mixed = self._in_step(args, kwargs)
         self._refuse_nan(reference)
-        _accumulate(self._outputs, reference, mixed)
+        accumulate(self._outputs, reference, mixed)
         size = _batch_size(args, kwargs)
         self._batches += 1
         self._samples += size
@@ -134,7 +134,7 @@ class _Comparison:
                 self._native.clear()
                 self._scores.pop("autocast", None)
             else:
-                _accumulate(self._native, reference, native)
+                accumulate(self._native, reference, native)
                 self._add_scores("autocast", _as_dtypes_of(native, reference), target, size)
 
     def _refuse_nan(self, reference: Any) -> None:
@@ -160,8 +160,8 @@ class _Comparison:
         """Hold the reference against the eager FP32 model."""
         if not self._captured.is_whole:
             return  # then the reference is the eager model itself
-        sums: dict[str, _OutputSums] = {}
-        _accumulate(sums, self._original(args, kwargs, state), reference)
+        sums: dict[str, OutputSums] = {}
+        accumulate(sums, self._original(args, kwargs, state), reference)
         for name, total in sums.items():
             row = total.row(name)
             error = row.rel_l2 if not row.mismatches else math.inf
@@ -175,7 +175,7 @@ class _Comparison:
             inputs = runner.inputs(args, kwargs)
             reference, mixed = self._tables[""].run(inputs, inputs)
             for name, want, have in runner.changes(reference, mixed):
-                self._outputs.setdefault(name, _OutputSums(want.dtype)).add(want, have)
+                self._outputs.setdefault(name, OutputSums(want.dtype)).add(want, have)
             return runner.results(reference), runner.results(mixed)
         state = devices.rng_state(self._device)
         reference_calls = self._captured.calls(args, kwargs)
@@ -340,7 +340,7 @@ def _unchanged_source(
 # --- outputs -------------------------------------------------------------------------------------
 
 
-class _OutputSums:
+class OutputSums:
     """The sums of one output over all batches."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
@@ -349,6 +349,7 @@ class _OutputSums:
         self._elements = self._mismatches = 0
 
     def add(self, reference: torch.Tensor, value: object) -> None:
+        """Take in the reference's tensor and whatever stands in its place."""
         self._elements += reference.numel()
         if not isinstance(value, torch.Tensor) or value.shape != reference.shape:
             # Another shape (a selection by value can do this) cannot be compared at all.
@@ -369,6 +370,7 @@ class _OutputSums:
         self._mismatches += 1
 
     def row(self, name: str) -> OutputError:
+        """What was summed up."""
         errors, at = self._errors, self._quantiles.at
         return OutputError(
             name=name,
@@ -388,17 +390,18 @@ class _OutputSums:
         )
 
 
-def _accumulate(sums: dict[str, _OutputSums], reference: Any, value: Any) -> None:
+def accumulate(sums: dict[str, OutputSums], reference: Any, value: Any) -> None:
+    """Add one batch's outputs, and those of the reference, to the sums by output name."""
     have = dict(named_leaves(value))
     for name, want in named_leaves(reference):
         if not isinstance(want, torch.Tensor):
             plain = isinstance(want, int | float | complex | str | bytes | None)
             if not plain:  # an object that nobody but its class can look into
-                sums.setdefault(name, _OutputSums(None))
+                sums.setdefault(name, OutputSums(None))
             elif want != have.get(name):
-                sums.setdefault(name, _OutputSums(None)).differs()
+                sums.setdefault(name, OutputSums(None)).differs()
         else:
-            sums.setdefault(name, _OutputSums(want.dtype)).add(want, have.get(name))
+            sums.setdefault(name, OutputSums(want.dtype)).add(want, have.get(name))
 
 
 def _as_dtypes_of(outputs: Any, reference: Any) -> Any:

@@ -176,9 +176,11 @@ class FrozenModel(nn.Module):
         super().__init__()
         captured = converted.captured
         self.__dict__["plan"] = converted.plan
-        folded = {r.path: _folded(r, converted.rewritten[r.path]["eval"]) for r in captured.regions}
+        folded = {
+            r.path: fold_weights(r, converted.rewritten[r.path]["eval"]) for r in captured.regions
+        }
         if captured.is_whole:
-            _hold(self, folded[""].tensors)
+            hold(self, folded[""].tensors)
             runner = GraphRunner(folded[""].graph_module, folded[""].signature, {}, self)
             self.__dict__["_callee"] = runner
         else:
@@ -186,7 +188,7 @@ class FrozenModel(nn.Module):
             model = copy.deepcopy(captured.model)
             for path, part in folded.items():
                 module = model.get_submodule(path)
-                _hold(module, part.tensors)
+                hold(module, part.tensors)
                 module.__dict__["forward"] = GraphRunner(
                     part.graph_module, part.signature, {}, module
                 )
@@ -211,7 +213,7 @@ class FrozenModel(nn.Module):
         return self
 
 
-def _hold(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def hold(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Store copies of `tensors` in `module` under their dotted names, in place of what is there."""
     for name, tensor in tensors.items():
         path, _, key = name.rpartition(".")
@@ -235,7 +237,8 @@ def _runner(rewritten: Rewritten, owner: nn.Module) -> GraphRunner:
     return GraphRunner(rewritten.graph_module, captured.signature, captured.constants, owner)
 
 
-def _folded(region: Region, rewritten: Rewritten) -> Folded:
+def fold_weights(region: Region, rewritten: Rewritten) -> Folded:
+    """The graph for inference, with the weights that the region's module has now."""
     runner = _runner(rewritten, region.module)
     names = [n.name for n in rewritten.graph_module.graph.nodes if n.op == "placeholder"]
     held = runner.tensors()

@@ -1,0 +1,198 @@
+"""What is tidied in an exported ONNX graph. Nothing that it computes from its inputs changes.
+
+PyTorch's exporter translates one operator at a time, so it leaves casts behind that a reader of the
+whole graph can see are not needed. `tidy` goes on until none of these finds anything:
+
+1. `Identity` is removed; its input stands in for it.
+2. So is a cast to the dtype that a value has already.
+3. A cast to a wider dtype and back gives the value itself. The other way round, from FP32 to FP16
+   and back, is a rounding that somebody asked for, and stays.
+4. A value is cast to a dtype once, for all its readers.
+5. What nothing reads is removed.
+
+Constants are folded before that: sizes, scalars, and weights that are only moved (transposed,
+sliced, joined) on the way to what reads them. A weight that something else reads as well stays as
+it is, and equal constants become one, so none is stored twice. Nothing is fused: a batch
+normalisation folded into its convolution would mix two precisions.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_MADE_OF = "pkg.onnxscript.optimizer.folded_from"
+
+_SMALL = 1024
+"""Elements of a constant that is folded whatever is computed from it."""
+
+_MOVES = {
+    "Cast", "Concat", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze",
+}  # fmt: skip
+
+_FP32, _FP16, _FP64, _BF16 = 1, 10, 11, 16  # ONNX's numbers
+_HOLDERS = {_FP16: {_FP32, _FP64}, _BF16: {_FP32, _FP64}, _FP32: {_FP64}}
+"""For each dtype those that hold all of its numbers."""
+
+
+def add_tag(value: ir.Value, key: str, tag: str) -> None:
+    """Add words to those that a value's metadata has under `key`."""
+    words = (*value.metadata_props.get(key, "").split(), *tag.split())
+    value.metadata_props[key] = " ".join(dict.fromkeys(words))
+
+
+def fold_constants(model: ir.Model) -> None:
+    """Inline functions, and compute what depends on constants alone."""
+    import onnx_ir.passes.common as common
+
+    common.InlinePass()(model)
+    weights = {name for name, value in model.graph.initializers.items() if _elements(value) > 1}
+    _fold(model, set())
+    # Only now is it known from where to where a weight is sliced.
+    if moves := _moves_of_weights(model.graph):
+        _fold(model, moves)
+    for value in list(model.graph.initializers.values()):
+        made_of = weights.intersection(ast.literal_eval(value.metadata_props.get(_MADE_OF, "[]")))
+        name = f"{'_'.join(made_of)}_moved"
+        if len(made_of) == 1 and value.name not in weights and name not in model.graph.initializers:
+            value.name = name
+
+
+def _fold(model: ir.Model, moves: set[ir.Node]) -> None:
+    """Fold what is small, and `moves` whatever their size."""
+    import onnx_ir.passes.common as common
+    from onnxscript.optimizer._constant_folding import FoldConstantsPass
+
+    largest = max((_elements(v) for v in model.graph.initializers.values()), default=0)
+    FoldConstantsPass(
+        shape_inference=True,
+        input_size_limit=_SMALL,
+        output_size_limit=max(_SMALL, largest),
+        should_fold=lambda node: True if node in moves else None,
+    )(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
+def _moves_of_weights(graph: ir.Graph) -> set[ir.Node]:
+    """Nodes that only move constants, if nothing but such nodes reads those that are large."""
+    moves: set[ir.Node] = set()
+
+    def stays(value: ir.Value) -> bool:
+        if not value.is_initializer():
+            return value.producer() not in moves
+        return _elements(value) > _SMALL and not moves.issuperset(value.consumers())
+
+    for node in graph:
+        constant = (v.is_initializer() or v.producer() in moves for v in _inputs(node))
+        if node.op_type in _MOVES and all(constant):
+            moves.add(node)
+    while kept := {node for node in moves if any(map(stays, _inputs(node)))}:
+        moves -= kept
+    return moves
+
+
+def _inputs(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.inputs if value is not None]
+
+
+def _elements(value: ir.Value) -> int:
+    return int(value.const_value.size) if value.const_value is not None else 0
+
+
+def tidy(model: ir.Model, tag: str) -> None:
+    """The passes of this module's docstring. A value that stands in for another takes over what
+    that has in its metadata under `tag`."""
+    import onnx_ir.passes.common as common
+
+    changed = True
+    while changed:
+        changed = False
+        for node in list(model.graph):
+            for stand_in, value in _stand_ins(node):
+                add_tag(stand_in, tag, value.metadata_props.get(tag, ""))
+                value.replace_all_uses_with(stand_in, replace_graph_outputs=True)
+                changed = True
+        common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    _share_constants(model.graph)
+
+
+def _stand_ins(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
+    """Which value can stand in for which other, seen from this node."""
+    source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
+    if source is None or not _is_read(result):
+        return []
+    if node.op_type == "Identity":
+        return [(source, result)]
+    if not _is_cast(node):
+        return []
+    if source.dtype == _target(node):
+        return [(source, result)]
+    before = source.producer()
+    if before is not None and _is_cast(before):
+        original = before.inputs[0]
+        assert original is not None
+        if original.dtype == _target(node) and _target(before) in _HOLDERS.get(_target(node), ()):
+            return [(original, result)]
+    # The graph is in order, so the first cast that is met is there before the others' readers.
+    return [
+        (result, other.outputs[0])
+        for other in source.consumers()
+        if other is not node
+        and other.graph is node.graph
+        and _is_cast(other)
+        and _target(other) == _target(node)
+        and _is_read(other.outputs[0])
+    ]
+
+
+def _is_read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
+
+
+def _is_cast(node: ir.Node) -> bool:
+    return node.op_type == "Cast" and not node.domain
+
+
+def _target(cast: ir.Node) -> int:
+    return cast.attributes["to"].as_int()
+
+
+def _share_constants(graph: ir.Graph) -> None:
+    """Make one of constants with the same bytes."""
+    kept: dict[tuple[object, ...], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        assert tensor is not None
+        key = (tensor.dtype, tuple(tensor.shape), sha256(tensor.tobytes()).digest())
+        if kept.setdefault(key, value) is not value:
+            value.replace_all_uses_with(kept[key], replace_graph_outputs=True)
+            del graph.initializers[name]
+
+
+def name_borders(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name the graph's inputs and outputs, in order; whatever else has such a name gives way.
+
+    What goes straight from an input or a weight to an output, or to two outputs, passes through an
+    `Identity`, as ONNX demands.
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common as common
+
+    graph = model.graph
+    for index, value in enumerate(graph.outputs):
+        if value.is_initializer():
+            identity = ir.node("Identity", [value])
+            identity.outputs[0].type, identity.outputs[0].shape = value.type, value.shape
+            graph.append(identity)
+            graph.outputs[index] = identity.outputs[0]
+    common.OutputFixPass()(model)
+    for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        value.name = name
+    common.NameFixPass()(model)

@@ -1,0 +1,308 @@
+"""A captured graph, converted or not -> an ONNX model in memory that remembers its FX nodes.
+
+PyTorch's own exporter writes the ONNX. What it is given is the graph of the frozen model, whose
+weights are in the plan's dtype already, so nothing is left for it to decide about precision:
+
+1. The eval graph is copied, and each copied node gets a mark: its name. What ONNX asks for beyond
+   PyTorch is added: a normalisation has one dtype for its input, scale and bias, where the CPU's
+   kernels keep FP32 parameters beside a low input; and with low borders, the inputs and outputs
+   are cast. Outputs that only write the model's state are left out, since a file keeps none.
+2. Constants are folded, and the result is traced by `torch.export` once more. The trace carries the
+   marks over to the nodes that it makes, as it does through the exporter's own decompositions.
+3. `torch.onnx.export` translates, without its optimiser: that would fuse across the borders
+   between precisions. `onnx_passes` tidies up instead.
+4. The marks are translated into metadata that stay with the file (see `onnx_labels`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.fx import traceback as fx_traceback
+
+from amp_convert import device as devices
+from amp_convert import onnx_labels, onnx_passes
+from amp_convert.capture import Region, Value
+from amp_convert.case import named_leaves
+from amp_convert.converted import fold_weights, hold
+from amp_convert.dtypes import from_name
+from amp_convert.errors import UnsupportedModelError
+from amp_convert.export import CapturedGraph, grown
+from amp_convert.freezing import Folded
+from amp_convert.onnx_labels import FX_KEY, MARK
+from amp_convert.plan import Decision
+from amp_convert.rewrite import Rewritten
+from amp_convert.runner import GraphRunner, Source
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+aten = torch.ops.aten
+
+_ONE_DTYPE = {
+    aten.layer_norm.default, aten.native_layer_norm.default,
+    aten.group_norm.default, aten.native_group_norm.default,
+}  # fmt: skip
+
+
+def unconverted(graph: CapturedGraph) -> Rewritten:
+    """A captured graph as it is, in the form that a conversion has."""
+    nodes = {node.name: node for node in graph.graph_module.graph.nodes}
+    return Rewritten(
+        captured=graph,
+        graph_module=graph.graph_module,
+        values=nodes,
+        origins={name: name for name in nodes},
+        casts=(),
+        decisions={},
+    )
+
+
+def build(
+    region: Region, rewritten: Rewritten, opset: int, border: torch.dtype | None = None
+) -> ir.Model:
+    """The eval graph `rewritten` of `region`, which is the whole model, as ONNX.
+
+    With `border`, FP32 inputs and outputs have that dtype instead. Inputs and outputs are named as
+    in the model. Raises UnsupportedModelError when an operator has no translation.
+    """
+    folded = fold_weights(region, _fitted(region, rewritten, border))
+    with _quiet(), torch.no_grad(), devices.preserved_rng(devices.of_model(region.module)):
+        program = _traced(region, folded, border)
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, optimize=False, verbose=False, opset_version=opset
+            )
+        except Exception as error:
+            raise _untranslated(region, error) from error
+        assert exported is not None
+        assert exported.exported_program is not None
+        if exported.model.opset_imports[""] != opset:
+            raise UnsupportedModelError(
+                f"this model cannot be written for ONNX opset {opset}",
+                mend=f"Ask for opset {exported.model.opset_imports['']}.",
+            )
+        exported.rename_axes(_axes(exported.model.graph.inputs, _input_names(region)))
+        model: ir.Model = exported.model
+        onnx_passes.fold_constants(model)
+    traced = exported.exported_program.graph
+    onnx_labels.tie(model, onnx_labels.marks_of(traced, folded.graph_module.graph))
+    onnx_passes.tidy(model, FX_KEY)
+    onnx_passes.name_borders(model, _input_names(region), output_names(region))
+    onnx_labels.annotate(model, onnx_labels.labels_of(rewritten))
+    return model
+
+
+# --- step 1 --------------------------------------------------------------------------------------
+
+
+def _fitted(region: Region, rewritten: Rewritten, border: torch.dtype | None) -> Rewritten:
+    """A copy of the graph that ONNX can express, every node marked with its name."""
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    results: Any = graph.graph_copy(rewritten.graph_module.graph, copied)
+    for old, new in copied.items():
+        new.meta["custom"] = {MARK: old.name}
+    for old, new in copied.items():
+        if new.target in _ONE_DTYPE:
+            _cast_parameters(new, rewritten.decisions.get(rewritten.origins.get(old.name, "")))
+    if border is not None:
+        _widen_inputs(region, graph)
+    kept = [results[i] for i in tensor_outputs(region)]
+    if border is not None:
+        kept = [_cast(graph, n, border) if _is_fp32(region, i) else n
+                for n, i in zip(kept, tensor_outputs(region), strict=True)]  # fmt: skip
+    graph.output(tuple(kept))
+    module = fx.GraphModule(rewritten.graph_module, graph)
+    return dataclasses.replace(rewritten, graph_module=module)
+
+
+def _cast_parameters(norm: fx.Node, decision: Decision | None) -> None:
+    """Cast scale and bias of a low normalisation to the dtype of its input."""
+    if decision is None or not decision.low:
+        return
+    for parameter in [n for n in norm.args[1:] if isinstance(n, fx.Node)]:
+        with norm.graph.inserting_before(norm):
+            cast = _cast(norm.graph, parameter, from_name(decision.dtype))
+        norm.replace_input_with(parameter, cast)
+
+
+def _widen_inputs(region: Region, graph: fx.Graph) -> None:
+    """Cast each FP32 input of the original to FP32, which it will not be."""
+    placeholders = graph.find_nodes(op="placeholder")
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    specs = region.graphs["eval"].signature.inputs
+    users = [n for n, spec in zip(placeholders, specs, strict=True) if spec.source is Source.USER]
+    for node, leaf in zip(users, region.graphs["eval"].signature.user_inputs, strict=True):
+        if leaf.dtype == torch.float32:
+            with graph.inserting_before(first):
+                wide = _cast(graph, node, torch.float32)
+            node.replace_all_uses_with(wide, lambda user, wide=wide: user is not wide)
+
+
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+    cast.meta["custom"] = {MARK: cast.name}
+    return cast
+
+
+def tensor_outputs(region: Region) -> list[int]:
+    """Which of the eval graph's outputs are tensors that the user gets."""
+    signature = region.graphs["eval"].signature
+    written = len(signature.buffer_outputs) + len(signature.input_outputs)
+    return [i for i in range(written, len(_outputs(region))) if _recorded(region, i) is not None]
+
+
+def written_state(region: Region) -> tuple[str, ...]:
+    """The buffers and inputs that the eval graph writes to."""
+    signature = region.graphs["eval"].signature
+    users = [i for i, spec in enumerate(signature.inputs) if spec.source is Source.USER]
+    changed = (signature.user_inputs[users.index(i)].path for i in signature.input_outputs)
+    return (*signature.buffer_outputs, *changed)
+
+
+def _outputs(region: Region) -> Sequence[Any]:
+    outputs: Any = region.graphs["eval"].graph_module.graph.find_nodes(op="output")[0].args[0]
+    return tuple(outputs)
+
+
+def _recorded(region: Region, index: int) -> Value | None:
+    """Shape and dtype of an output of the FP32 graph; None where it is no tensor."""
+    node = _outputs(region)[index]
+    value = region.traces["eval"].values.get(node.name) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Value) else None
+
+
+def _is_fp32(region: Region, index: int) -> bool:
+    value = _recorded(region, index)
+    return value is not None and value.dtype == torch.float32
+
+
+# --- step 2 --------------------------------------------------------------------------------------
+
+
+class _Flat(nn.Module):
+    """The folded graph as a module of its own, called with the user's tensors alone."""
+
+    def __init__(self, folded: Folded) -> None:
+        super().__init__()
+        hold(self, folded.tensors)
+        self.__dict__["_runner"] = GraphRunner(folded.graph_module, folded.signature, {}, self)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        runner: GraphRunner = self.__dict__["_runner"]
+        given = iter(tensors)
+        leaves = [next(given) if leaf.shape is not None else leaf.value
+                  for leaf in runner.signature.user_inputs]  # fmt: skip
+        users = iter(leaves)
+        inputs = [
+            next(users) if spec.source is Source.USER else tensor
+            for spec, tensor in zip(runner.signature.inputs, runner.tensors(), strict=True)
+        ]
+        return _MarkedRun(runner.graph_module).run(*inputs, enable_io_processing=False)
+
+
+class _MarkedRun(fx.Interpreter):
+    """Runs a graph so that what is traced meanwhile inherits the marks."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        with fx_traceback.set_current_meta(n):
+            return super().run_node(n)
+
+
+def _traced(
+    region: Region, folded: Folded, border: torch.dtype | None
+) -> torch.export.ExportedProgram:
+    tensors = example_tensors(region)
+    if border is not None:
+        tensors = [t.to(border) if t.dtype == torch.float32 else t for t in tensors]
+    shapes = [
+        {d: torch.export.Dim.AUTO for d, size in enumerate(leaf.shape) if size is None}
+        for leaf in folded.signature.user_inputs
+        if leaf.shape is not None
+    ]
+    with fx_traceback.preserve_node_meta():
+        return torch.export.export(
+            _Flat(folded), tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
+        )
+
+
+def example_tensors(region: Region) -> list[torch.Tensor]:
+    """Copies of the tensors among the example inputs; a batch of one doubled if it may vary."""
+    runner = region.runner("eval")
+    leaves = runner.signature.user_inputs
+    varies = any(None in leaf.shape for leaf in leaves if leaf.shape is not None)
+    args, kwargs = grown(region.args, region.kwargs) if varies else (region.args, region.kwargs)
+    flat = zip(runner.inputs(args, kwargs), runner.signature.inputs, strict=True)
+    users = [value for value, spec in flat if spec.source is Source.USER]
+    return [value.detach().clone() for value in users if isinstance(value, torch.Tensor)]
+
+
+# --- step 3 --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings about the exporter's own affairs."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _untranslated(region: Region, error: Exception) -> UnsupportedModelError:
+    """What the exporter says, with the layer and line of the operator that it stumbles over."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause).strip() or type(cause).__name__
+    found = re.search(r"OpOverload\(op='([\w.]+)', overload='(\w+)'", text)
+    infos = region.graphs["eval"].nodes.values()
+    if found is None:
+        what, where = text.splitlines()[0], ""
+    else:
+        op = ".".join(found.groups())
+        what = f"the operator {op} has no translation to ONNX"
+        where = next((f"{i.layer} {i.location}".strip() for i in infos if i.op == op), "")
+    return UnsupportedModelError(
+        f"this model cannot be written as ONNX: {what}",
+        where=where,
+        mend="Write that part of the model with other operators.",
+    )
+
+
+def _input_names(region: Region) -> list[str]:
+    leaves = region.graphs["eval"].signature.user_inputs
+    return [leaf.path for leaf in leaves if leaf.shape is not None]
+
+
+def _axes(inputs: Sequence[ir.Value], names: Sequence[str]) -> dict[str | ir.SymbolicDim, str]:
+    """Names for the sizes that may vary: "batch", or one a size where inputs need not agree."""
+    first: dict[str | ir.SymbolicDim, str] = {}
+    for value, name in zip(inputs, names, strict=True):
+        for size in value.shape or ():
+            if not isinstance(size, int) and size.value is not None:
+                first.setdefault(str(size.value), f"{name}_batch")
+    return dict.fromkeys(first, "batch") if len(first) == 1 else first
+
+
+def output_names(region: Region) -> list[str]:
+    """The names of the tensors that the model returns, as in the report's table of outputs."""
+    runner = region.runner("eval")
+    device = devices.of_model(region.module)
+    with torch.no_grad(), devices.preserved_rng(device), devices.exact_fp32(device):
+        outputs = runner.graph_module(*runner.inputs(region.args, region.kwargs))
+    leaves = named_leaves(runner.results(outputs))
+    return [name for name, leaf in leaves if isinstance(leaf, torch.Tensor)]
