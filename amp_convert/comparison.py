@@ -71,7 +71,7 @@ def compare(
     The model's training flags, buffers and random state are left as they were.
     """
     comparison = _Comparison(converted, score, autocast=autocast)
-    with _evaluating(converted):
+    with evaluating(converted):
         for batch in batches:
             comparison.add(*batch)
             on_batch()
@@ -85,7 +85,7 @@ def frozen_identical(
     frozen = converted.freeze()
     device = converted.captured.device
     results = []
-    with _evaluating(converted):
+    with evaluating(converted):
         for model in (converted, frozen):
             torch.manual_seed(0)
             copies = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
@@ -117,7 +117,7 @@ class _Comparison:
         reference, mixed = self._in_step(args, kwargs)
         self._refuse_nan(reference)
         accumulate(self._outputs, reference, mixed)
-        size = _batch_size(args, kwargs)
+        size = batch_size(args, kwargs)
         self._batches += 1
         self._samples += size
         self._add_scores("fp32", reference, target, size)
@@ -418,7 +418,8 @@ def _float_leaves(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if is_float_tensor(leaf) and leaf.numel()]
 
 
-def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """The first dimension of the first tensor among the inputs; 1 where there is none."""
     for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
         if isinstance(leaf, torch.Tensor) and leaf.dim():
             return leaf.shape[0]
@@ -426,7 +427,7 @@ def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _evaluating(converted: ConvertedModel) -> Iterator[None]:
+def evaluating(converted: ConvertedModel) -> Iterator[None]:
     """Eval mode, no gradients, FP32 products exact; everything as before afterwards."""
     device = converted.captured.device
     with (

@@ -6,6 +6,7 @@ one place that translates between names and `torch.dtype`.
 
 from __future__ import annotations
 
+import math
 from typing import TypeGuard
 
 import torch
@@ -29,6 +30,15 @@ def from_name(name: str) -> torch.dtype:
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Half the distance from 1 to the next number: the largest relative error of one rounding."""
     return torch.finfo(dtype).eps / 2
+
+
+def ulp_at(dtype: torch.dtype, value: float) -> float:
+    """The distance from |`value`| to the next larger number of `dtype`; NaN and infinity pass."""
+    limits = torch.finfo(dtype)
+    if not math.isfinite(value):
+        return value
+    exponent = math.frexp(max(abs(value), limits.smallest_normal))[1] - 1
+    return math.ldexp(limits.eps, exponent)
 
 
 def castable(dtype: torch.dtype) -> bool:

@@ -128,14 +128,18 @@ def _added(node: fx.Node, labels: Mapping[str, Label]) -> Label:
 
 
 def annotate(model: ir.Model, labels: Mapping[str, Label]) -> None:
-    """Write the labels. A node without a mark belongs to the node that reads it."""
+    """Write the labels. A node without a mark, which constant folding has made, belongs to the FX
+    node whose result it has, or else to the node that reads it."""
     for node in reversed(list(model.graph)):
-        mark = node.metadata_props.get(FX_KEY, "")
-        if not mark:
-            readers = [u for value in node.outputs for u in value.consumers()]
-            mark = next(filter(None, (u.metadata_props.get(FX_KEY) for u in readers)), "")
-            if mark:
-                node.metadata_props[FX_KEY] = mark
+        readers = (reader for value in node.outputs for reader in value.consumers())
+        around: list[dict[str, str]] = [
+            node.metadata_props,
+            *(value.metadata_props for value in node.outputs),
+            *(reader.metadata_props for reader in readers),
+        ]
+        mark = next((found[FX_KEY] for found in around if FX_KEY in found), "").split(" ")[0]
+        if mark:
+            node.metadata_props[FX_KEY] = mark
         label = labels.get(mark)
         for key in NODE_KEYS if label is not None else ():
             if text := getattr(label, key):

@@ -1,0 +1,166 @@
+"""An ONNX graph and the PyTorch graph that it was exported from, run side by side, node by node.
+
+ONNX Runtime hides roundings: see `onnx_sessions`. So each ONNX node runs here as a model of its
+own, and its results have the dtype that the file gives them before anything else reads them: an
+overflow in FP16 is an overflow, whatever the provider does inside of an operator. Where ONNX
+Runtime has no kernel for a dtype (BF16 on a CPU), the node runs in FP32 and its results are
+rounded. Equal nodes share a session.
+
+At each FX node three results meet, as in `lockstep`: the reference, which is the frozen PyTorch
+model's; the accumulated one, from ONNX nodes fed by ONNX nodes; and the local one, from those ONNX
+nodes that this FX node became, fed with PyTorch's values. An FX node that became none, since it
+passes on what it gets (a cast to the dtype that is there already), is recognised by its bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from amp_convert.lockstep import Arm
+from amp_convert.onnx_kernels import Kernels, constant, reads
+from amp_convert.onnx_labels import FX_KEY
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Visit = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+"""Takes an FX name and its reference, accumulated and local result; None for the last where the FX
+node has no ONNX node of its own."""
+
+
+class OnnxLockstep:
+    """Runs batches through both graphs: the model in a file that `onnx_export` has written, and the
+    graph of the frozen PyTorch model."""
+
+    def __init__(self, model: ir.Model, graph_module: fx.GraphModule) -> None:
+        self._graph, self._module = model.graph, graph_module
+        self._kernels = Kernels(model.opset_imports)
+        self._nodes: dict[str, list[ir.Node]] = {}
+        for node in model.graph:
+            self._nodes.setdefault(node.metadata_props.get(FX_KEY, ""), []).append(node)
+        self._results = {
+            name: value
+            for node in model.graph
+            for value in node.outputs
+            for name in value.metadata_props.get(FX_KEY, "").split()
+        }
+
+    def run(
+        self, fx_inputs: Sequence[Any], onnx_inputs: Sequence[torch.Tensor], visit: Visit
+    ) -> list[torch.Tensor]:
+        """The ONNX outputs for one batch; `visit` is called in the order of the FX graph for each
+        node whose result is a floating point tensor and is in the ONNX graph."""
+        arm, results = Arm(self._module, fx_inputs), dict(self._results)
+        state = _Values(self._graph, onnx_inputs, self._kernels, Counter(results.values()))
+        for node in self._module.graph.nodes:
+            arm.execute(node)
+            for each in self._nodes.get(node.name, ()):
+                state.compute(each)
+            value = arm.values[node]
+            if node.op == "call_function" and isinstance(value, torch.Tensor):
+                found = results.get(node.name) or _passed_on(node, arm, results)
+                if found is not None and state.has(found):
+                    results[node.name] = found
+                    if value.is_floating_point() and value.numel():
+                        local = self._local(node.name, arm, state, results)
+                        visit(node.name, value.cpu(), state.get(found), local)
+            if node.op != "output":
+                arm.free()
+                state.free(self._results.get(node.name))
+        return [state.get(value) for value in self._graph.outputs]
+
+    def _local(
+        self, name: str, arm: Arm, state: _Values, results: Mapping[str, ir.Value]
+    ) -> torch.Tensor | None:
+        """The result of the FX node's own ONNX nodes, fed with PyTorch's values."""
+        nodes, result = self._nodes.get(name, ()), results[name]
+        if result.producer() not in nodes:
+            return None
+        known = {
+            results[node.name]: value
+            for node, value in arm.values.items()
+            if node.name in results and node.name != name and isinstance(value, torch.Tensor)
+        }
+
+        def given(value: ir.Value) -> torch.Tensor:
+            return known[value].cpu() if value in known else state.get(value)
+
+        for node in nodes:
+            if not all(value in known or state.has(value) for value in reads(node)):
+                return None
+            known |= self._kernels.run(node, given)
+        return known[result]
+
+
+def _passed_on(node: fx.Node, arm: Arm, results: Mapping[str, ir.Value]) -> ir.Value | None:
+    """The ONNX value of the input that this FX node passes on, if it does."""
+    value = arm.values[node]
+    for source in node.all_input_nodes:
+        given = arm.values[source]
+        if (
+            source.name in results
+            and isinstance(given, torch.Tensor)
+            and (given.dtype, given.shape) == (value.dtype, value.shape)
+            and torch.equal(given, value)
+        ):
+            return results[source.name]
+    return None
+
+
+class _Values:
+    """The values of an ONNX graph that something will still read. `extra` counts readers that are
+    no ONNX nodes."""
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        inputs: Sequence[torch.Tensor],
+        kernels: Kernels,
+        extra: Counter[ir.Value],
+    ) -> None:
+        self._kernels = kernels
+        self._values = dict(zip(graph.inputs, inputs, strict=True))
+        self._readers = extra + Counter(graph.outputs)
+        for node in graph:
+            self._readers.update(reads(node))
+        self._done: set[ir.Node] = set()
+        self._spent: list[ir.Value] = []
+
+    def has(self, value: ir.Value) -> bool:
+        return value in self._values or value.const_value is not None
+
+    def get(self, value: ir.Value) -> torch.Tensor:
+        """A constant, an input, or a result that was computed."""
+        if value.const_value is not None:
+            return constant(value.const_value)
+        return self._values[value]
+
+    def compute(self, node: ir.Node) -> None:
+        """Compute a node, after those whose results it reads."""
+        pending = [node]
+        while pending:
+            current = pending[-1]
+            producers = (value.producer() for value in reads(current))
+            missing = [p for p in producers if p is not None and p not in self._done]
+            if missing:
+                pending += missing
+                continue
+            pending.pop()
+            if current not in self._done:
+                self._values |= self._kernels.run(current, self.get)
+                self._done.add(current)
+                self._spent += reads(current)
+
+    def free(self, seen: ir.Value | None) -> None:
+        """Drop what was read for the last time since this was called before; `seen` is the value
+        that was looked at in between."""
+        for value in (*self._spent, *([seen] if seen is not None else [])):
+            self._readers[value] -= 1
+            if not self._readers[value]:
+                self._values.pop(value, None)
+        self._spent.clear()
