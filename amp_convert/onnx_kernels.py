@@ -60,7 +60,7 @@ class Kernels:
     ) -> dict[ir.Value, torch.Tensor]:
         """The results of `node`, where `given` has its inputs."""
         tensors = [given(value) for value in reads(node)]
-        session, is_wide = self._session(node, [_number(t.dtype) for t in tensors])
+        session, is_wide = self._session(node, [number(t.dtype) for t in tensors])
         if is_wide:
             tensors = [t.float() if t.dtype in LOW_DTYPES else t for t in tensors]
         outputs = [value for value in node.outputs if value.name]
@@ -111,7 +111,8 @@ class Kernels:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def _number(dtype: torch.dtype) -> int:
+def number(dtype: torch.dtype) -> int:
+    """ONNX's number of a dtype."""
     from onnx import helper
 
     if dtype == torch.bfloat16:

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from amp_convert.lockstep import Arm
-from amp_convert.onnx_kernels import Kernels, constant, reads
+from amp_convert.onnx_kernels import Kernels, constant, number, reads
 from amp_convert.onnx_labels import FX_KEY
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ class OnnxLockstep:
             if node.op != "output":
                 arm.free()
                 state.free(self._results.get(node.name))
+        for value in self._graph.outputs:
+            producer = value.producer()
+            if producer is not None:  # a border that the FX graph does not have
+                state.compute(producer)
         return [state.get(value) for value in self._graph.outputs]
 
     def _local(
@@ -84,7 +88,10 @@ class OnnxLockstep:
         known = {
             results[node.name]: value
             for node, value in arm.values.items()
-            if node.name in results and node.name != name and isinstance(value, torch.Tensor)
+            if node.name in results
+            and node.name != name
+            and isinstance(value, torch.Tensor)
+            and number(value.dtype) == results[node.name].dtype  # complex numbers are pairs there
         }
 
         def given(value: ir.Value) -> torch.Tensor:

@@ -112,6 +112,12 @@ class OnnxParity:
     metrics: tuple[OnnxMetric, ...]
     metrics_arm: Arm | None
 
+    @property
+    def unrounded(self) -> str:
+        """The first node that ONNX Runtime keeps in FP32, and whose roundings it may leave out; ""
+        if there is none."""
+        return next((row.node for row in self.nodes if row.ran == "in float32"), "")
+
     def run(self, arm: Arm) -> OnnxRun:
         """The run of that name."""
         return next(run for run in self.runs if run.arm == arm)

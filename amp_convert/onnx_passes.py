@@ -193,6 +193,9 @@ def name_borders(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str])
             graph.append(identity)
             graph.outputs[index] = identity.outputs[0]
     common.OutputFixPass()(model)
+    for node in graph:
+        if node.op_type == "Identity":  # a second name for a value, not another value
+            node.outputs[0].metadata_props.clear()
     for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
         value.name = name
     common.NameFixPass()(model)
