@@ -6,6 +6,7 @@
     mixed.plan.to_frame()                       # one row a node: rule, reason, evidence
     amp.compare(model, mixed, batches).to_frame()
     frozen = mixed.freeze()                     # for inference, weights in low precision
+    amp.export_onnx(mixed, "model.onnx")        # the same precision in every node
     amp.audit(model, inputs).to_frame()         # which layers stay FP32, and why
 
 Importing this package is cheap: PyTorch is imported when one of its names is first used.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from amp_convert.api import audit, compare, convert
+    from amp_convert.api import audit, compare, convert, export_onnx
     from amp_convert.converted import ConvertedModel, FrozenModel
     from amp_convert.divergence import Divergence
     from amp_convert.errors import AmpConvertError, ModelError, UnsupportedModelError, UsageError
@@ -29,6 +30,7 @@ _HOMES = {
     "audit": "api",
     "compare": "api",
     "convert": "api",
+    "export_onnx": "api",
     "ConvertedModel": "converted",
     "FrozenModel": "converted",
     "Decision": "plan",
@@ -54,6 +56,7 @@ __all__ = [
     "audit",
     "compare",
     "convert",
+    "export_onnx",
 ]
 
 

@@ -20,6 +20,7 @@ from amp_convert.converted import ConvertedModel, convert_captured
 from amp_convert.divergence import Divergence
 from amp_convert.dtypes import LOW_DTYPES
 from amp_convert.errors import UsageError
+from amp_convert.onnx_export import export_onnx as export_onnx
 from amp_convert.plan import Plan
 from amp_convert.profile import profile
 from amp_convert.report.audit import AuditRow, audit_rows

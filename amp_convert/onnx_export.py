@@ -25,6 +25,7 @@ from amp_convert.converted import ConvertedModel
 from amp_convert.dtypes import from_name
 from amp_convert.errors import UnsupportedModelError, UsageError
 from amp_convert.extras import require
+from amp_convert.onnx_borders import written_state
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -128,7 +129,7 @@ def export_onnx(
         nodes=len(model.graph),
         casts=sum(_is_float_cast(node) for node in model.graph),
         nodes_by_dtype=dict(Counter(_dtype(node.outputs[0]) for node in model.graph).most_common()),
-        lost_state=onnx_program.written_state(region),
+        lost_state=written_state(region),
     )
 
 

@@ -30,13 +30,19 @@ from torch.fx import traceback as fx_traceback
 
 from amp_convert import device as devices
 from amp_convert import onnx_labels, onnx_passes
-from amp_convert.capture import Region, Value
-from amp_convert.case import named_leaves
+from amp_convert.capture import Region
 from amp_convert.converted import fold_weights, hold
 from amp_convert.dtypes import from_name
 from amp_convert.errors import UnsupportedModelError
-from amp_convert.export import CapturedGraph, grown
+from amp_convert.export import CapturedGraph
 from amp_convert.freezing import Folded
+from amp_convert.onnx_borders import (
+    example_tensors,
+    input_names,
+    is_fp32_output,
+    output_names,
+    tensor_outputs,
+)
 from amp_convert.onnx_labels import FX_KEY, MARK
 from amp_convert.plan import Decision
 from amp_convert.rewrite import Rewritten
@@ -90,13 +96,13 @@ def build(
                 f"this model cannot be written for ONNX opset {opset}",
                 mend=f"Ask for opset {exported.model.opset_imports['']}.",
             )
-        exported.rename_axes(_axes(exported.model.graph.inputs, _input_names(region)))
+        exported.rename_axes(_axes(exported.model.graph.inputs, input_names(region)))
         model: ir.Model = exported.model
         onnx_passes.fold_constants(model)
     traced = exported.exported_program.graph
     onnx_labels.tie(model, onnx_labels.marks_of(traced, folded.graph_module.graph))
     onnx_passes.tidy(model, FX_KEY)
-    onnx_passes.name_borders(model, _input_names(region), output_names(region))
+    onnx_passes.name_borders(model, input_names(region), output_names(region))
     onnx_labels.annotate(model, onnx_labels.labels_of(rewritten))
     return model
 
@@ -117,7 +123,7 @@ def _fitted(region: Region, rewritten: Rewritten, border: torch.dtype | None) ->
         _widen_inputs(region, graph)
     kept = [results[i] for i in tensor_outputs(region)]
     if border is not None:
-        kept = [_cast(graph, n, border) if _is_fp32(region, i) else n
+        kept = [_cast(graph, n, border) if is_fp32_output(region, i) else n
                 for n, i in zip(kept, tensor_outputs(region), strict=True)]  # fmt: skip
     graph.output(tuple(kept))
     module = fx.GraphModule(rewritten.graph_module, graph)
@@ -151,38 +157,6 @@ def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
     cast.meta["custom"] = {MARK: cast.name}
     return cast
-
-
-def tensor_outputs(region: Region) -> list[int]:
-    """Which of the eval graph's outputs are tensors that the user gets."""
-    signature = region.graphs["eval"].signature
-    written = len(signature.buffer_outputs) + len(signature.input_outputs)
-    return [i for i in range(written, len(_outputs(region))) if _recorded(region, i) is not None]
-
-
-def written_state(region: Region) -> tuple[str, ...]:
-    """The buffers and inputs that the eval graph writes to."""
-    signature = region.graphs["eval"].signature
-    users = [i for i, spec in enumerate(signature.inputs) if spec.source is Source.USER]
-    changed = (signature.user_inputs[users.index(i)].path for i in signature.input_outputs)
-    return (*signature.buffer_outputs, *changed)
-
-
-def _outputs(region: Region) -> Sequence[Any]:
-    outputs: Any = region.graphs["eval"].graph_module.graph.find_nodes(op="output")[0].args[0]
-    return tuple(outputs)
-
-
-def _recorded(region: Region, index: int) -> Value | None:
-    """Shape and dtype of an output of the FP32 graph; None where it is no tensor."""
-    node = _outputs(region)[index]
-    value = region.traces["eval"].values.get(node.name) if isinstance(node, fx.Node) else None
-    return value if isinstance(value, Value) else None
-
-
-def _is_fp32(region: Region, index: int) -> bool:
-    value = _recorded(region, index)
-    return value is not None and value.dtype == torch.float32
 
 
 # --- step 2 --------------------------------------------------------------------------------------
@@ -234,17 +208,6 @@ def _traced(
         )
 
 
-def example_tensors(region: Region) -> list[torch.Tensor]:
-    """Copies of the tensors among the example inputs; a batch of one doubled if it may vary."""
-    runner = region.runner("eval")
-    leaves = runner.signature.user_inputs
-    varies = any(None in leaf.shape for leaf in leaves if leaf.shape is not None)
-    args, kwargs = grown(region.args, region.kwargs) if varies else (region.args, region.kwargs)
-    flat = zip(runner.inputs(args, kwargs), runner.signature.inputs, strict=True)
-    users = [value for value, spec in flat if spec.source is Source.USER]
-    return [value.detach().clone() for value in users if isinstance(value, torch.Tensor)]
-
-
 # --- step 3 --------------------------------------------------------------------------------------
 
 
@@ -283,11 +246,6 @@ def _untranslated(region: Region, error: Exception) -> UnsupportedModelError:
     )
 
 
-def _input_names(region: Region) -> list[str]:
-    leaves = region.graphs["eval"].signature.user_inputs
-    return [leaf.path for leaf in leaves if leaf.shape is not None]
-
-
 def _axes(inputs: Sequence[ir.Value], names: Sequence[str]) -> dict[str | ir.SymbolicDim, str]:
     """Names for the sizes that may vary: "batch", or one a size where inputs need not agree."""
     first: dict[str | ir.SymbolicDim, str] = {}
@@ -296,13 +254,3 @@ def _axes(inputs: Sequence[ir.Value], names: Sequence[str]) -> dict[str | ir.Sym
             if not isinstance(size, int) and size.value is not None:
                 first.setdefault(str(size.value), f"{name}_batch")
     return dict.fromkeys(first, "batch") if len(first) == 1 else first
-
-
-def output_names(region: Region) -> list[str]:
-    """The names of the tensors that the model returns, as in the report's table of outputs."""
-    runner = region.runner("eval")
-    device = devices.of_model(region.module)
-    with torch.no_grad(), devices.preserved_rng(device), devices.exact_fp32(device):
-        outputs = runner.graph_module(*runner.inputs(region.args, region.kwargs))
-    leaves = named_leaves(runner.results(outputs))
-    return [name for name, leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -63,12 +63,12 @@ def runtime_version() -> str:
 
 
 def providers() -> tuple[str, ...]:
-    """CUDA first where this ONNX Runtime has it; the CPU always."""
+    """CUDA first, where there is a device and this ONNX Runtime is built for it; the CPU always."""
     import onnxruntime
 
     cuda = "CUDAExecutionProvider"
-    found = (cuda,) if cuda in onnxruntime.get_available_providers() else ()
-    return (*found, "CPUExecutionProvider")
+    usable = torch.cuda.is_available() and cuda in onnxruntime.get_available_providers()
+    return (cuda, "CPUExecutionProvider") if usable else ("CPUExecutionProvider",)
 
 
 def why_not(path: str, disabled: Sequence[str] = ()) -> str:

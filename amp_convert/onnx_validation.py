@@ -15,16 +15,15 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from amp_convert import onnx_export, onnx_program, onnx_sessions
+from amp_convert import onnx_runs, onnx_sessions
 from amp_convert.case import named_leaves
-from amp_convert.comparison import Batch, OutputSums, Score, accumulate, batch_size, evaluating
+from amp_convert.comparison import Batch, Score, accumulate, batch_size, evaluating
 from amp_convert.converted import ConvertedModel, fold_weights
 from amp_convert.divergence import OutputError
 from amp_convert.dtypes import from_name, ulp_at
@@ -32,13 +31,11 @@ from amp_convert.onnx_export import OnnxModel
 from amp_convert.onnx_lockstep import OnnxLockstep
 from amp_convert.onnx_nodes import NodeTable
 from amp_convert.onnx_parity import Arm, OnnxMetric, OnnxOutput, OnnxParity, OnnxRun
-from amp_convert.onnx_sessions import Placement, Session
+from amp_convert.onnx_runs import Fed, Run
 from amp_convert.runner import Source
 
 FP32_FACTOR = 4.0
 """How many times the FP32 file's distance from FP32 PyTorch a low file may keep."""
-
-T = TypeVar("T")
 
 
 def validate_onnx(
@@ -66,43 +63,6 @@ def validate_onnx(
         return validation.result(runtime, lower_is_better)
 
 
-@dataclass
-class _Fed:
-    """One batch: the model's tensors, the same in the dtypes of the file, and the FX graph's."""
-
-    tensors: list[torch.Tensor]
-    bordered: list[torch.Tensor]
-    flat: list[Any]
-
-
-@dataclass
-class _Run:
-    """One way of running a file, and the sums of its outputs. What fails in `attempt` ends this
-    run, and no other."""
-
-    arm: Arm
-    failure: str = ""
-    without: tuple[str, ...] = ()
-    batches: int = 0
-    call: Callable[[_Fed], list[torch.Tensor]] | None = None
-    against_fp32: dict[str, OutputSums] = field(default_factory=dict)
-    against_converted: dict[str, OutputSums] = field(default_factory=dict)
-
-    def attempt(self, action: Callable[[], T]) -> T | None:
-        """What `action` gives; None when it fails, as it then will from now on."""
-        try:
-            return action()
-        except Exception as error:  # noqa: BLE001  ONNX Runtime's errors have no class in common
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            self.failure, self.without, self.call = lines[-1].strip(), (), None
-            return None
-
-    def outputs(self, fed: _Fed) -> list[torch.Tensor] | None:
-        """The outputs for one batch; None when this run has failed, now or before."""
-        call = self.call
-        return self.attempt(lambda: call(fed)) if call is not None else None
-
-
 class _Validation:
     def __init__(
         self,
@@ -121,66 +81,26 @@ class _Validation:
         self._folded = fold_weights(self._region, rewritten)
         written = ir.load(model.path)
         self._table = NodeTable(rewritten, self._folded.graph_module.graph, written, self._low)
-        self._lockstep = OnnxLockstep(written, self._folded.graph_module)
         self._node_batches = node_batches
         self._scores: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._batches = self._samples = 0
-        self._names: list[str] = []
-        self._placements: Mapping[str, Placement] = {}
-        self._providers = onnx_sessions.providers()
-        self._runs = [self._fp32(folder), self._unoptimised(), self._optimised(), self._stepwise()]
-
-    # --- the runs --------------------------------------------------------------------------------
-
-    def _fp32(self, folder: Path) -> _Run:
-        run, path = _Run("fp32"), folder / "fp32.onnx"
-
-        def opened() -> Callable[[_Fed], list[torch.Tensor]]:
-            graph = onnx_program.unconverted(self._region.graphs["eval"])
-            built = onnx_program.build(self._region, graph, self._model.opset)
-            onnx_export.write(built, path)
-            session = Session(str(path))
-            return lambda fed: session.run(fed.tensors)
-
-        run.call = run.attempt(opened)
-        return run
-
-    def _unoptimised(self) -> _Run:
-        run = _Run("unoptimised")
-        opened = run.attempt(lambda: onnx_sessions.recorded(self._model.path))
-        if opened is not None:
-            session, self._placements = opened
-            self._providers = session.providers
-            run.call = lambda fed: session.run(fed.bordered)
-        return run
-
-    def _optimised(self) -> _Run:
-        run = _Run("optimised")
-        failure, without = onnx_sessions.needless(self._model.path)
-        if not failure or without:
-            path = self._model.path
-            session = run.attempt(lambda: Session(path, optimised=True, disabled=without))
-            if session is not None:
-                run.call = lambda fed: session.run(fed.bordered)
-        if not run.failure:
-            run.failure, run.without = failure, without
-        return run
-
-    def _stepwise(self) -> _Run:
-        visit = self._table.visit
-        return _Run(
-            "node by node", call=lambda fed: self._lockstep.run(fed.flat, fed.bordered, visit)
-        )
-
-    # --- a batch ---------------------------------------------------------------------------------
+        lockstep = OnnxLockstep(written, self._folded.graph_module)
+        self._fp32 = onnx_runs.fp32_run(self._region, model.opset, folder)
+        self._plain, self._placements, self._providers = onnx_runs.unoptimised_run(model.path)
+        self._runs = [
+            self._fp32,
+            self._plain,
+            onnx_runs.optimised_run(model.path),
+            onnx_runs.stepwise_run(lockstep, self._table.visit),
+        ]
 
     def add(self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any) -> None:
         fp32 = self._called(self._converted.captured.model, args, kwargs)
         mixed = self._called(self._converted, args, kwargs)
         fed = self._fed(args, kwargs)
         size = batch_size(args, kwargs)
-        scored = {"fp32": fp32, "converted": mixed}
-        self._names = list(_tensors(fp32))
+        self._add_scores("fp32", fp32, target, size)
+        self._add_scores("converted", mixed, target, size)
         for run in self._runs:
             if run.arm == "node by node" and self._batches >= self._node_batches:
                 continue
@@ -188,15 +108,16 @@ class _Validation:
             if outputs is None:
                 continue
             run.batches += 1
-            named = dict(zip(self._names, outputs, strict=True))
+            named = dict(zip(_tensors(fp32), outputs, strict=True))
             accumulate(run.against_fp32, _tensors(fp32), named)
-            if run.arm != "fp32":
+            if run is not self._fp32:
                 accumulate(run.against_converted, _tensors(mixed), named)
-                scored[run.arm] = _rebuilt(mixed, outputs)
+                self._add_scores(run.arm, _rebuilt(mixed, outputs), target, size)
         self._batches += 1
         self._samples += size
-        for arm, outputs in scored.items() if self._score is not None else ():
-            assert self._score is not None
+
+    def _add_scores(self, arm: str, outputs: Any, target: Any, size: int) -> None:
+        if self._score is not None:
             for name, value in self._score(outputs, target).items():
                 self._scores[arm][name] += value * size
 
@@ -206,7 +127,7 @@ class _Validation:
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
         return model(*args, **kwargs)
 
-    def _fed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Fed:
+    def _fed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fed:
         runner = self._region.runner("eval")
         inputs = zip(runner.inputs(args, kwargs), runner.signature.inputs, strict=True)
         users = [value for value, spec in inputs if spec.source is Source.USER]
@@ -218,15 +139,13 @@ class _Validation:
             next(rest) if spec.source is Source.USER else self._folded.tensors[spec.target]
             for spec in self._folded.signature.inputs
         ]
-        return _Fed(tensors, bordered, flat)
-
-    # --- the result ------------------------------------------------------------------------------
+        return Fed(tensors, bordered, flat)
 
     def result(self, runtime: str, lower_is_better: frozenset[str]) -> OnnxParity:
-        fp32 = next(run for run in self._runs if run.arm == "fp32")
-        sums = fp32.against_fp32 if not fp32.failure else {}
+        sums = {} if self._fp32.failed else self._fp32.against_fp32
         reference = {name: total.row(name) for name, total in sums.items()}
-        arm = next((a for a in _PREFERRED if a in self._scores), None)
+        whole = {run.arm for run in self._runs if run.batches == self._batches and not run.failed}
+        arm = next((arm for arm in _PREFERRED if arm in whole and arm in self._scores), None)
         return OnnxParity(
             path=self._model.path,
             dtype=self._model.dtype,
@@ -236,7 +155,7 @@ class _Validation:
             samples=self._samples,
             runs=tuple(self._finished(run, reference) for run in self._runs),
             ran=self._table.ran(self._placements),
-            ran_reason=next(run.failure for run in self._runs if run.arm == "unoptimised"),
+            ran_reason=self._plain.failure,
             nodes=self._table.rows(self._placements),
             node_batches=min(self._batches, self._node_batches),
             unmatched=self._table.unmatched(),
@@ -256,8 +175,8 @@ class _Validation:
             metrics_arm=arm,
         )
 
-    def _finished(self, run: _Run, reference: Mapping[str, OutputError]) -> OnnxRun:
-        if run.failure and not run.without:  # some batches at most: nothing to judge by
+    def _finished(self, run: Run, reference: Mapping[str, OutputError]) -> OnnxRun:
+        if run.failed:  # some batches at most: nothing to judge by
             return OnnxRun(run.arm, run.failure, (), run.batches, ())
         outputs = tuple(
             self._output(

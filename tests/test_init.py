@@ -12,7 +12,7 @@ import pytest
 
 import amp_convert
 
-FUNCTIONS = ["audit", "compare", "convert"]
+FUNCTIONS = ["audit", "compare", "convert", "export_onnx"]
 TYPES = ["ConvertedModel", "Decision", "Divergence", "FrozenModel", "Plan"]
 ERRORS = ["AmpConvertError", "ModelError", "UnsupportedModelError", "UsageError"]
 
