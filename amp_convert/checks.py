@@ -166,15 +166,19 @@ def metric_checks(divergence: Divergence | None, limits: Thresholds) -> list[Che
     if divergence is None or not divergence.metrics or divergence.batches <= 0:
         given = divergence.metrics_reason if divergence else ""
         return [Check("metrics", "unchecked", None, None, given or "no metric was computed")]
-    return [_metric_check(pair, limits.metric_tolerance) for pair in divergence.metrics]
+    return [
+        metric_check(f"metrics.{pair.name}", pair, limits.metric_tolerance)
+        for pair in divergence.metrics
+    ]
 
 
-def _metric_check(pair: MetricPair, tolerance: float) -> Check:
+def metric_check(name: str, pair: MetricPair, tolerance: float, arm: str = "mixed") -> Check:
+    """Whether the `mixed` value of a metric is no worse than FP32's; `arm` says whose it is."""
     lower = pair.lower_is_better
     limit = metric_limit(pair.fp32, tolerance, lower_is_better=lower)
     holds = metric_holds(pair.mixed, limit, lower_is_better=lower)
-    reason = f"{pair.mixed:.6g} mixed against {pair.fp32:.6g} in FP32"
+    reason = f"{pair.mixed:.6g} {arm} against {pair.fp32:.6g} in FP32"
     if not (math.isfinite(pair.mixed) and math.isfinite(pair.fp32)):
         reason += ": a metric that is not finite judges nothing"
     status: CheckStatus = "pass" if holds else "fail"
-    return Check(f"metrics.{pair.name}", status, pair.mixed, limit, reason)
+    return Check(name, status, pair.mixed, limit, reason)

@@ -68,6 +68,9 @@ def convert(
     metric_tolerance: flags.MetricTolerance = None,
     baseline: flags.Baseline = None,
     onnx: flags.Onnx = None,
+    io_types: flags.IoTypes = None,
+    opset: flags.Opset = None,
+    external_data: flags.ExternalData = None,
     train: flags.Train = None,
     steps: flags.Steps = None,
     seeds: flags.Seeds = None,
@@ -92,18 +95,20 @@ def convert(
         from amp_convert import pipeline
         from amp_convert.baseline import load_baseline
         from amp_convert.report.files import write_report
-        from amp_convert.report.folder import check_writable
+        from amp_convert.report.folder import check_writable, workspace
 
         folder = pipeline.output_folder(source, settings)
         check_writable(folder)
         expected = load_baseline(Path(settings.baseline)) if settings.baseline else None
-        run = pipeline.convert(source, settings, progress)
         gated = None
-        if expected is not None:
-            from amp_convert import gate
+        with workspace(folder) as work:
+            run = pipeline.convert(source, settings, progress, work)
+            if expected is not None:
+                from amp_convert import gate
 
-            gated = gate.compare(run.report, expected, metric_tolerance=settings.metric_tolerance)
-        write_report(folder, run.report, run.plan.to_toml())
+                tolerance = settings.metric_tolerance
+                gated = gate.compare(run.report, expected, metric_tolerance=tolerance)
+            write_report(folder, run.report, run.plan.to_toml(), run.files)
         pipeline.clean_up(run, settings)
     _print_report(console, run.report, folder, gated, as_json=as_json)
     return run.report.verdict.exit_code or (gated.exit_code if gated else 0)

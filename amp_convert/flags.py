@@ -80,7 +80,24 @@ Baseline = Annotated[
     typer.Option("--baseline", metavar="FILE", help="Gate the result on this baseline too."),
 ]
 Onnx = Annotated[
-    bool | None, typer.Option("--onnx", help="Export FP16 ONNX (not in this version).")
+    bool | None,
+    typer.Option("--onnx", help="Write the model as ONNX too, and check it in ONNX Runtime."),
+]
+IoTypes = Annotated[
+    str | None,
+    typer.Option(
+        "--io-types",
+        metavar="keep|low",
+        help="ONNX inputs and outputs in FP32, or in the low dtype. [default: keep]",
+    ),
+]
+Opset = Annotated[
+    int | None,
+    typer.Option("--opset", metavar="N", help="ONNX opset. [default: the first that suffices]"),
+]
+ExternalData = Annotated[
+    bool | None,
+    typer.Option("--external-data", help="ONNX weights in a file of their own."),
 ]
 
 # --- of training ---
@@ -181,6 +198,7 @@ _OF_TRAINING = (
     *("steps", "seeds", *_OF_SEEDS, "train_metric", "accumulate", "clip_norm", "loss_scale"),
     *(*_OF_A_SCALE, "checkpoint", "checkpoint_every"),
 )
+_OF_ONNX = ("io_types", "opset", "external_data")
 _LEAVE_ONE_OUT = "Leave one out."
 
 
@@ -193,6 +211,7 @@ def convert_settings(source: str, given: Mapping[str, object]) -> Settings:
     does, and for seeds that make no test.
     """
     settings = load_settings(source, given)
+    settings = _with_onnx(settings, given)
     asked = [name for name in _OF_TRAINING if given.get(name) is not None]
     if asked and given.get("train") is False:
         raise UsageError(f"--no-train and {_flag(asked[0])} were both given", mend=_LEAVE_ONE_OUT)
@@ -205,6 +224,13 @@ def convert_settings(source: str, given: Mapping[str, object]) -> Settings:
     settings = _one_margin(settings, asked)
     has_margin = settings.margin is not None or settings.fp32_baseline is not None
     require_test(settings.seeds or 1, has_margin=has_margin)
+    return settings
+
+
+def _with_onnx(settings: Settings, given: Mapping[str, object]) -> Settings:
+    """The settings, with ONNX where a flag of it was given."""
+    if any(given.get(name) is not None for name in _OF_ONNX):
+        return dataclasses.replace(settings, onnx=True)
     return settings
 
 

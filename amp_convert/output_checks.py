@@ -22,39 +22,45 @@ _NO_FLOAT = "the model returns no floating point output"
 
 
 def output_checks(plan: Plan, divergence: Divergence | None, limits: Thresholds) -> list[Check]:
-    """The checks against FP32; `outputs.agreement` only where an output is integer or boolean, and
-    none of real numbers where all are.
+    """The checks of the converted model against FP32."""
+    rows = divergence.outputs if divergence else ()
+    return checks_of_outputs("outputs", rows, nothing_ran(plan, divergence), limits)
+
+
+def checks_of_outputs(
+    prefix: str, outputs: Sequence[OutputError], missing: str, limits: Thresholds
+) -> list[Check]:
+    """The checks of some outputs against FP32, named `prefix`.finite and so on; all are unchecked
+    where something is `missing`. `agreement` is there only where an output is integer or boolean,
+    and none of real numbers where all are.
     """
-    reason = nothing_ran(plan, divergence)
     # An output without elements equals its reference, but says nothing about the others.
-    rows = [row for row in divergence.outputs if row.elements > 0] if divergence else []
-    if not reason and not rows:
-        reason = _NO_ELEMENT
+    rows = [row for row in outputs if row.elements > 0]
+    reason = missing or ("" if rows else _NO_ELEMENT)
     if reason:
         rows = []
     whole = [row for row in rows if _is_discrete(row)]
     real = [row for row in rows if not _is_discrete(row)]
     # The cosine with a vector of zeros is undefined; the other three checks judge such an output.
     pointed = [row for row in real if row.ref_abs_max != 0]
-    checks = [_finite_check(rows, reason)]
+    checks = [_finite_check(f"{prefix}.finite", rows, reason)]
     if real or not whole:
+        flat = reason or "every FP32 output is zero"
         checks += [
-            _rel_l2_check(real, reason, limits.output_rel_l2),
-            _cosine_check(pointed, reason or "every FP32 output is zero", limits.cosine),
-            _max_abs_check(real, reason, limits.output_max_abs),
+            _rel_l2_check(f"{prefix}.rel_l2", real, reason, limits.output_rel_l2),
+            _cosine_check(f"{prefix}.cosine", pointed, flat, limits.cosine),
+            _max_abs_check(f"{prefix}.max_abs", real, reason, limits.output_max_abs),
         ]
-    closed = (
-        [row for row in divergence.outputs if row.dtype == "object" and not row.elements]
-        if divergence
-        else []
-    )
+    closed = [row for row in outputs if row.dtype == "object" and not row.elements]
     if closed and not reason:
         why = (
             f"{_called(closed[0])} is an object that cannot be looked into: return tensors, or "
             "register its class with torch.utils._pytree"
         )
-        checks.append(Check("outputs.compared", "unchecked", None, None, why))
-    return checks + ([_agreement_check(whole, limits.agreement)] if whole else [])
+        checks.append(Check(f"{prefix}.compared", "unchecked", None, None, why))
+    if whole:
+        checks.append(_agreement_check(f"{prefix}.agreement", whole, limits.agreement))
+    return checks
 
 
 def _is_discrete(row: OutputError) -> bool:
@@ -81,8 +87,7 @@ def _called(row: OutputError) -> str:
     return f"output {row.name}" if row.name not in ("", "output") else "the output"
 
 
-def _finite_check(rows: Sequence[OutputError], missing: str) -> Check:
-    name = "outputs.finite"
+def _finite_check(name: str, rows: Sequence[OutputError], missing: str) -> Check:
     if not rows:
         return Check(name, "unchecked", None, 0.0, missing)
     bad = max(rows, key=lambda row: row.nonfinite)
@@ -97,8 +102,7 @@ def _finite_check(rows: Sequence[OutputError], missing: str) -> Check:
     return Check(name, "fail", float(bad.nonfinite), 0.0, f"{reason} where FP32 is finite")
 
 
-def _rel_l2_check(rows: Sequence[OutputError], missing: str, limit: float) -> Check:
-    name = "outputs.rel_l2"
+def _rel_l2_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
     if not rows:
         return Check(name, "unchecked", None, limit, missing)
     which, error = _worst(rows, lambda row: row.rel_l2)
@@ -109,8 +113,7 @@ def _rel_l2_check(rows: Sequence[OutputError], missing: str, limit: float) -> Ch
     return Check(name, "pass" if _within(error, limit) else "fail", error, limit, reason)
 
 
-def _cosine_check(rows: Sequence[OutputError], missing: str, limit: float) -> Check:
-    name = "outputs.cosine"
+def _cosine_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
     if not rows:
         return Check(name, "unchecked", None, limit, missing)
 
@@ -123,8 +126,7 @@ def _cosine_check(rows: Sequence[OutputError], missing: str, limit: float) -> Ch
     return Check(name, "pass" if cosine >= limit else "fail", cosine, limit, reason)
 
 
-def _max_abs_check(rows: Sequence[OutputError], missing: str, limit: float) -> Check:
-    name = "outputs.max_abs"
+def _max_abs_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
     if not rows:
         return Check(name, "unchecked", None, limit, missing)
     which, share = _worst(rows, _max_abs_share)
@@ -140,12 +142,12 @@ def _max_abs_share(row: OutputError) -> float:
     return row.max_abs_err / row.ref_abs_max
 
 
-def _agreement_check(rows: Sequence[OutputError], limit: float) -> Check:
+def _agreement_check(name: str, rows: Sequence[OutputError], limit: float) -> Check:
     which, differing = _worst(rows, lambda row: row.mismatches / row.elements)
     share = 1 - differing
     reason = f"{which}: {share:.4%} of its elements equal FP32's"
     status: CheckStatus = "pass" if limit <= share <= 1 else "fail"
-    return Check("outputs.agreement", status, share, limit, reason)
+    return Check(name, status, share, limit, reason)
 
 
 def autocast_check(plan: Plan, divergence: Divergence | None, limits: Thresholds) -> Check:

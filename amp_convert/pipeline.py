@@ -28,11 +28,21 @@ from amp_convert.device import Device
 from amp_convert.divergence import Divergence
 from amp_convert.dtypes import from_name
 from amp_convert.errors import UsageError
+from amp_convert.extras import require
 from amp_convert.fp32_baseline import Fp32Baseline, make_fp32_baseline
 from amp_convert.noninferiority import MIN_BASELINE_SEEDS
+from amp_convert.onnx_export import export_onnx
+from amp_convert.onnx_validation import validate_onnx
 from amp_convert.plan import Plan
 from amp_convert.profile import RangeStats, profile
-from amp_convert.report import Environment, ModelInfo, PlanSection, RunReport, Unchecked
+from amp_convert.report import (
+    Environment,
+    ModelInfo,
+    OnnxSection,
+    PlanSection,
+    RunReport,
+    Unchecked,
+)
 from amp_convert.rules import Rules, load_rules
 from amp_convert.settings import Settings, split_source
 from amp_convert.training import DEFAULT_STEPS, compare_training
@@ -61,16 +71,20 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run made: the report, the whole plan and the converted model."""
+    """What a run made: the report, the whole plan, the converted model, and the files that go with
+    the report."""
 
     report: RunReport
     plan: Plan
     converted: ConvertedModel
+    files: tuple[Path, ...] = ()
 
 
-def convert(source: str, settings: Settings, progress: Progress) -> Run:
-    """The main job: convert the model at `source` and judge the result."""
-    _refuse_unavailable(settings)
+def convert(source: str, settings: Settings, progress: Progress, work: Path) -> Run:
+    """The main job: convert the model at `source` and judge the result. `work` is a folder for
+    files that go with the report."""
+    if settings.onnx:
+        require("onnx", "onnx", "onnxscript", "onnxruntime")
     training_setup.load_margin(settings)
     prepared = _prepare(source, settings, progress, trains=True)
     case, captured = prepared.case, prepared.captured
@@ -94,10 +108,44 @@ def convert(source: str, settings: Settings, progress: Progress) -> Run:
         costs=measured,
         frozen_identical=frozen_identical(converted, case.args, case.kwargs),
     )
+    exported = _export(prepared, converted, settings, progress, work)
     trained = _train(prepared, converted, settings, progress)
     progress.stage("judge")
-    report = _report(prepared, settings, converted.plan, divergence, trained)
-    return Run(report, converted.plan, converted)
+    report = _report(prepared, settings, converted.plan, divergence, trained, exported)
+    return Run(report, converted.plan, converted, tuple(sorted(work.iterdir())))
+
+
+def _export(
+    prepared: _Prepared,
+    converted: ConvertedModel,
+    settings: Settings,
+    progress: Progress,
+    work: Path,
+) -> OnnxSection | Unchecked:
+    if not settings.onnx:
+        return Unchecked(reason="--onnx was not given")
+    case = prepared.case
+    progress.stage("export to ONNX")
+    model = export_onnx(
+        converted,
+        work / "model.onnx",
+        io_types="low" if settings.io_types == "low" else "keep",
+        opset=settings.opset,
+        external_data=settings.external_data,
+    )
+    progress.stage("compare in ONNX Runtime", settings.batches if case.eval_batches else 1)
+    parity = validate_onnx(
+        converted,
+        model,
+        _batches(case, prepared.device, settings.batches),
+        score=(lambda outputs, target: score(case, outputs, target)) if case.metrics else None,
+        lower_is_better=case.lower_is_better,
+        on_batch=progress.advance,
+    )
+    name = Path(model.path).name
+    return OnnxSection(
+        model=dataclasses.replace(model, path=name), parity=dataclasses.replace(parity, path=name)
+    )
 
 
 def _train(
@@ -241,14 +289,6 @@ def _ticking(batches: Iterator[Batch], progress: Progress) -> Iterator[Call]:
         progress.advance()
 
 
-def _refuse_unavailable(settings: Settings) -> None:
-    if settings.onnx:
-        raise UsageError(
-            f"--onnx is not available in amp-convert {__version__}",
-            mend="Leave it out: this version writes no ONNX, and lists it as unchecked.",
-        )
-
-
 # --- the report ----------------------------------------------------------------------------------
 
 
@@ -258,6 +298,7 @@ def _report(
     plan: Plan,
     divergence: Divergence,
     training: TrainingParity | Unchecked,
+    onnx: OnnxSection | Unchecked,
 ) -> RunReport:
     case, captured = prepared.case, prepared.captured
     thresholds = Thresholds.for_dtype(
@@ -274,6 +315,8 @@ def _report(
         metrics_supplied=case.metrics is not None,
         training=trained,
         no_training=training.reason if isinstance(training, Unchecked) else "",
+        onnx=onnx.parity if isinstance(onnx, OnnxSection) else None,
+        no_onnx=onnx.reason if isinstance(onnx, Unchecked) else "",
     )
     return RunReport(
         amp_convert=__version__,
@@ -285,7 +328,7 @@ def _report(
         plan=PlanSection.of(plan),
         inference=divergence,
         training=training,
-        onnx=Unchecked(reason="this version exports no ONNX"),
+        onnx=onnx,
     )
 
 

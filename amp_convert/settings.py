@@ -35,6 +35,10 @@ class Settings:
     `metric_tolerance` the loss in a metric, relative to its FP32 value. None means that the
     stage concerned chooses.
 
+    With `onnx` the model is written as ONNX too: in `opset`, with inputs and outputs in FP32
+    (`io_types` "keep") or in the low dtype ("low"), and weights in a file of their own where
+    `external_data` says so.
+
     In training, `accumulate` batches make a step and `clip_norm` bounds the gradients' L2 norm.
     `loss_scale` is "dynamic", "none" or a fixed power of two, None what the dtype needs; a dynamic
     one starts at `initial_scale` and follows `scale_growth`, `scale_backoff` and `scale_interval`,
@@ -54,6 +58,9 @@ class Settings:
     steps: int | None = None
     seeds: int | None = None
     onnx: bool = False
+    io_types: str = "keep"
+    opset: int | None = None
+    external_data: bool = False
     tolerance: float | None = None
     metric_tolerance: float = 0.01
     accumulate: int = 1
@@ -252,6 +259,12 @@ def _loss_scale(value: object) -> str:
     return f"{number:.0f}"
 
 
+def _io_types(value: object) -> str:
+    if value == "keep" or value == "low":
+        return str(value)
+    raise ValueError("keep or low")
+
+
 def _name(value: object) -> str:
     if isinstance(value, str) and value:
         return value
@@ -277,6 +290,9 @@ _BY_FIELD: dict[str, Callable[[object], object]] = {
     "steps": _count,
     "seeds": _count,
     "onnx": _switch,
+    "io_types": _io_types,
+    "opset": _count,
+    "external_data": _switch,
     "tolerance": _amount,
     "metric_tolerance": _amount,
     "accumulate": _count,

@@ -13,6 +13,7 @@ not measured is unchecked, and every comparison is written so that NaN fails it.
    that gets deployed the one that was judged?
 6. `metrics.NAME`: do the user's own metrics hold?
 7. `training.*`: does it train as FP32 does? See `training_checks`.
+8. `onnx.*`: does its ONNX file compute the same? See `onnx_checks`.
 
 The verdict fails when any check fails; it is inconclusive when a required check (see `is_required`)
 is unchecked; otherwise it passes. The checks that do not block stay in the list as unchecked.
@@ -36,6 +37,7 @@ from amp_convert.checks import (
     reference_check,
 )
 from amp_convert.errors import UsageError
+from amp_convert.onnx_checks import onnx_checks
 from amp_convert.output_checks import autocast_check, output_checks
 from amp_convert.thresholds import Thresholds
 from amp_convert.training_checks import training_checks
@@ -43,6 +45,7 @@ from amp_convert.training_checks import training_checks
 if TYPE_CHECKING:
     from amp_convert.divergence import Divergence
     from amp_convert.fidelity import Fidelity
+    from amp_convert.onnx_parity import OnnxParity
     from amp_convert.plan import Plan
     from amp_convert.training_parity import TrainingParity
 
@@ -84,11 +87,13 @@ def judge(
     metrics_supplied: bool,
     training: TrainingParity | None = None,
     no_training: str = "training was not asked for",
+    onnx: OnnxParity | None = None,
+    no_onnx: str = "--onnx was not given",
 ) -> Verdict:
     """Hold the evidence against `thresholds`.
 
-    `divergence` is None when the graphs could not be run side by side, as on the meta device, and
-    `training` when nothing was trained, for the reason `no_training`.
+    `divergence` is None when the graphs could not be run side by side, as on the meta device;
+    `training` and `onnx` when nothing was trained or exported, for the reason given.
     `metrics_supplied` is whether the user's file gives metrics: they are then required. Raises
     UsageError when `thresholds` are those of another dtype than the plan's.
     """
@@ -110,8 +115,12 @@ def judge(
         frozen_check(divergence),
         *metric_checks(divergence, limits),
         *training_checks(training, no_training, training_limits),
+        *onnx_checks(onnx, no_onnx, limits),
     )
     return Verdict(_status(checks, metrics_supplied), checks)
+
+
+_MAY_STAY_OPEN = ("outputs.vs_autocast", "training.random", "training.gradients", "onnx.converted")
 
 
 def is_required(check: str, *, metrics_supplied: bool) -> bool:
@@ -126,15 +135,16 @@ def is_required(check: str, *, metrics_supplied: bool) -> bool:
     dtype, and dropout be as good), `training.gradients` (a batch may tell nothing about a model
     that amplifies any rounding; many steps do), and `training.metrics.NAME` (one run says too
     little about a metric that was not named before it). Where the user gives
-    no metrics, none are asked for.
+    no metrics, none are asked for. Of an ONNX file all checks are, but for `onnx.converted`: where
+    it is unchecked, the node is named at which ONNX Runtime computes otherwise.
     """
-    if check in ("metrics", "training.metrics") or check.startswith("metrics."):
+    if check in ("metrics", "training.metrics", "onnx.metrics") or check.startswith("metrics."):
         return metrics_supplied
-    if check in ("outputs.vs_autocast", "training.random", "training.gradients"):
+    if check in _MAY_STAY_OPEN:
         return False
     if check.startswith("training.metrics."):
         return False
-    return check.startswith(("outputs.", "plan.", "training.")) or check in (
+    return check.startswith(("outputs.", "plan.", "training.", "onnx.")) or check in (
         "fidelity.eval",
         "fidelity.batches",
         "nodes.finite",

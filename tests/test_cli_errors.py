@@ -146,11 +146,8 @@ def test_a_wrong_model_file(text: str, message: str, tmp_path: Path) -> None:
             "Name a TOML file or one of the presets: apex-o1, apex-o2, apex-o3, "
             "autocast, default, fp32, half, keras-mixed-float16.",
         ),
-        (
-            "model.py --onnx",
-            f"--onnx is not available in amp-convert {__version__}. "
-            "Leave it out: this version writes no ONNX, and lists it as unchecked.",
-        ),
+        ("model.py --io-types fp16", "io-types is 'fp16' (at --io-types). Give keep or low."),
+        ("model.py --opset 0", "opset is 0 (at --opset). Give a whole number of at least 1."),
         (
             "tune model.py",
             f"tune is not available in amp-convert {__version__}. "

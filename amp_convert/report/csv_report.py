@@ -5,6 +5,9 @@ same goes for `grad_underflow_fraction`, the share of the nonzero FP32 gradients
 node's results that are under 2**-24: it is measured in the train graph, which has other nodes in
 some places. `grad_rel_l2` and `grad_cosine` are those of all parameter gradients of the node's
 layer together, the same in all rows of a layer.
+
+The `onnx_` columns are those of an `OnnxNode`: the ONNX operators that the node became, how ONNX
+Runtime runs them, and the errors against the converted PyTorch model.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
+from amp_convert.onnx_parity import OnnxNode
 from amp_convert.report.format import printable
-from amp_convert.report.model import RunReport
+from amp_convert.report.model import OnnxSection, RunReport
 from amp_convert.training_parity import TrainingParity
 
 _DECIDED = ("node", "layer", "op", "dtype", "rule", "reason", "source")
@@ -31,7 +35,12 @@ _MEASURED = (
 )
 _LAYER_GRADIENT = {"grad_rel_l2": "rel_l2", "grad_cosine": "cosine"}
 _GRADIENT = ("grad_underflow_fraction",)
-COLUMNS = (*_DECIDED, *_MEASURED, *_LAYER_GRADIENT, *_GRADIENT)
+_ONNX = {
+    "onnx_ran": "ran",
+    "onnx_local_rel_l2": "local_rel_l2",
+    "onnx_accumulated_rel_l2": "accumulated_rel_l2",
+}
+COLUMNS = (*_DECIDED, *_MEASURED, *_LAYER_GRADIENT, *_GRADIENT, "onnx_ops", *_ONNX)
 # What makes a spreadsheet take a cell for a formula (OWASP, CSV injection), full-width forms
 # included.
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
@@ -65,6 +74,8 @@ def layers_csv(report: RunReport) -> str:
     gradients = training.gradients if isinstance(training, TrainingParity) else None
     layers = {row.layer: row for row in gradients.layers} if gradients else {}
     activations = {row.node: row for row in gradients.activations} if gradients else {}
+    onnx = report.onnx.parity.nodes if isinstance(report.onnx, OnnxSection) else ()
+    exported = {row.node: row for row in onnx}
     return csv_text(
         COLUMNS,
         (
@@ -72,6 +83,7 @@ def layers_csv(report: RunReport) -> str:
             + _fields(errors.get(decision.node), _MEASURED)
             + _fields(layers.get(decision.layer), _LAYER_GRADIENT.values())
             + _fields(activations.get(decision.node), _GRADIENT)
+            + _onnx_fields(exported.get(decision.node))
             for decision in report.plan.decisions
         ),
     )
@@ -79,3 +91,7 @@ def layers_csv(report: RunReport) -> str:
 
 def _fields(row: object, names: Iterable[str]) -> list[str | float | None]:
     return [getattr(row, name, None) for name in names]
+
+
+def _onnx_fields(row: OnnxNode | None) -> list[str | float | None]:
+    return [" ".join(row.onnx_ops) if row else None, *_fields(row, _ONNX.values())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from amp_convert.report.csv_report import layers_csv
@@ -29,6 +30,8 @@ def report_files(report: RunReport, plan_toml: str) -> dict[str, str]:
     }
 
 
-def write_report(out: Path, report: RunReport, plan_toml: str) -> None:
-    """Write the report folder `out`, whole or not at all. Raises UsageError as `write_folder`."""
-    write_folder(out, report_files(report, plan_toml))
+def write_report(out: Path, report: RunReport, plan_toml: str, files: Iterable[Path] = ()) -> None:
+    """Write the report folder `out`, whole or not at all, and move `files` into it. Raises
+    UsageError as `write_folder`."""
+    moved = {file.name: file for file in files}
+    write_folder(out, {**report_files(report, plan_toml), **moved})

@@ -27,11 +27,13 @@ from amp_convert.errors import UsageError
 # left behind by file browsers.
 REPORT_FILES = frozenset(
     {"report.json", "layers.csv", "plan.toml", "report.md", "report.html", "junit.xml"}
-    | {"audit.json", "audit.csv", "audit.md"}
+    | {"audit.json", "audit.csv", "audit.md", "model.onnx", "model.onnx.data"}
     | {".DS_Store", "Thumbs.db", "desktop.ini"}
 )
 _MARKS = ("report.json", "audit.json")
-_STALE_SECONDS = 3600
+# Hidden folders, and the seconds after which no run can still be using them. Files wait in a
+# workspace for as long as a training takes.
+_STALE_SECONDS = {"new": 3600, "work": 30 * 24 * 3600}
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -47,15 +49,35 @@ def check_writable(out: Path) -> None:
         if target.is_mount():
             raise _unwritable(out, "it is a mount point")
         _restore(target)
-        ancestor = target.parent
-        while not ancestor.exists():
-            ancestor = ancestor.parent
         # Trying is the only test that root, read-only mounts and access lists all agree with.
-        _fresh(ancestor / target.name).rmdir()
+        _fresh(_existing_parent(target) / target.name).rmdir()
 
 
-def write_folder(out: Path, files: Mapping[str, str | bytes]) -> None:
-    """Replace the folder `out` by one that holds exactly `files`; text is written as UTF-8.
+def _existing_parent(target: Path) -> Path:
+    ancestor = target.parent
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    return ancestor
+
+
+@contextlib.contextmanager
+def workspace(out: Path) -> Iterator[Path]:
+    """A fresh folder near `out`, for files that are too large to hold; gone afterwards.
+
+    Raises UsageError where there is no room for it.
+    """
+    target = out.resolve()
+    with _usage_errors(out):
+        folder = _fresh(_existing_parent(target) / target.name, "work")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_folder(out: Path, files: Mapping[str, str | bytes | Path]) -> None:
+    """Replace the folder `out` by one that holds exactly `files`: text, written as UTF-8, bytes, or
+    a file of a `workspace`, which is moved there.
 
     Raises UsageError as `check_writable` does; then `out` is as it was and nothing is left beside.
     """
@@ -109,8 +131,8 @@ def _hidden(target: Path, kind: str) -> str:
     return f".{target.name}.amp-convert-{kind}"
 
 
-def _fresh(target: Path) -> Path:
-    folder = target.with_name(f"{_hidden(target, 'new')}-{secrets.token_hex(4)}")
+def _fresh(target: Path, kind: str = "new") -> Path:
+    folder = target.with_name(f"{_hidden(target, kind)}-{secrets.token_hex(4)}")
     folder.mkdir()
     return folder
 
@@ -125,7 +147,12 @@ def _staging(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(path: Path, content: str | bytes) -> None:
+def _write(path: Path, content: str | bytes | Path) -> None:
+    if isinstance(content, Path):
+        shutil.move(content, path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        return
     with path.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -182,8 +209,9 @@ def _clean(target: Path) -> None:
     for left in target.parent.iterdir():
         # Another run may be deleting its own folder at this very moment.
         with contextlib.suppress(FileNotFoundError):
-            if left.name.startswith(_hidden(target, "new")) and _age(left) > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+            for kind, seconds in _STALE_SECONDS.items():
+                if left.name.startswith(_hidden(target, kind)) and _age(left) > seconds:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def _age(path: Path) -> float:

@@ -110,6 +110,13 @@ def mebibytes(value: int | None) -> str:
     return f"{mib:,.0f} MiB" if mib >= 100 else f"{mib:.3g} MiB"
 
 
+def size(value: int) -> str:
+    """The size of a file: in bytes below 1 KiB, then in KiB while 3 digits do, then in MiB."""
+    if value < 2**10:
+        return count(value, "byte")
+    return f"{value / 2**10:.3g} KiB" if value < 999.5 * 2**10 else mebibytes(value)
+
+
 def count(value: int, noun: str, plural: str = "") -> str:
     """ "1 node", "2,048 nodes"."""
     return f"{value:,} {noun if value == 1 else plural or noun + 's'}"

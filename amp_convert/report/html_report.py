@@ -20,6 +20,8 @@ from amp_convert.report import (
     charts,
     gradient_chart,
     gradient_summary,
+    onnx_node_summary,
+    onnx_summary,
     svg,
     training_charts,
     training_summary,
@@ -107,6 +109,9 @@ def _content(report: RunReport) -> dict[str, object]:
         "fp32_nodes": sum(map(stays_fp32, decisions)),
         "shares": _shares(report, decisions),
         **_training(report),
+        "onnx": onnx_summary.onnx_summary(report),
+        "onnx_runs": onnx_summary,
+        "onnx_nodes": onnx_node_summary,
     }
 
 

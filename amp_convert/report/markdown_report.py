@@ -6,6 +6,8 @@ from amp_convert.report import format as fmt
 from amp_convert.report.grouping import fp32_groups, layer_name, layers_text, ops_text
 from amp_convert.report.markdown import code, escape, table
 from amp_convert.report.model import RunReport
+from amp_convert.report.onnx_markdown import onnx_lines
+from amp_convert.report.onnx_summary import onnx_summary
 from amp_convert.report.summary import (
     ARMS,
     casts_text,
@@ -26,6 +28,7 @@ def markdown_text(report: RunReport) -> str:
         _checks(report),
         _worst(report),
         training_lines(report.training),
+        onnx_lines(onnx_summary(report)),
         _fp32(report),
         _gaps(report),
         _environment(report),

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from amp_convert.capture import Uncaptured
 from amp_convert.divergence import Divergence
 from amp_convert.fidelity import Fidelity
+from amp_convert.onnx_export import OnnxModel
+from amp_convert.onnx_parity import OnnxParity
 from amp_convert.plan import Decision, Plan
 from amp_convert.training_parity import TrainingParity
 from amp_convert.verdict import Verdict
@@ -108,6 +110,13 @@ class PlanSection(Section):
         )
 
 
+class OnnxSection(Section):
+    """The exported file, and what running it showed. Paths are relative to the report folder."""
+
+    model: OnnxModel
+    parity: OnnxParity
+
+
 class RunReport(Section):
     """Everything a run says. `created` is an ISO 8601 time in UTC."""
 
@@ -121,7 +130,7 @@ class RunReport(Section):
     plan: PlanSection
     inference: Divergence | None
     training: TrainingParity | Unchecked
-    onnx: Unchecked
+    onnx: OnnxSection | Unchecked
 
     @field_validator("verdict")
     @classmethod

@@ -1,9 +1,9 @@
 """The result on the terminal: the verdict, then why, within 80 columns.
 
 Order: verdict and failed checks, headline figures of all arms, the layers of largest error,
-training, what stays FP32 and why, what was not checked, where the report is. Everything is built
-from `Text`, so no name from the model is read as markup; colour and width are the console's own
-affair.
+training, ONNX, what stays FP32 and why, what was not checked, where the report is. Everything is
+built from `Text`, so no name from the model is read as markup; colour and width are the console's
+own affair.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from rich.text import Text
 from amp_convert.report import format as fmt
 from amp_convert.report.grouping import Fp32Group, fp32_groups, layer_name, layers_text, ops_text
 from amp_convert.report.model import RunReport
+from amp_convert.report.onnx_summary import OnnxSummary, onnx_summary
+from amp_convert.report.onnx_terminal import onnx_body
 from amp_convert.report.summary import (
     ARMS,
     Gap,
@@ -54,6 +56,8 @@ def render(console: Console, report: RunReport, folder: Path | None) -> None:
         sections.append(worst)
     if isinstance(report.training, TrainingParity):
         sections.append(_training(report.training))
+    if onnx := onnx_summary(report):
+        sections.append(_onnx(onnx))
     sections.append(_fp32(report))
     blocking, missing = _gaps(report)
     if blocking:
@@ -189,6 +193,10 @@ def _worst_text(layer: WorstLayer) -> Text:
 def _training(training: TrainingParity) -> RenderableType:
     note = short(steps_text(training), _NOTE)
     return Group(heading("Training", note), indented(*training_body(training)))
+
+
+def _onnx(onnx: OnnxSummary) -> RenderableType:
+    return Group(heading("ONNX", short(onnx.title, _NOTE)), indented(*onnx_body(onnx)))
 
 
 def _fp32(report: RunReport) -> RenderableType:

@@ -26,6 +26,7 @@ from tests.report.builders import (
     plan_section,
     transformer_block,
 )
+from tests.report.exported import hostile_section, section
 from tests.report.trained import hostile_parity, parity
 
 
@@ -111,6 +112,12 @@ def trained_report(small_report: RunReport) -> RunReport:
 
 
 @pytest.fixture
+def exported_report(small_report: RunReport) -> RunReport:
+    """`small_report` with an ONNX file, whose every number is chosen as well."""
+    return small_report.model_copy(update={"onnx": section()})
+
+
+@pytest.fixture
 def hostile_report(small_report: RunReport) -> RunReport:
     """`small_report` with every text that comes from a model replaced by a hostile one."""
     names = iter(HOSTILE * 8)
@@ -143,6 +150,7 @@ def hostile_report(small_report: RunReport) -> RunReport:
             "inference": inference,
             "plan": plan_section(nodes, uncaptured),
             "training": hostile_parity(),
+            "onnx": hostile_section(),
         }
     )
 

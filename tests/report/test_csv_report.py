@@ -14,6 +14,8 @@ from amp_convert.report import RunReport
 from amp_convert.report.csv_report import COLUMNS, csv_text, layers_csv
 from amp_convert.report.format import printable
 
+_GRADIENTS, _ONNX = COLUMNS[-7:-4], COLUMNS[-4:]
+
 
 def test_golden(trained_report: RunReport, golden: Callable[[str, str], None]) -> None:
     golden("layers.csv", layers_csv(trained_report))
@@ -24,7 +26,8 @@ def test_the_columns_are_the_contract(small_report: RunReport) -> None:
     assert header == (
         "node,layer,op,dtype,rule,reason,source,local_rel_l2,accumulated_rel_l2,sqnr_db,cosine,"
         "max_abs_err,max_ulp,nonfinite,overflow_fraction,underflow_fraction,grad_rel_l2,"
-        "grad_cosine,grad_underflow_fraction"
+        "grad_cosine,grad_underflow_fraction,onnx_ops,onnx_ran,onnx_local_rel_l2,"
+        "onnx_accumulated_rel_l2"
     )
 
 
@@ -46,7 +49,7 @@ def test_without_inference_the_measured_cells_are_empty(small_report: RunReport)
 def test_gradients_are_those_of_the_layer_and_their_underflow_that_of_the_node(
     trained_report: RunReport,
 ) -> None:
-    names = COLUMNS[-3:]
+    names = _GRADIENTS
     table = csv.DictReader(io.StringIO(layers_csv(trained_report)))
     assert {row["node"]: [row[name] for name in names] for row in table} == {
         "features.0/aten.conv2d#0": ["0.0025", "0.999", "0.25"],
@@ -61,7 +64,25 @@ def test_gradients_are_those_of_the_layer_and_their_underflow_that_of_the_node(
 
 def test_without_training_their_cells_are_empty(small_report: RunReport) -> None:
     table = csv.DictReader(io.StringIO(layers_csv(small_report)))
-    assert {row[name] for row in table for name in COLUMNS[-3:]} == {""}
+    assert {row[name] for row in table for name in _GRADIENTS} == {""}
+
+
+def test_what_a_node_became_in_onnx_is_in_its_row(exported_report: RunReport) -> None:
+    table = csv.DictReader(io.StringIO(layers_csv(exported_report)))
+    assert {row["node"]: [row[name] for name in _ONNX] for row in table} == {
+        "features.0/aten.conv2d#0": ["Conv", "in float32", "1e-06", "1e-06"],
+        "features.1/aten.batch_norm#0": ["Mul Add", "", "2e-07", "3e-06"],
+        "classifier/aten.linear#0": ["Gemm", "in float32", "0.004", "0.005"],
+        # One that became no ONNX node, and two that were not compared.
+        "/aten.exp#0": ["", "", "0.0", "0.006"],
+        "/aten.frobnicate#0": ["", "", "", ""],
+        "/aten.argmax#0": ["", "", "", ""],
+    }
+
+
+def test_without_onnx_its_cells_are_empty(trained_report: RunReport) -> None:
+    table = csv.DictReader(io.StringIO(layers_csv(trained_report)))
+    assert {row[name] for row in table for name in _ONNX} == {""}
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])

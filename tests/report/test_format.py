@@ -52,6 +52,14 @@ def test_times_sizes_and_counts() -> None:
         "1,234 ms",
     ]
     assert [fmt.mebibytes(size) for size in (None, 3 * 2**20, 2**30)] == ["", "3 MiB", "1,024 MiB"]
+    assert [fmt.size(size) for size in (1, 1023, 1024, 1_023_487, 1_023_488, 3 * 2**20)] == [
+        "1 byte",
+        "1,023 bytes",
+        "1 KiB",
+        "999 KiB",
+        "0.976 MiB",
+        "3 MiB",
+    ]
     assert [fmt.millions(size) for size in (999, 25_557_032, 999_900_000)] == [
         "999",
         "25.6 M",

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from amp_convert.report import RunReport
 from amp_convert.report.format import printable
 from amp_convert.report.html_report import TEMPLATES, html_text
+from amp_convert.report.onnx_summary import onnx_summary
 from amp_convert.verdict import Check, Verdict
 from tests.report.builders import HOSTILE, decision, fp32, plan_section
+from tests.report.exported import clean_parity, section
 from tests.report.trained import (
     arm_of,
     four_arms,
@@ -257,6 +259,33 @@ def test_training_that_made_no_step_can_be_shown(trained_report: RunReport) -> N
     page = Page(html_text(trained_report.model_copy(update={"training": training})))
     assert "interrupted" in page.text
     assert [name for name in _headings(page) if name in _TRAINING] == ["training", "gradients"]
+
+
+def test_onnx_has_its_section(exported_report: RunReport) -> None:
+    page = Page(html_text(exported_report))
+    headings = _headings(page)
+    assert headings[headings.index("onnx") - 1 :][:3] == ["training", "onnx", "stays"]
+    summary = onnx_summary(exported_report)
+    assert summary is not None
+    shown = {text.strip() for text in page.text}
+    facts = {text for fact in summary.facts for text in (fact.name, fact.value)}
+    firsts = {first.title for first in summary.firsts}
+    rows = {note for row in summary.runs for note in (row.arm, row.limit or row.arm, *row.notes)}
+    places = {node.location for node in summary.worst} | {node.onnx_ops for node in summary.worst}
+    assert facts | firsts | rows | places | {"4.00e-02", "0.95", "no", "yes"} <= shown
+
+
+def test_a_file_that_is_right_has_no_table_of_nodes(small_report: RunReport) -> None:
+    onnx = section(**clean_parity())
+    page = Page(html_text(small_report.model_copy(update={"onnx": onnx, "inference": None})))
+    tables = [str(table.get("class")) for table in page.named("table")]
+    assert "stack runs" in tables
+    assert "stack worst" not in tables
+    assert page.text.count("none") == 3
+
+
+def test_without_an_export_there_is_no_section(small_report: RunReport) -> None:
+    assert "onnx" not in _headings(Page(html_text(small_report)))
 
 
 _CHROMIUM = (

@@ -49,6 +49,15 @@ def test_training_follows_the_schema(trained_report: RunReport, schema: dict[str
     assert list(Draft202012Validator(schema).iter_errors(document)) == []
 
 
+def test_onnx_follows_the_schema(exported_report: RunReport, schema: dict[str, Any]) -> None:
+    document = json.loads(json_text(exported_report), parse_constant=_refuse)
+    assert document["onnx"]["model"]["inputs"] == [
+        {"name": "image", "dtype": "float32", "shape": ["batch", 1, 8, 8]}
+    ]
+    assert document["onnx"]["parity"]["runs"][2]["without"] == ["SimplifiedLayerNormFusion"]
+    assert list(Draft202012Validator(schema).iter_errors(document)) == []
+
+
 @pytest.mark.parametrize(
     "change",
     [

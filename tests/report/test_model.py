@@ -30,6 +30,7 @@ from amp_convert.report.json_report import json_text
 from amp_convert.training_parity import PairedRun, SeedPair, TrainingArm, TrainingParity
 from amp_convert.verdict import Check, Verdict
 from tests.report.builders import decision, fp32, plan_section
+from tests.report.exported import node, output, parity, run, section
 
 _FLOATS = st.floats()
 st.register_type_strategy(float, _FLOATS)
@@ -124,9 +125,26 @@ def test_training_comes_back_as_what_it_was(trained_report: RunReport) -> None:
     assert mixed.skipped == (1,)
 
 
-def test_training_that_did_not_run_comes_back_unchecked(small_report: RunReport) -> None:
+def test_onnx_comes_back_as_what_it_was(exported_report: RunReport) -> None:
+    again = RunReport.model_validate_json(json_text(exported_report))
+    assert again.onnx == section()
+
+
+def test_numbers_of_onnx_that_json_lacks_come_back_as_numbers(small_report: RunReport) -> None:
+    wild = run("optimised", output(math.nan, math.inf, agrees=False))
+    rows = (node("a", "aten.exp", math.nan, -math.inf),)
+    onnx = section(runs=(*parity().runs[:2], wild, parity().runs[3]), nodes=rows)
+    text = json_text(small_report.model_copy(update={"onnx": onnx}))
+    again = RunReport.model_validate_json(text)
+    assert json_text(again) == text
+    # NaN is not itself; its spelling is.
+    assert repr(again.onnx) == repr(onnx)
+
+
+def test_what_did_not_run_comes_back_unchecked(small_report: RunReport) -> None:
     again = RunReport.model_validate_json(json_text(small_report))
     assert again.training == Unchecked(reason="training parity is not in this version")
+    assert again.onnx == Unchecked(reason="no ONNX model was asked for")
 
 
 @pytest.mark.parametrize(

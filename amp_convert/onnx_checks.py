@@ -1,0 +1,110 @@
+"""The checks of a verdict on the exported ONNX file: one function a check, pure.
+
+1. `onnx.runs`: does ONNX Runtime run the file, as it stands and as it optimises it? Where the
+   provider at hand has no kernel for the dtype, that is unchecked: it says nothing of the file.
+2. `onnx.outputs.*`: are the outputs of both near to FP32 PyTorch's? As for the converted model.
+3. `onnx.converted`: are they those of the converted PyTorch model, as near as two FP32 runtimes
+   are to each other? Where they are not and a node is known at which they part, that is how ONNX
+   Runtime computes it: unchecked, and named. Without such a node the file itself is in doubt.
+4. `onnx.metrics.NAME`: do the user's metrics hold?
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from amp_convert.checks import Check, metric_check
+from amp_convert.divergence import MetricPair
+from amp_convert.output_checks import checks_of_outputs
+from amp_convert.thresholds import Thresholds
+
+if TYPE_CHECKING:
+    from amp_convert.divergence import OutputError
+    from amp_convert.onnx_parity import OnnxParity
+
+_NO_KERNEL = "NOT_IMPLEMENTED"
+"""What ONNX Runtime's message holds where a kernel is missing."""
+_JUDGED = ("unoptimised", "optimised")
+
+
+def onnx_checks(parity: OnnxParity | None, reason: str, limits: Thresholds) -> tuple[Check, ...]:
+    """All checks on the file; one unchecked one with `reason` where there is none."""
+    if parity is None:
+        return (Check("onnx", "unchecked", None, None, reason),)
+    missing = "" if parity.batches > 0 else "no batch went through ONNX Runtime"
+    return (
+        runs_check(parity),
+        *checks_of_outputs("onnx.outputs", _outputs(parity), missing, limits),
+        converted_check(parity),
+        *metric_checks(parity, limits),
+    )
+
+
+def runs_check(parity: OnnxParity) -> Check:
+    name = "onnx.runs"
+    runs = {run.arm: run for run in parity.runs if run.arm in _JUDGED}
+    if len(runs) < len(_JUDGED) or parity.batches <= 0:
+        return Check(name, "unchecked", None, 0.0, "the file was not run")
+    where = f"{parity.runtime} on {', '.join(parity.providers)}"
+    failed = [run for run in runs.values() if run.failure]
+    if failed:
+        reason = f"{where} cannot run the file {failed[0].arm}: {failed[0].failure}"
+        lacking = all(_NO_KERNEL in run.failure for run in failed)
+        return Check(name, "unchecked" if lacking else "fail", float(len(failed)), 0.0, reason)
+    short = [run for run in runs.values() if run.batches < parity.batches]
+    if short:
+        reason = f"the file ran on {short[0].batches} of {parity.batches} batches"
+        return Check(name, "unchecked", float(len(short)), 0.0, f"{short[0].arm}, {reason}")
+    without = runs["optimised"].without
+    less = f"; optimised, it takes all but {', '.join(without)}" if without else ""
+    reason = f"{where} runs the file as it stands and optimised, on all {parity.batches} batches"
+    return Check(name, "pass", 0.0, 0.0, reason + less)
+
+
+def converted_check(parity: OnnxParity) -> Check:
+    name = "onnx.converted"
+    runs = [run for run in parity.runs if run.arm != "fp32" and not run.failure]
+    apart = [run for run in runs if run.agrees is False]
+    if apart:
+        run = apart[0]
+        reason = f"{run.arm}, the file is further from the converted PyTorch model than FP32 is"
+        by_hand = run.arm == "node by node"
+        node = parity.parting or parity.drifting or ("" if by_hand else parity.unrounded)
+        if node:
+            what = "part" if parity.parting else "drift apart"
+            how = f"ONNX Runtime and PyTorch {what} at {node}"
+            if not parity.parting and not parity.drifting:
+                how = f"ONNX Runtime computes {node} in float32, and need not round as PyTorch does"
+            return Check(name, "unchecked", None, None, f"{reason}: {how}")
+        return Check(name, "fail", None, None, f"{reason}, and no node is known that parts")
+    unknown = [run for run in runs if run.agrees is None]
+    if unknown or not runs:
+        which = unknown[0].arm if unknown else "no run"
+        return Check(name, "unchecked", None, None, f"{which}: there is nothing to hold it against")
+    reason = "the file agrees with the converted PyTorch model as two FP32 runtimes do"
+    return Check(name, "pass", None, None, reason)
+
+
+def metric_checks(parity: OnnxParity, limits: Thresholds) -> list[Check]:
+    if not parity.metrics:
+        return [Check("onnx.metrics", "unchecked", None, None, "no metric was computed")]
+    return [
+        metric_check(
+            f"onnx.metrics.{m.name}",
+            MetricPair(m.name, m.fp32, m.onnx, None, m.lower_is_better),
+            limits.metric_tolerance,
+            "in ONNX Runtime",
+        )
+        for m in parity.metrics
+    ]
+
+
+def _outputs(parity: OnnxParity) -> list[OutputError]:
+    """The outputs of both runs, each named with its run."""
+    return [
+        replace(output.against_fp32, name=f"{output.against_fp32.name} ({run.arm})")
+        for run in parity.runs
+        if run.arm in _JUDGED
+        for output in run.outputs
+    ]

@@ -1,0 +1,167 @@
+"""The checks on an ONNX file: nothing passes that was not run, and every refusal has its reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from amp_convert.checks import Check
+from amp_convert.divergence import OutputError
+from amp_convert.onnx_checks import converted_check, onnx_checks, runs_check
+from amp_convert.onnx_parity import OnnxMetric, OnnxOutput, OnnxParity, OnnxRun
+from amp_convert.thresholds import Thresholds
+from amp_convert.verdict import is_required
+
+LIMITS = Thresholds.for_dtype("float16")
+
+
+def output(rel_l2: float = 1e-3, **changes: Any) -> OutputError:
+    base = OutputError(
+        name="logits",
+        dtype="float32",
+        elements=100,
+        rel_l2=rel_l2,
+        cosine=0.99999,
+        max_abs_err=1e-3,
+        ref_abs_max=1.0,
+        abs_err_p50=1e-4,
+        abs_err_p90=1e-4,
+        abs_err_p95=1e-4,
+        abs_err_p99=1e-4,
+        mismatches=0,
+        nonfinite=0,
+        ref_nonfinite=0,
+    )
+    return replace(base, **changes)
+
+
+def ran(arm: Any, agrees: bool | None = True, **changes: Any) -> OnnxRun:
+    error = changes.pop("error", output())
+    held = OnnxOutput(error, output(1e-4), 1e-2, agrees)
+    base = OnnxRun(arm=arm, failure="", without=(), batches=3, outputs=(held,))
+    return replace(base, **changes)
+
+
+def parity(*runs: OnnxRun, **changes: Any) -> OnnxParity:
+    base = OnnxParity(
+        path="model.onnx",
+        dtype="float16",
+        runtime="onnxruntime 1.32.0",
+        providers=("CPUExecutionProvider",),
+        batches=3,
+        samples=12,
+        runs=runs or (ran("fp32"), *BOTH, ran("node by node")),
+        ran={"in float32": 4},
+        ran_reason="",
+        nodes=(),
+        node_batches=1,
+        unmatched=(),
+        parting="",
+        drifting="",
+        metrics=(OnnxMetric("accuracy", 0.9, 0.9, 0.9, lower_is_better=False),),
+        metrics_arm="optimised",
+    )
+    return replace(base, **changes)
+
+
+BOTH = (ran("unoptimised"), ran("optimised"))
+
+
+def statuses(found: OnnxParity | None) -> dict[str, str]:
+    return {check.name: check.status for check in onnx_checks(found, "not asked for", LIMITS)}
+
+
+def test_all_is_well() -> None:
+    checks = onnx_checks(parity(), "", LIMITS)
+    assert {check.name: check.status for check in checks} == {
+        "onnx.runs": "pass",
+        "onnx.outputs.finite": "pass",
+        "onnx.outputs.rel_l2": "pass",
+        "onnx.outputs.cosine": "pass",
+        "onnx.outputs.max_abs": "pass",
+        "onnx.converted": "pass",
+        "onnx.metrics.accuracy": "pass",
+    }
+    assert checks[0].reason == (
+        "onnxruntime 1.32.0 on CPUExecutionProvider runs the file as it stands and optimised, on "
+        "all 3 batches"
+    )
+
+
+def test_without_a_file_there_is_one_open_check() -> None:
+    assert onnx_checks(None, "--onnx was not given", LIMITS) == (
+        Check("onnx", "unchecked", None, None, "--onnx was not given"),
+    )
+    assert not is_required("onnx", metrics_supplied=True)
+
+
+@pytest.mark.parametrize("arm", ["unoptimised", "optimised"])
+def test_each_of_both_runs_is_judged(arm: str) -> None:
+    """An error in one of them is seen, whichever it is."""
+    bad = tuple(ran(r.arm, error=output(0.03)) if r.arm == arm else r for r in BOTH)
+    found = statuses(parity(*bad))
+    assert found["onnx.outputs.rel_l2"] == "fail"
+    nan = tuple(ran(r.arm, error=output(math.nan)) if r.arm == arm else r for r in BOTH)
+    assert statuses(parity(*nan))["onnx.outputs.rel_l2"] == "fail"
+    spilt = tuple(ran(r.arm, error=output(nonfinite=2)) if r.arm == arm else r for r in BOTH)
+    assert statuses(parity(*spilt))["onnx.outputs.finite"] == "fail"
+    reasons = {c.name: c.reason for c in onnx_checks(parity(*bad), "", LIMITS)}
+    assert f"output logits ({arm}): relative L2" in reasons["onnx.outputs.rel_l2"]
+
+
+def test_a_run_that_fails() -> None:
+    bad = ran("optimised", None, failure="no kernel for Gelu", outputs=(), batches=0)
+    check = runs_check(parity(BOTH[0], bad))
+    assert (check.status, check.value) == ("fail", 1.0)
+    assert check.reason.endswith("cannot run the file optimised: no kernel for Gelu")
+    lacking = replace(bad, failure="[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Gemm(13)")
+    assert runs_check(parity(BOTH[0], lacking)).status == "unchecked"
+    assert runs_check(parity(replace(bad, arm="unoptimised"), lacking)).status == "fail"
+
+
+def test_a_run_that_is_missing_or_short_is_open() -> None:
+    assert runs_check(parity(BOTH[0])).status == "unchecked"
+    assert runs_check(parity(BOTH[0], ran("optimised", batches=2))).status == "unchecked"
+    none = parity(batches=0)
+    assert {statuses(none)[name] for name in ("onnx.runs", "onnx.outputs.rel_l2")} == {"unchecked"}
+    assert is_required("onnx.runs", metrics_supplied=False)
+    assert is_required("onnx.outputs.rel_l2", metrics_supplied=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arm", "status", "said"),
+    [
+        ({}, "node by node", "fail", "and no node is known that parts"),
+        ({}, "optimised", "fail", "and no node is known that parts"),
+        ({"parting": "0/aten.gelu#0"}, "node by node", "unchecked", "part at 0/aten.gelu#0"),
+        ({"drifting": "1/aten.add#0"}, "optimised", "unchecked", "drift apart at 1/aten.add#0"),
+    ],
+)
+def test_a_file_that_computes_otherwise(
+    changes: dict[str, str], arm: str, status: str, said: str
+) -> None:
+    arms = (ran("fp32"), *BOTH, ran("node by node"))
+    runs = tuple(ran(r.arm, False) if r.arm == arm else r for r in arms)
+    check = converted_check(parity(*runs, **changes))
+    assert check.status == status
+    assert said in check.reason
+    assert check.reason.startswith(f"{arm}, ")
+
+
+def test_agreement_that_is_not_known_does_not_pass() -> None:
+    assert converted_check(parity(ran("unoptimised", None), BOTH[1])).status == "unchecked"
+    assert converted_check(parity(ran("fp32"))).status == "unchecked"
+    assert not is_required("onnx.converted", metrics_supplied=True)
+
+
+def test_metrics() -> None:
+    worse = OnnxMetric("accuracy", 0.9, 0.9, 0.88, lower_is_better=False)
+    assert statuses(parity(metrics=(worse,)))["onnx.metrics.accuracy"] == "fail"
+    nan = replace(worse, onnx=math.nan)
+    assert statuses(parity(metrics=(nan,)))["onnx.metrics.accuracy"] == "fail"
+    assert statuses(parity(metrics=()))["onnx.metrics"] == "unchecked"
+    assert is_required("onnx.metrics", metrics_supplied=True)
+    assert not is_required("onnx.metrics", metrics_supplied=False)
