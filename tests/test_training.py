@@ -354,7 +354,7 @@ COMMAND = [sys.executable, "-m", "amp_convert", "examples/digits_cnn.py", "--dev
 @pytest.mark.slow
 def test_a_killed_command_goes_on_in_the_same_bits(tmp_path: Path) -> None:
     """The real command, killed while it trains until it gets through; then nothing is left."""
-    flags = ["--steps", "60", "--batches", "2", "--calibrate", "1"]
+    flags = ["--steps", "40", "--batches", "2", "--calibrate", "1"]
     kept = tmp_path / "kept"
     keeping = ["--checkpoint", str(kept), "--checkpoint-every", "3"]
 
