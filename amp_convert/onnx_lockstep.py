@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +29,17 @@ from amp_convert.onnx_labels import FX_KEY
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Visit = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-"""Takes an FX name and its reference, accumulated and local result; None for the last where the FX
-node has no ONNX node of its own."""
+
+@dataclass(frozen=True)
+class Step:
+    """What an FX node of this name gave. `local` is None where it has no ONNX node of its own;
+    `given_abs_max` is the largest magnitude among the numbers that the local result was made of."""
+
+    name: str
+    reference: torch.Tensor
+    accumulated: torch.Tensor
+    local: torch.Tensor | None
+    given_abs_max: float
 
 
 class OnnxLockstep:
@@ -51,7 +60,10 @@ class OnnxLockstep:
         }
 
     def run(
-        self, fx_inputs: Sequence[Any], onnx_inputs: Sequence[torch.Tensor], visit: Visit
+        self,
+        fx_inputs: Sequence[Any],
+        onnx_inputs: Sequence[torch.Tensor],
+        visit: Callable[[Step], None],
     ) -> list[torch.Tensor]:
         """The ONNX outputs for one batch; `visit` is called in the order of the FX graph for each
         node whose result is a floating point tensor and is in the ONNX graph."""
@@ -67,8 +79,9 @@ class OnnxLockstep:
                 if found is not None and state.has(found):
                     results[node.name] = found
                     if value.is_floating_point() and value.numel():
-                        local = self._local(node.name, arm, state, results)
-                        visit(node.name, value.cpu(), state.get(found), local)
+                        local, largest = self._local(node.name, arm, state, results)
+                        own = state.get(found)
+                        visit(Step(node.name, value.cpu(), own, local, largest))
             if node.op != "output":
                 arm.free()
                 state.free(self._results.get(node.name))
@@ -80,11 +93,12 @@ class OnnxLockstep:
 
     def _local(
         self, name: str, arm: Arm, state: _Values, results: Mapping[str, ir.Value]
-    ) -> torch.Tensor | None:
-        """The result of the FX node's own ONNX nodes, fed with PyTorch's values."""
+    ) -> tuple[torch.Tensor | None, float]:
+        """The result of the FX node's own ONNX nodes, fed with PyTorch's values, and the largest
+        magnitude among those."""
         nodes, result = self._nodes.get(name, ()), results[name]
         if result.producer() not in nodes:
-            return None
+            return None, 0.0
         known = {
             results[node.name]: value
             for node, value in arm.values.items()
@@ -94,14 +108,24 @@ class OnnxLockstep:
             and number(value.dtype) == results[node.name].dtype  # complex numbers are pairs there
         }
 
+        made: dict[ir.Value, torch.Tensor] = {}
+        largest = 0.0
+
         def given(value: ir.Value) -> torch.Tensor:
-            return known[value].cpu() if value in known else state.get(value)
+            nonlocal largest
+            if value in made:
+                return made[value]
+            tensor = known[value].cpu() if value in known else state.get(value)
+            if tensor.is_floating_point() and tensor.numel():
+                finite = tensor.double().abs().nan_to_num(nan=0.0, posinf=0.0)
+                largest = max(largest, float(finite.max()))
+            return tensor
 
         for node in nodes:
-            if not all(value in known or state.has(value) for value in reads(node)):
-                return None
-            known |= self._kernels.run(node, given)
-        return known[result]
+            if not all(v in made or v in known or state.has(v) for v in reads(node)):
+                return None, 0.0
+            made |= self._kernels.run(node, given)
+        return made[result], largest
 
 
 def _passed_on(node: fx.Node, arm: Arm, results: Mapping[str, ir.Value]) -> ir.Value | None:

@@ -15,6 +15,7 @@ from torch import fx
 from amp_convert.dtypes import LOW_DTYPES, name_of, ulp_at
 from amp_convert.error_metrics import ErrorSums, RoundingSums
 from amp_convert.onnx_labels import FX_KEY
+from amp_convert.onnx_lockstep import Step
 from amp_convert.onnx_parity import OnnxNode
 from amp_convert.onnx_sessions import Placement
 from amp_convert.rewrite import Rewritten
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 FP32_SLACK = 2.0**-16
 """What a node in FP32 may be off, relative to its largest magnitude: sums in another order."""
+CANCELLED_SLACK = 2.0**-22
+"""The same relative to what it was made of, where little of that is left: the mean of a normalised
+row is nothing but rounding."""
 
 _SEVERITY = ("", "as written", "rewritten", "in float32")
 
@@ -36,6 +40,14 @@ class _Sums:
     accumulated: ErrorSums
     local: RoundingSums
     has_local: bool = False
+    given_abs_max: float = 0.0
+
+    def parts(self, errors: ErrorSums) -> bool:
+        """Whether such an error parts the two. NaN does."""
+        if self.dtype in LOW_DTYPES:
+            return not errors.max_abs <= ulp_at(self.dtype, errors.ref_abs_max)
+        slack = max(FP32_SLACK * errors.ref_abs_max, CANCELLED_SLACK * self.given_abs_max)
+        return not errors.max_abs <= slack
 
 
 class NodeTable:
@@ -54,20 +66,15 @@ class NodeTable:
         for node in model.graph:
             self._nodes.setdefault(node.metadata_props.get(FX_KEY, ""), []).append(node)
 
-    def visit(
-        self,
-        name: str,
-        reference: torch.Tensor,
-        accumulated: torch.Tensor,
-        local: torch.Tensor | None,
-    ) -> None:
-        """Take in one FX node's results for one batch."""
-        fresh = _Sums(reference.dtype, ErrorSums(), RoundingSums(self._low))
-        sums = self._sums.setdefault(name, fresh)
-        _add(sums.accumulated, reference, accumulated)
-        if local is not None:
+    def visit(self, step: Step) -> None:
+        """Take in what one FX node gave for one batch."""
+        fresh = _Sums(step.reference.dtype, ErrorSums(), RoundingSums(self._low))
+        sums = self._sums.setdefault(step.name, fresh)
+        _add(sums.accumulated, step.reference, step.accumulated)
+        if step.local is not None:
             sums.has_local = True
-            _add(sums.local, reference, local)
+            sums.given_abs_max = max(sums.given_abs_max, step.given_abs_max)
+            _add(sums.local, step.reference, step.local)
 
     def ran(self, placements: Mapping[str, Placement]) -> dict[str, int]:
         """The file's low nodes, counted by how they are run."""
@@ -103,7 +110,7 @@ class NodeTable:
 
     def _first(self, errors: Callable[[_Sums], ErrorSums]) -> str:
         found = ((d, self._sums[n]) for n, d in self._decisions.items() if n in self._sums)
-        return next((d.node for d, sums in found if _parts(errors(sums), sums.dtype)), "")
+        return next((d.node for d, sums in found if sums.parts(errors(sums))), "")
 
     def _row(self, name: str, placements: Mapping[str, Placement]) -> OnnxNode:
         decision, sums, nodes = self._decisions[name], self._sums[name], self._nodes.get(name, [])
@@ -125,7 +132,7 @@ class NodeTable:
             onnx_ops=tuple(node.op_type for node in nodes) if sums.has_local else (),
             ran=max((each.ran for each in placed), key=_SEVERITY.index, default=""),
             provider=placed[0].provider if placed else "",
-            parts=_parts(local.errors, sums.dtype),
+            parts=sums.parts(local.errors),
         )
 
 
@@ -136,13 +143,6 @@ def _add(sums: ErrorSums | RoundingSums, reference: torch.Tensor, value: torch.T
         errors = sums.errors if isinstance(sums, RoundingSums) else sums
         errors.elements += reference.numel()
         errors.difference = errors.max_abs = math.nan
-
-
-def _parts(errors: ErrorSums, dtype: torch.dtype) -> bool:
-    slack = FP32_SLACK * errors.ref_abs_max
-    if dtype in LOW_DTYPES:
-        slack = ulp_at(dtype, errors.ref_abs_max)
-    return not errors.max_abs <= slack  # NaN parts
 
 
 def _is_low(node: ir.Node) -> bool:

@@ -64,7 +64,8 @@ class OnnxNode(NodeDivergence):
     `onnx_ops` are the operators that it became; empty if it became none. `ran` is how ONNX Runtime
     runs them in a session: "as written", "in float32" between casts, "rewritten" into others; ""
     where that is not known. `parts` says that the local result is further from PyTorch's than one
-    ULP of its dtype at its largest magnitude (for FP32: of 2**-16 of it).
+    ULP of its low dtype at its largest magnitude. FP32 results part beyond 2**-16 of that, and
+    beyond 2**-22 of the largest magnitude that they were made of.
     """
 
     onnx_ops: tuple[str, ...]
@@ -90,7 +91,8 @@ class OnnxParity:
 
     `ran` counts the file's low-precision nodes by how ONNX Runtime runs them, empty with a reason
     where that could not be found out. `node_batches` is the number of batches that `nodes` rest
-    on; `unmatched` names FX nodes whose value is not in the file, since it is constant there.
+    on; `unmatched` names FX nodes whose value is not in the file: it is constant there, or was
+    only widened and narrowed again.
     `parting` is the first node that parts, `drifting` the first whose accumulated error would be
     parting; "" if there is none. `metrics` were computed from the outputs of `metrics_arm`.
     """

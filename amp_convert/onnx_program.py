@@ -227,20 +227,21 @@ def _quiet() -> Iterator[None]:
 
 def _untranslated(region: Region, error: Exception) -> UnsupportedModelError:
     """What the exporter says, with the layer and line of the operator that it stumbles over."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = str(cause).strip() or type(cause).__name__
-    found = re.search(r"OpOverload\(op='([\w.]+)', overload='(\w+)'", text)
-    infos = region.graphs["eval"].nodes.values()
-    if found is None:
-        what, where = text.splitlines()[0], ""
-    else:
-        op = ".".join(found.groups())
-        what = f"the operator {op} has no translation to ONNX"
-        where = next((f"{i.layer} {i.location}".strip() for i in infos if i.op == op), "")
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    lines = str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__]
+    where = ""
+    # Its words: Error when translating node %name : [...] = call_function[target=torch.ops.OP](
+    stumbled = r"translating node %(\w+) .*?\[target=torch\.ops\.([\w.]+)\]"
+    if found := re.search(stumbled, " ".join(map(str, causes))):
+        info = region.graphs["eval"].nodes.get(found[1])
+        if info is not None and info.op == found[2]:
+            where = f"{info.layer} {info.location}".strip()
+        if lines[0].startswith("No ONNX function"):
+            lines[0] = f"the operator {found[2]} has no translation to ONNX"
     return UnsupportedModelError(
-        f"this model cannot be written as ONNX: {what}",
+        f"this model cannot be written as ONNX: {lines[0]}",
         where=where,
         mend="Write that part of the model with other operators.",
     )

@@ -12,7 +12,7 @@ import torch
 from amp_convert import onnx_export, onnx_program, onnx_sessions
 from amp_convert.capture import Region
 from amp_convert.comparison import OutputSums
-from amp_convert.onnx_lockstep import OnnxLockstep, Visit
+from amp_convert.onnx_lockstep import OnnxLockstep, Step
 from amp_convert.onnx_parity import Arm
 from amp_convert.onnx_sessions import Placement, Session
 
@@ -96,6 +96,6 @@ def optimised_run(path: str) -> Run:
     return run
 
 
-def stepwise_run(lockstep: OnnxLockstep, visit: Visit) -> Run:
+def stepwise_run(lockstep: OnnxLockstep, visit: Callable[[Step], None]) -> Run:
     """The file node by node."""
     return Run("node by node", lambda fed: lockstep.run(fed.flat, fed.bordered, visit))

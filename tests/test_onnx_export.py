@@ -512,6 +512,20 @@ def test_an_operator_without_translation_is_named_with_its_layer(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+def test_what_the_exporter_refuses_is_said_with_its_layer(tmp_path: Path) -> None:
+    """PyTorch's exporter takes attention with heads only, in FP32 as well."""
+
+    class Flat(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    mixed = amp.convert(nn.Sequential(Flat()), torch.randn(2, 3, 4))
+    with pytest.raises(UnsupportedModelError) as caught:
+        export_onnx(mixed, tmp_path / "m.onnx")
+    assert "only 4D query, key, and value are supported" in str(caught.value)
+    assert "(at 0 tests/test_onnx_export.py:" in str(caught.value)
+
+
 def test_a_model_captured_in_parts_is_refused(tmp_path: Path) -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:

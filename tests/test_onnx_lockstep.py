@@ -12,7 +12,7 @@ from torch import nn
 import amp_convert as amp
 from amp_convert import onnx_lockstep
 from amp_convert.converted import ConvertedModel, fold_weights
-from amp_convert.onnx_lockstep import OnnxLockstep
+from amp_convert.onnx_lockstep import OnnxLockstep, Step
 
 Visited = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
@@ -25,8 +25,8 @@ def visit(mixed: ConvertedModel, path: Path, x: torch.Tensor) -> tuple[Visited, 
             for spec in folded.signature.inputs]  # fmt: skip
     seen: Visited = {}
 
-    def record(name: str, *values: torch.Tensor | None) -> None:
-        seen[name] = values  # type: ignore[assignment]
+    def record(step: Step) -> None:
+        seen[step.name] = step.reference, step.accumulated, step.local
 
     with torch.no_grad():
         (output,) = OnnxLockstep(ir.load(path), folded.graph_module).run(flat, [x], record)

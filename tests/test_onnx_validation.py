@@ -359,6 +359,29 @@ def test_branches_in_the_graph(tmp_path: Path) -> None:
     check(Branching(), tmp_path, torch.randn(2, 4))
 
 
+def test_what_is_left_after_cancelling_does_not_part(tmp_path: Path) -> None:
+    """The mean of a normalised row is zero but for rounding, of which nothing needs to agree."""
+
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = F.layer_norm(self.linear(x).float(), (32,))
+            return y, y.mean(-1)
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 32)
+    mixed = amp.convert(Centred().eval(), x)
+    parity = validate_onnx(mixed, export_onnx(mixed, tmp_path / "m.onnx"), [((x,), {}, None)])
+    mean = next(row for row in parity.nodes if row.op == "aten.mean")
+    assert mean.local_rel_l2 is not None
+    assert mean.local_rel_l2 > 0.01
+    assert not mean.parts
+    assert parity.parting == ""
+
+
 def test_complex_numbers_on_the_way(tmp_path: Path) -> None:
     class Spectrum(nn.Module):
         def __init__(self) -> None:
