@@ -29,14 +29,12 @@ from torch import nn
 
 from amp_convert import device as devices
 from amp_convert.case import kind_of, user_code
+from amp_convert.comparison import Batch
 from amp_convert.dtypes import name_of
 from amp_convert.errors import ModelError, UsageError
 from amp_convert.exponents import log2
 from amp_convert.trainstep import Loss, checked_loss, cloned, real_gradient, require_trainable
 from amp_convert.usercode import defined_at, placed
-
-Batch = tuple[Sequence[Any], Mapping[str, Any], Any]
-"""(args, kwargs, target) of one call."""
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,15 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from amp_convert import device as devices
-from amp_convert.arms import Arm, Batch, LossScaling, Recipe, Weights
+from amp_convert.arms import Arm, LossScaling, Recipe, Weights
 from amp_convert.case import user_code
+from amp_convert.comparison import Batch, batch_size
 from amp_convert.converted import ConvertedModel
 from amp_convert.dtypes import from_name
 from amp_convert.error_metrics import ErrorSums
 from amp_convert.errors import AmpConvertError, ModelError, UsageError
 from amp_convert.runner import in_mode
-from amp_convert.training_data import Data, Stream, batch_size, initial_weights, seeded_rng
+from amp_convert.training_data import Data, Stream, initial_weights, seeded_rng
 from amp_convert.training_parity import LOSS, TRAIN_LOSS, PairedRun, TrainingArm
 from amp_convert.trainstep import cloned, real_gradient
 
@@ -192,7 +193,7 @@ class Race:
         ):
             devices.set_rng_state(self.device, self.rng)
             for batch in self._data.eval_batches():
-                size = batch_size(batch)
+                size = batch_size(batch[0], batch[1])
                 samples += size
                 for name, value in self._scores(arm, batch).items():
                     total, seen = totals.get(name, (0.0, 0))

@@ -12,15 +12,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from amp_convert import device as devices
-from amp_convert.arms import Batch, Weights
+from amp_convert.arms import Weights
 from amp_convert.case import kind_of, user_code
+from amp_convert.comparison import Batch, Score
 from amp_convert.device import RngState
 from amp_convert.dtypes import name_of
 from amp_convert.errors import ModelError
 from amp_convert.usercode import defined_at
-
-Score = Callable[[Any, Any], Mapping[str, float]]
-"""The user's metrics: (outputs, target) to values by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +122,3 @@ def seeded_rng(device: torch.device, seed: int) -> RngState:
     with devices.preserved_rng(device):
         devices.seed_all(seed)
         return devices.rng_state(device)
-
-
-def batch_size(batch: Batch) -> int:
-    """The length of the first dimension of the first tensor in a batch's inputs; 1 without any."""
-    for leaf in pytree.tree_leaves((tuple(batch[0]), dict(batch[1]))):
-        if isinstance(leaf, torch.Tensor) and leaf.dim():
-            return leaf.shape[0]
-    return 1

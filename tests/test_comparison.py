@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import amp_convert as amp
-from amp_convert.comparison import compare
+from amp_convert.comparison import batch_size, compare
 from amp_convert.converted import ConvertedModel
 from amp_convert.device import peak_bytes
 from amp_convert.divergence import Divergence, NodeDivergence
@@ -325,6 +325,12 @@ def test_autocast_can_be_left_out() -> None:
 
 
 # --- metrics -------------------------------------------------------------------------------------
+
+
+def test_batch_size_is_the_first_tensors_first_dimension() -> None:
+    assert batch_size((3, torch.ones(5, 2), torch.ones(7)), {}) == 5
+    assert batch_size((torch.tensor(1.0),), {"x": [torch.ones(6)]}) == 6
+    assert batch_size((1, 2), {}) == 1
 
 
 def test_metrics_are_means_weighted_by_batch_size() -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from amp_convert import device as devices
-from amp_convert.arms import Batch, Weights
+from amp_convert.arms import Weights
+from amp_convert.comparison import Batch
 from amp_convert.errors import ModelError
-from amp_convert.training_data import Data, Stream, batch_size, initial_weights, seeded_rng
+from amp_convert.training_data import Data, Stream, initial_weights, seeded_rng
 from tests.zoo import assert_same_bits
 
 CPU = torch.device("cpu")
@@ -222,9 +223,3 @@ def test_seeded_rng_is_the_state_after_seeding_all_three() -> None:
     devices.set_rng_state(CPU, found)
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == expected
     assert not found.same(devices.rng_state(CPU))
-
-
-def test_batch_size_is_the_first_tensors_first_dimension() -> None:
-    assert batch_size(((3, torch.ones(5, 2), torch.ones(7)), {}, torch.ones(9))) == 5
-    assert batch_size(((torch.tensor(1.0),), {"x": [torch.ones(6)]}, None)) == 6
-    assert batch_size(((1, 2), {}, torch.ones(9))) == 1
