@@ -7,15 +7,16 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
+NEIGHBOURS := .venv-neighbours/.stamp
 
 # The weights and texts are in installed packages: nothing is fetched at run time.
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-onnx clean
 
 help: ## Say what the targets do
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Convert a real sentence encoder to FP16 and judge the result
 	$(BIN)/amp-convert examples/minilm.py
@@ -33,8 +34,11 @@ lint: $(STAMP) ## Check style, types and the order of imports
 bench: $(STAMP) ## Print the speed and memory figures, side by side
 	$(BIN)/python -m tests.benchmarks.bench
 
+bench-onnx: $(STAMP) $(NEIGHBOURS) ## Hold FP16 ONNX files against those of other converters
+	$(BIN)/python -m tests.benchmarks.bench_onnx .venv-neighbours/bin/python
+
 clean: ## Remove .venv, caches and reports; the baselines stay
-	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-neighbours .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find amp_convert examples tests -name __pycache__ -prune -exec rm -rf {} +
 	test ! -d reports || find reports -mindepth 1 -maxdepth 1 ! -name baselines -exec rm -rf {} +
 
@@ -43,4 +47,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; name one with PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,examples]'
+	@touch $@
+
+# Where ModelOpt cannot be installed, the other converter still can.
+$(NEIGHBOURS): tests/benchmarks/neighbours.txt
+	$(PYTHON) -m venv --clear .venv-neighbours
+	.venv-neighbours/bin/python -m pip install -q -r $< || { grep -v modelopt $< > .venv-neighbours/few.txt \
+		&& .venv-neighbours/bin/python -m pip install -q onnx onnxruntime -r .venv-neighbours/few.txt; }
 	@touch $@

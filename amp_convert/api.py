@@ -62,13 +62,16 @@ def convert(
     dtype: torch.dtype = torch.float16,
     rules: RulesLike = "default",
     calibration: Iterable[Any] | None = None,
+    *,
+    train: bool = True,
 ) -> ConvertedModel:
     """`model` in mixed precision, as an `nn.Module` that takes and returns what `model` does.
 
     `args` are example inputs: a tensor, a tuple of positional ones, or a dict of keywords (then
     without `kwargs`). `calibration` gives inputs of the same forms, one a batch, whose value ranges
     the guards look at; by default the example inputs. `dtype` is `torch.float16` or
-    `torch.bfloat16`. The result shares the model's parameters and buffers; its training mode is the
+    `torch.bfloat16`. Without `train` the result is for inference only, and is made in about half
+    the time. The result shares the model's parameters and buffers; its training mode is the
     model's. The device is the model's own.
 
     Raises UsageError for wrong rules or dtype, ModelError for inputs that do not fit,
@@ -79,7 +82,7 @@ def convert(
     loaded = _rules(rules)
     positional, keywords = as_call(args, "args")
     keywords |= kwargs or {}
-    captured = capture(model, positional, keywords)
+    captured = capture(model, positional, keywords, train=train)
     batches: Iterable[Any] = [(positional, keywords)]
     if calibration is not None:
         batches = (as_call(batch, "calibration") for batch in calibration)

@@ -128,8 +128,10 @@ class Captured:
         return devices.of_model(self.model)
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
-    """Capture `model` for calls like `model(*args, **kwargs)`.
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, train: bool = True
+) -> Captured:
+    """Capture `model` for calls like `model(*args, **kwargs)`; without `train` for inference only.
 
     The model's weights, buffers, training flags and random state are left as they are. Raises
     UnsupportedModelError, naming the user's line, when no part of the model can be captured.
@@ -137,10 +139,10 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     register_containers()
     args, kwargs = tuple(args), dict(kwargs)
     try:
-        regions: tuple[Region, ...] = (_region(model, args, kwargs, ""),)
+        regions: tuple[Region, ...] = (_region(model, args, kwargs, "", train),)
         uncaptured: tuple[Uncaptured, ...] = ()
     except _CannotCaptureError as error:
-        regions, uncaptured = _by_submodule(model, args, kwargs, error)
+        regions, uncaptured = _by_submodule(model, args, kwargs, error, train)
         if not regions:
             raise UnsupportedModelError(
                 f"no part of the model can be captured: {error.reason}",
@@ -164,7 +166,7 @@ class _CannotCaptureError(Exception):
 
 
 def _region(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, train: bool
 ) -> Region:
     try:
         graphs = {"eval": _graph(module, args, kwargs, "eval", path)}
@@ -172,9 +174,10 @@ def _region(
         raise
     except Exception as cause:  # export fails in as many ways as user code does
         raise _CannotCaptureError(path, cause) from cause
-    train_failure = ""
+    train_failure = "" if train else "training was not asked for"
     try:
-        graphs["train"] = _graph(module, args, kwargs, "train", path)
+        if train:
+            graphs["train"] = _graph(module, args, kwargs, "train", path)
     except Exception as cause:  # noqa: BLE001  the eval graph is worth having without; fidelity says so
         train_failure = _CannotCaptureError(path, cause).reason
     try:
@@ -243,7 +246,11 @@ def _record(
 
 
 def _by_submodule(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: _CannotCaptureError
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    error: _CannotCaptureError,
+    train: bool,
 ) -> tuple[tuple[Region, ...], tuple[Uncaptured, ...]]:
     """Capture the outermost children that can be; list what stays eager."""
     calls: dict[str, list[_Call]] = {}
@@ -263,7 +270,7 @@ def _by_submodule(
                 visit(child, inner)  # a container, or a part that the example inputs do not reach
                 continue
             try:
-                regions.append(_fitting_region(child, calls[inner], inner))
+                regions.append(_fitting_region(child, calls[inner], inner, train))
             except _CannotCaptureError as failure:
                 uncaptured.append(Uncaptured(inner, failure.reason, failure.location))
                 visit(child, inner)
@@ -319,9 +326,9 @@ def _cloned(tree: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, torch.clone, tree)
 
 
-def _fitting_region(module: nn.Module, calls: list[_Call], path: str) -> Region:
+def _fitting_region(module: nn.Module, calls: list[_Call], path: str, train: bool) -> Region:
     """A region captured for the first call that also takes every other call's inputs."""
-    region = _region(module, *calls[0], path)
+    region = _region(module, *calls[0], path, train)
     runner = region.runner("eval")
     for args, kwargs in calls[1:]:
         try:

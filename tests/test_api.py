@@ -13,7 +13,7 @@ from torch import nn
 
 import amp_convert
 import amp_convert as amp
-from amp_convert.errors import AmpConvertError, ModelError, UsageError
+from amp_convert.errors import AmpConvertError, ModelError, UnsupportedModelError, UsageError
 from amp_convert.plan import Decision
 from amp_convert.rules import load_rules
 from tests.zoo import assert_same_bits
@@ -114,6 +114,34 @@ def test_calibration_moves_the_guards() -> None:
     assert not first.low
     assert first.rule == "guard activation-range"
     assert "3 batches" in first.evidence
+
+
+def test_for_inference_alone_there_is_no_training_graph() -> None:
+    model = net()
+    both, mixed = amp.convert(model, X), amp.convert(model, X, train=False)
+    assert (mixed.plan.eval, mixed.plan.train) == (both.plan.eval, ())
+    assert_same_bits(both(X), mixed(X))
+    assert [(f.mode, f.status) for f in mixed.captured.fidelity] == [
+        ("eval", "identical"),
+        ("train", "unchecked"),
+    ]
+    mixed.train()
+    with pytest.raises(UnsupportedModelError, match="training was not asked for"):
+        mixed(X)
+
+
+def test_parts_for_inference_alone_have_no_training_graphs() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.inner(x)
+            return y if y.sum() > 0 else -y
+
+    mixed = amp.convert(Branching().eval(), X, train=False)
+    assert [(r.path, list(r.graphs)) for r in mixed.captured.regions] == [("inner", ["eval"])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8, torch.complex64])
