@@ -21,7 +21,7 @@ from amp_convert.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from amp_convert.divergence import OutputError
-    from amp_convert.onnx_parity import OnnxParity
+    from amp_convert.onnx_parity import OnnxOutput, OnnxParity
 
 _NO_KERNEL = "NOT_IMPLEMENTED"
 """What ONNX Runtime's message holds where a kernel is missing."""
@@ -68,7 +68,10 @@ def converted_check(parity: OnnxParity) -> Check:
     apart = [run for run in runs if run.agrees is False]
     if apart:
         run = apart[0]
-        reason = f"{run.arm}, the file is further from the converted PyTorch model than FP32 is"
+        output = next(each for each in run.outputs if each.agrees is False)
+        reason, distance = f"{run.arm}, {_distance(output, parity.dtype)}", None
+        if output.against_converted is not None and output.limit is not None:
+            distance = output.against_converted.max_abs_err
         by_hand = run.arm == "node by node"
         node = parity.parting or parity.drifting or ("" if by_hand else parity.unrounded)
         if node:
@@ -76,14 +79,28 @@ def converted_check(parity: OnnxParity) -> Check:
             how = f"ONNX Runtime and PyTorch {what} at {node}"
             if not parity.parting and not parity.drifting:
                 how = f"ONNX Runtime computes {node} in float32, and need not round as PyTorch does"
-            return Check(name, "unchecked", None, None, f"{reason}: {how}")
-        return Check(name, "fail", None, None, f"{reason}, and no node is known that parts")
+            return Check(name, "unchecked", distance, output.limit, f"{reason}: {how}")
+        how = "no node is known that parts"
+        return Check(name, "fail", distance, output.limit, f"{reason}, and {how}")
     unknown = [run for run in runs if run.agrees is None]
     if unknown or not runs:
         which = unknown[0].arm if unknown else "no run"
         return Check(name, "unchecked", None, None, f"{which}: there is nothing to hold it against")
     reason = "the file agrees with the converted PyTorch model as two FP32 runtimes do"
     return Check(name, "pass", None, None, reason)
+
+
+def _distance(output: OnnxOutput, dtype: str) -> str:
+    """How far an output that does not agree is from the converted PyTorch model's."""
+    error = output.against_converted
+    assert error is not None
+    if output.limit is None:
+        return f"output {error.name} has {error.mismatches} elements other than PyTorch's"
+    return (
+        f"output {error.name} is {error.max_abs_err:.2e} from the converted PyTorch model at most, "
+        f"more than {output.limit:.2e}, 4 times what the FP32 file is from FP32 PyTorch and one "
+        f"ULP of {dtype}"
+    )
 
 
 def metric_checks(parity: OnnxParity, limits: Thresholds) -> list[Check]:

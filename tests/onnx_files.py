@@ -24,16 +24,25 @@ from tests.zoo import BUILDERS, converted, example
 EXPORTABLE = [name for name in BUILDERS if name != "mixtral"]
 """All but the one whose FP32 original PyTorch cannot export: its experts are a custom operator."""
 
-every_exportable = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=[pytest.mark.xdist_group(name), *([pytest.mark.slow] if name != "cnn" else [])],
-        )
-        for name in EXPORTABLE
-    ],
-)
+
+def exportable(*names: str) -> pytest.MarkDecorator:
+    """Runs a test on each of these models; one process has all tests of a model."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(
+                name,
+                marks=[
+                    pytest.mark.xdist_group(name),
+                    *([pytest.mark.slow] if name != "cnn" else []),
+                ],
+            )
+            for name in names
+        ],
+    )
+
+
+every_exportable = exportable(*EXPORTABLE)
 
 ELEMENTS = {
     TensorProto.FLOAT16: "float16",
@@ -52,7 +61,6 @@ def _folder() -> Path:
     return folder
 
 
-@functools.cache
 def exported(
     name: str,
     dtype: torch.dtype = torch.float16,
@@ -60,6 +68,11 @@ def exported(
     io_types: IoTypes = "keep",
 ) -> OnnxModel:
     """A model of the zoo, written once a process."""
+    return _exported(name, dtype, rules, io_types)
+
+
+@functools.cache
+def _exported(name: str, dtype: torch.dtype, rules: str, io_types: IoTypes) -> OnnxModel:
     path = _folder() / f"{name}-{dtype}-{rules}-{io_types}.onnx"
     return export_onnx(converted(name, rules, dtype), path, io_types=io_types)
 

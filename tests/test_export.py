@@ -13,7 +13,7 @@ from torch import fx, nn
 from amp_convert.errors import ModelError
 from amp_convert.export import CapturedGraph, export_graph, is_library_frame, op_name, short_path
 from amp_convert.runner import GraphRunner, InputSpec, Source, UserInput
-from tests.zoo import BUILDERS, captured, every_model
+from tests.zoo import captured, every_model
 
 aten = torch.ops.aten
 X = torch.linspace(-1, 1, 24).reshape(6, 4)
@@ -96,17 +96,22 @@ def test_a_result_that_is_written_in_parts_has_gradients() -> None:
         assert torch.equal(a, b)
 
 
-def test_composite_operators_stay_whole() -> None:
-    found = {
-        n.short_op
-        for name in BUILDERS
-        for n in captured(name).regions[0].graphs["eval"].nodes.values()
-    }
-    whole = {
-        "aten.linear", "aten.layer_norm", "aten.scaled_dot_product_attention", "aten.conv2d",
-        "aten.conv1d", "aten.lstm", "aten.gelu", "aten.embedding", "aten.softmax", "aten.silu",
-    }  # fmt: skip
-    assert whole <= found
+WHOLE = {
+    "cnn": {"aten.conv2d", "aten.linear"},
+    "lstm": {"aten.lstm", "aten.embedding"},
+    "transformer": {"aten.scaled_dot_product_attention", "aten.layer_norm"},
+    "bert": {"aten.scaled_dot_product_attention", "aten.layer_norm", "aten.gelu"},
+    "llama": {"aten.silu"},
+    "t5": {"aten.scaled_dot_product_attention"},
+    "mixtral": {"aten.softmax"},
+    "mamba": {"aten.conv1d", "aten.silu"},
+}
+
+
+@every_model
+def test_composite_operators_stay_whole(name: str) -> None:
+    found = {n.short_op for n in captured(name).regions[0].graphs["eval"].nodes.values()}
+    assert WHOLE.get(name, set()) <= found
     assert not found & {"aten.native_layer_norm", "aten._softmax", "aten.convolution"}
 
 
@@ -270,13 +275,13 @@ def test_the_location_is_the_users_line() -> None:
     assert locations["blocks.1.linear/aten.linear#0"] == f"tests/test_export.py:{block}"
 
 
-def test_no_location_is_within_pytorch() -> None:
+@every_model
+def test_no_location_is_within_pytorch(name: str) -> None:
     """Export makes nodes of its own, for sizes, and says that PyTorch's code is where they are."""
-    for name in BUILDERS:
-        for graph in captured(name).regions[0].graphs.values():
-            located = {info.location for info in graph.nodes.values() if info.location}
-            assert located or name == "transformer"  # all of it is PyTorch's own code
-            assert not {place for place in located if place.startswith("torch/")}
+    for graph in captured(name).regions[0].graphs.values():
+        located = {info.location for info in graph.nodes.values() if info.location}
+        assert located or name == "transformer"  # all of it is PyTorch's own code
+        assert not {place for place in located if place.startswith("torch/")}
 
 
 def test_frames_and_paths(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def output(rel_l2: float = 1e-3, **changes: Any) -> OutputError:
 
 def ran(arm: Any, agrees: bool | None = True, **changes: Any) -> OnnxRun:
     error = changes.pop("error", output())
-    held = OnnxOutput(error, output(1e-4), 1e-2, agrees)
+    held = OnnxOutput(error, output(1e-4), 1e-2 if agrees is not False else 1e-4, agrees)
     base = OnnxRun(arm=arm, failure="", without=(), batches=3, outputs=(held,))
     return replace(base, **changes)
 
@@ -148,7 +148,18 @@ def test_a_file_that_computes_otherwise(
     check = converted_check(parity(*runs, **changes))
     assert check.status == status
     assert said in check.reason
-    assert check.reason.startswith(f"{arm}, ")
+    assert (check.value, check.threshold) == (1e-3, 1e-4)
+    assert check.reason.startswith(
+        f"{arm}, output logits is 1.00e-03 from the converted PyTorch model at most, more than "
+        "1.00e-04, 4 times what the FP32 file is from FP32 PyTorch and one ULP of float16"
+    )
+
+
+def test_integers_that_differ() -> None:
+    held = OnnxOutput(output(), output(dtype="int64", name="ids", mismatches=3), None, False)
+    check = converted_check(parity(ran("fp32"), BOTH[0], ran("optimised", outputs=(held,))))
+    assert (check.status, check.value, check.threshold) == ("fail", None, None)
+    assert check.reason.startswith("optimised, output ids has 3 elements other than PyTorch's")
 
 
 def test_agreement_that_is_not_known_does_not_pass() -> None:

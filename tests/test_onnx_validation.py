@@ -24,7 +24,7 @@ from amp_convert.onnx_export import OnnxModel, export_onnx
 from amp_convert.onnx_parity import OnnxParity
 from amp_convert.onnx_sessions import Session
 from amp_convert.onnx_validation import validate_onnx
-from tests.onnx_files import every_exportable, exported, run, tensor_leaves
+from tests.onnx_files import every_exportable, exportable, exported, run, tensor_leaves
 from tests.zoo import converted, example
 
 on_a_cpu = pytest.mark.skipif(
@@ -92,10 +92,7 @@ def test_fp16_files_agree_or_it_is_said_where_they_part(name: str) -> None:
     assert sum(row.parts for row in parity.nodes) <= 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lstm", "bert", "gpt2", "mamba"))],
-)
+@exportable("cnn", "lstm", "bert", "gpt2")
 @on_a_cpu
 def test_bf16_files_are_run_node_by_node_where_there_are_no_kernels(name: str) -> None:
     parity = parity_of(name, torch.bfloat16)

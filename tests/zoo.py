@@ -234,11 +234,15 @@ def stats(name: str) -> RangeStats:
     return profile(captured(name), [(args, kwargs)])
 
 
-@functools.cache
 def converted(
     name: str, rules: str = "default", dtype: torch.dtype = torch.float16
 ) -> ConvertedModel:
     """The shared model, converted."""
+    return _converted(name, rules, dtype)
+
+
+@functools.cache  # which would take an argument left out and its default for two things
+def _converted(name: str, rules: str, dtype: torch.dtype) -> ConvertedModel:
     return convert_captured(captured(name), load_rules([rules]), stats(name), dtype)
 
 

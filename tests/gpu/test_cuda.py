@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 import amp_convert as amp
 from amp_convert import costs
 from amp_convert import device as devices
+from amp_convert.onnx_validation import validate_onnx
 from tests.zoo import (
     DTYPES,
     Example,
@@ -176,3 +178,25 @@ def test_training_with_a_loss_scale(dtype: torch.dtype) -> None:
         scaler.update()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["cnn", "bert", "gpt2"])
+def test_onnx_files_run_in_low_precision(name: str, tmp_path: Path) -> None:
+    """With the extra `onnx-gpu`: CUDA has kernels for FP16, so no node falls back to FP32."""
+    runtime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in runtime.get_available_providers():
+        pytest.skip("this ONNX Runtime is built without CUDA")
+    model, args, kwargs = on_cuda(name)
+    with mode(model):
+        mixed = amp.convert(model, args, kwargs, train=False)
+        parity = validate_onnx(
+            mixed, amp.export_onnx(mixed, tmp_path / "m.onnx"), [(args, kwargs, None)]
+        )
+    assert parity.providers[0] == "CUDAExecutionProvider"
+    assert parity.ran.get("as written", 0) > 0
+    assert parity.unrounded == ""
+    for run in parity.runs:
+        assert run.outputs, run.failure
+        for output in run.outputs:
+            assert output.against_fp32.nonfinite == 0
+        assert run.arm == "fp32" or run.agrees or parity.parting or parity.drifting
