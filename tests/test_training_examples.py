@@ -58,9 +58,9 @@ def assert_passed(outcome: Outcome) -> None:
     assert "training.metric" in named
 
 
-def gpt(folder: Path, text: str, *flags: str) -> Outcome:
+def gpt(folder: Path, text: str, *flags: str, steps: int = 20) -> Outcome:
     write(folder, text)
-    return amp(folder, "model.py", "--device", "cpu", "--steps", "20", "--json", *flags)
+    return amp(folder, "model.py", "--device", "cpu", "--steps", f"{steps}", "--json", *flags)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -83,7 +83,7 @@ def test_char_gpt_trains_as_fp32_does(dtype: str, tmp_path: Path) -> None:
 
 def test_char_gpt_with_a_tiny_loss_and_no_scale_fails(tmp_path: Path) -> None:
     """The loss times 1e-6: FP16 has no number for nearly all of its gradients."""
-    outcome = gpt(tmp_path, TINY, "--loss-scale", "none")
+    outcome = gpt(tmp_path, TINY, "--loss-scale", "none", steps=8)
     assert (outcome.code, outcome.json["verdict"]["status"]) == (1, "fail")
     found = training_checks(outcome)
     assert (found["training.gradients"], found["training.weights"]) == ("fail", "fail")
@@ -93,6 +93,6 @@ def test_char_gpt_with_a_tiny_loss_and_no_scale_fails(tmp_path: Path) -> None:
     assert gradients["total"]["zeroed_share"] > 0.9
     advice = gradients["recommended"]
     assert advice["lost_without"] > 0.9 > 0.01 > advice["lost_with"]
-    scaled = gpt(tmp_path, TINY, "--loss-scale", f"{advice['scale']:.0f}")
+    scaled = gpt(tmp_path, TINY, "--loss-scale", f"{advice['scale']:.0f}", steps=1)
     assert training_checks(scaled)["training.gradients"] == "pass"
     assert scaled.json["training"]["gradients"]["total"]["rel_l2"] < 0.05

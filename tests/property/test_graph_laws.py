@@ -41,7 +41,7 @@ def test_laws_on_every_operation(number: int) -> None:
 
 
 @settings(
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     database=None,
