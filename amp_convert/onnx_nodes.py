@@ -29,6 +29,10 @@ CANCELLED_SLACK = 2.0**-22
 """The same relative to what it was made of, where little of that is left: the mean of a normalised
 row is nothing but rounding."""
 
+_DRAWS = {
+    "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
+    "RandomUniformLike",
+}  # fmt: skip
 _SEVERITY = ("", "as written", "rewritten", "in float32")
 
 
@@ -107,6 +111,12 @@ class NodeTable:
     def drifting(self) -> str:
         """The first node where all that came before has parted them, or ""."""
         return self._first(lambda sums: sums.accumulated)
+
+    def drawing(self) -> str:
+        """The first node that draws random numbers, or ""."""
+        drawing = {name for name, nodes in self._nodes.items()
+                   if any(node.op_type in _DRAWS for node in nodes)}  # fmt: skip
+        return next((d.node for name, d in self._decisions.items() if name in drawing), "")
 
     def _first(self, errors: Callable[[_Sums], ErrorSums]) -> str:
         found = ((d, self._sums[n]) for n, d in self._decisions.items() if n in self._sums)

@@ -94,7 +94,8 @@ class OnnxParity:
     on; `unmatched` names FX nodes whose value is not in the file: it is constant there, or was
     only widened and narrowed again.
     `parting` is the first node that parts, `drifting` the first whose accumulated error would be
-    parting; "" if there is none. `metrics` were computed from the outputs of `metrics_arm`.
+    parting, and `drawing` the first that draws random numbers, which are others in every runtime;
+    "" if there is none. `metrics` were computed from the outputs of `metrics_arm`.
     """
 
     path: str
@@ -113,6 +114,7 @@ class OnnxParity:
     drifting: str
     metrics: tuple[OnnxMetric, ...]
     metrics_arm: Arm | None
+    drawing: str = ""
 
     @property
     def unrounded(self) -> str:

@@ -161,6 +161,7 @@ class _Validation:
             unmatched=self._table.unmatched(),
             parting=self._table.parting(),
             drifting=self._table.drifting(),
+            drawing=self._table.drawing(),
             metrics=tuple(
                 OnnxMetric(
                     name=name,

@@ -162,6 +162,39 @@ def test_integers_that_differ() -> None:
     assert check.reason.startswith("optimised, output ids has 3 elements other than PyTorch's")
 
 
+def held(arm: Any, distance: float, agrees: bool = False) -> OnnxRun:
+    """A run that is this far from the converted model, where 1e-4 is allowed."""
+    far = output(max_abs_err=distance)
+    return ran(arm, outputs=(OnnxOutput(output(), far, 1e-4, agrees),))
+
+
+@pytest.mark.parametrize(
+    ("plain", "optimised", "spoilt"),
+    [(2e-4, 0.6, True), (5e-5, 0.6, True), (2e-4, 1.9e-3, False), (math.nan, 0.6, False),
+     (2e-4, math.nan, True), (0.5, 0.6, False)],
+)  # fmt: skip
+def test_an_optimisation_that_changes_the_result(
+    plain: float, optimised: float, spoilt: bool
+) -> None:
+    """Whatever node else could explain it: rounding does not."""
+    runs = (ran("fp32"), held("unoptimised", plain, plain <= 1e-4), held("optimised", optimised))
+    check = converted_check(parity(*runs, parting="0/aten.gelu#0"))
+    assert check.status == ("fail" if spoilt else "unchecked")
+    assert ("an optimisation of ONNX Runtime changes the result" in check.reason) is spoilt
+    if spoilt:
+        assert check.reason.startswith("optimised, output logits is ")
+        assert math.isnan(optimised) or check.value == optimised
+
+
+def test_what_draws_random_numbers_is_not_compared() -> None:
+    bad = (ran("fp32"), *(ran(r.arm, False, error=output(1.2)) for r in BOTH))
+    found = statuses(parity(*bad, drawing="drop/aten.rand_like#0", parting="drop/aten.rand_like#0"))
+    assert {name for name, status in found.items() if status != "unchecked"} == {
+        "onnx.runs",
+        "onnx.metrics.accuracy",
+    }
+
+
 def test_agreement_that_is_not_known_does_not_pass() -> None:
     assert converted_check(parity(ran("unoptimised", None), BOTH[1])).status == "unchecked"
     assert converted_check(parity(ran("fp32"))).status == "unchecked"

@@ -20,10 +20,12 @@ import amp_convert as amp
 from amp_convert.converted import ConvertedModel
 from amp_convert.dtypes import ulp_at
 from amp_convert.errors import UsageError
+from amp_convert.onnx_checks import converted_check, onnx_checks
 from amp_convert.onnx_export import OnnxModel, export_onnx
 from amp_convert.onnx_parity import OnnxParity
 from amp_convert.onnx_sessions import Session
 from amp_convert.onnx_validation import validate_onnx
+from amp_convert.thresholds import Thresholds
 from tests.onnx_files import every_exportable, exportable, exported, run, tensor_leaves
 from tests.zoo import converted, example
 
@@ -421,3 +423,43 @@ def test_names_of_outputs_are_those_of_the_comparison(tmp_path: Path) -> None:
     parity = check(Named(), tmp_path, torch.randn(2, 4))
     names = [output.against_fp32.name for output in parity.run("unoptimised").outputs]
     assert names == list(tensor_leaves(Named()(torch.randn(2, 4))))
+
+
+def test_random_numbers_are_those_of_nobody_else(tmp_path: Path) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) * (torch.rand_like(x) > 0.5)
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    mixed = amp.convert(Noisy().eval(), x)
+    parity = validate_onnx(mixed, export_onnx(mixed, tmp_path / "m.onnx"), [((x,), {}, None)])
+    assert parity.drawing == "/aten.rand_like#0"
+    checks = {c.name: c for c in onnx_checks(parity, "", Thresholds.for_dtype("float16"))}
+    assert checks["onnx.outputs.rel_l2"].status == "unchecked"
+    assert "random numbers at /aten.rand_like#0" in checks["onnx.outputs.rel_l2"].reason
+
+
+def test_what_the_optimiser_spoils_does_not_pass(tmp_path: Path) -> None:
+    """ONNX Runtime 1.32 gets a transposed matrix times a vector wrong once it is optimised, in FP32
+    and in FP16."""
+
+    class Sinkhorn(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            v = torch.ones_like(x[0])
+            for _ in range(3):
+                v = 1 / (x.t() @ (1 / (x @ v)))
+            return x * v
+
+    x = torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) + 0.1
+    mixed = amp.convert(Sinkhorn().eval(), x)
+    parity = validate_onnx(mixed, export_onnx(mixed, tmp_path / "m.onnx"), [((x,), {}, None)])
+    assert parity.run("unoptimised").outputs[0].against_fp32.rel_l2 < 1e-2
+    if parity.run("optimised").outputs[0].against_fp32.rel_l2 > 1e-2:
+        check = converted_check(parity)
+        assert check.status == "fail"
+        assert "an optimisation of ONNX Runtime changes the result" in check.reason
