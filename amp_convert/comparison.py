@@ -354,7 +354,7 @@ class OutputSums:
         if not isinstance(value, torch.Tensor) or value.shape != reference.shape:
             # Another shape (a selection by value can do this) cannot be compared at all.
             self._mismatches += reference.numel()
-            self._errors.difference = math.nan
+            self._errors.difference = self._errors.max_abs = math.nan
             return
         if reference.is_complex():
             reference, value = torch.view_as_real(reference), torch.view_as_real(value)

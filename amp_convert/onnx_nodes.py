@@ -113,10 +113,16 @@ class NodeTable:
         return self._first(lambda sums: sums.accumulated)
 
     def drawing(self) -> str:
-        """The first node that draws random numbers, or ""."""
-        drawing = {name for name, nodes in self._nodes.items()
-                   if any(node.op_type in _DRAWS for node in nodes)}  # fmt: skip
-        return next((d.node for name, d in self._decisions.items() if name in drawing), "")
+        """The first node that draws random numbers, or ""; by its name in the file where it is no
+        node of the plan."""
+        drawing = {
+            name: node.name or node.op_type
+            for name, nodes in self._nodes.items()
+            for node in nodes
+            if _draws(node)
+        }
+        planned = (d.node for name, d in self._decisions.items() if name in drawing)
+        return next(planned, next(iter(drawing.values()), ""))
 
     def _first(self, errors: Callable[[_Sums], ErrorSums]) -> str:
         found = ((d, self._sums[n]) for n, d in self._decisions.items() if n in self._sums)
@@ -160,3 +166,20 @@ def _is_low(node: ir.Node) -> bool:
     ends = [value for value in (*node.inputs, *node.outputs) if value is not None]
     low = {"FLOAT16", "BFLOAT16"}
     return node.op_type != "Cast" and any(v.dtype is not None and v.dtype.name in low for v in ends)
+
+
+def _draws(node: ir.Node) -> bool:
+    """Whether a node, or one in its subgraphs, draws random numbers. A dropout that is told whether
+    to train may."""
+    import onnx_ir as ir
+
+    inner = [
+        each
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH
+        for each in ir.traversal.RecursiveGraphIterator(attribute.as_graph())
+    ]
+    return any(
+        each.op_type in _DRAWS or (each.op_type == "Dropout" and len(each.inputs) > 2)
+        for each in (node, *inner)
+    )

@@ -26,7 +26,8 @@ class OnnxOutput:
 
     `limit` is the largest absolute distance from the converted PyTorch model that counts as
     agreement: 4 times that of the FP32 file from FP32 PyTorch, and one ULP of the low dtype at the
-    output's largest magnitude. None where that is not known, as is then `agrees`; integers and
+    output's largest magnitude. None where that is not known, or where the FP32 file itself is more
+    than such a ULP from FP32 PyTorch, as is then `agrees`; integers and
     booleans have no limit, and agree when they are equal.
     """
 

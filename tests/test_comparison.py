@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import amp_convert as amp
-from amp_convert.comparison import batch_size, compare
+from amp_convert.comparison import OutputSums, batch_size, compare
 from amp_convert.converted import ConvertedModel
 from amp_convert.device import peak_bytes
 from amp_convert.divergence import Divergence, NodeDivergence
@@ -459,3 +459,12 @@ def test_memory_stays_near_two_forward_passes() -> None:
         whole = peak_bytes(lambda m=mixed: on(m, x, x, autocast=False))
         assert forward == 2 * x.nbytes
         assert whole < 2.5 * forward
+
+
+def test_an_output_of_another_shape_has_no_small_error() -> None:
+    sums = OutputSums(torch.float32)
+    sums.add(torch.zeros(3, 4), torch.zeros(4, 3))
+    row = sums.row("output")
+    assert row.mismatches == 12
+    assert math.isnan(row.max_abs_err)
+    assert math.isnan(row.rel_l2)

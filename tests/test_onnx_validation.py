@@ -425,23 +425,31 @@ def test_names_of_outputs_are_those_of_the_comparison(tmp_path: Path) -> None:
     assert names == list(tensor_leaves(Named()(torch.randn(2, 4))))
 
 
-def test_random_numbers_are_those_of_nobody_else(tmp_path: Path) -> None:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(8, 8)
+class Noise(nn.Module):
+    """A linear layer whose result is thinned out at random, in eval mode, too."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(x) * (torch.rand_like(x) > 0.5)
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(8, 8)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        if self.kind == "dropout":
+            return F.dropout(y, 0.5, training=True)
+        return y * (torch.rand_like(x) > 0.5) if self.kind == "rand" else y + torch.randn_like(x)
+
+
+@pytest.mark.parametrize("kind", ["rand", "randn", "dropout"])
+def test_random_numbers_are_those_of_nobody_else(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 8)
-    mixed = amp.convert(Noisy().eval(), x)
+    mixed = amp.convert(Noise(kind).eval(), x)
     parity = validate_onnx(mixed, export_onnx(mixed, tmp_path / "m.onnx"), [((x,), {}, None)])
-    assert parity.drawing == "/aten.rand_like#0"
-    checks = {c.name: c for c in onnx_checks(parity, "", Thresholds.for_dtype("float16"))}
-    assert checks["onnx.outputs.rel_l2"].status == "unchecked"
-    assert "random numbers at /aten.rand_like#0" in checks["onnx.outputs.rel_l2"].reason
+    assert kind in parity.drawing
+    checks = onnx_checks(parity, "", Thresholds.for_dtype("float16"))
+    assert {c.status for c in checks if c.name != "onnx.runs"} == {"unchecked"}
+    # Nor does an FP32 file that is far from PyTorch give a limit that lets anything pass.
+    assert [each.agrees for each in parity.runs] == [None] * 4
 
 
 def test_what_the_optimiser_spoils_does_not_pass(tmp_path: Path) -> None:
