@@ -216,8 +216,12 @@ def test_without_the_run_node_by_node_nothing_passes() -> None:
 
 def test_what_runs_only_without_an_optimisation_is_judged() -> None:
     far = ran("optimised", False, failure="crashed", without=("Fusion",))
-    check = converted_check(parity(ran("fp32"), BOTH[0], far, ran("node by node")))
+    found = parity(ran("fp32"), BOTH[0], far, ran("node by node"))
+    assert converted_check(found).status == "fail"
+    # By default a session takes no optimisation away, so its users' sessions crash.
+    check = runs_check(found)
     assert check.status == "fail"
+    assert check.reason.endswith("cannot run the file optimised: crashed; it does without Fusion")
 
 
 @pytest.mark.parametrize("agrees", [True, False])
