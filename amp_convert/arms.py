@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from amp_convert import device as devices
+from amp_convert.batches import Batch
 from amp_convert.case import kind_of, user_code
-from amp_convert.comparison import Batch
 from amp_convert.dtypes import name_of
 from amp_convert.errors import ModelError, UsageError
 from amp_convert.exponents import log2

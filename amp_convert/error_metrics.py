@@ -46,6 +46,11 @@ class ErrorSums:
             wide, delta = buffers[:, : want.numel()]
             self._add_chunk(wide.copy_(want), have, delta.copy_(have).sub_(wide))
 
+    def add_incomparable(self, elements: int) -> None:
+        """Take in elements that have nothing of the same shape to be compared with."""
+        self.elements += elements
+        self.difference = self.max_abs = math.nan
+
     def _add_chunk(self, want: torch.Tensor, have: torch.Tensor, delta: torch.Tensor) -> None:
         """`want` and `delta` are in FP64."""
         difference, reference = float(torch.dot(delta, delta)), float(torch.dot(want, want))

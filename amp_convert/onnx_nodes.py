@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -155,10 +154,9 @@ class NodeTable:
 def _add(sums: ErrorSums | RoundingSums, reference: torch.Tensor, value: torch.Tensor) -> None:
     if value.shape == reference.shape:
         sums.add(reference, value)
-    else:  # there is nothing to subtract
+    else:
         errors = sums.errors if isinstance(sums, RoundingSums) else sums
-        errors.elements += reference.numel()
-        errors.difference = errors.max_abs = math.nan
+        errors.add_incomparable(reference.numel())
 
 
 def _is_low(node: ir.Node) -> bool:

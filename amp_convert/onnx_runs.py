@@ -11,10 +11,10 @@ import torch
 
 from amp_convert import onnx_export, onnx_program, onnx_sessions
 from amp_convert.capture import Region
-from amp_convert.comparison import OutputSums
 from amp_convert.onnx_lockstep import OnnxLockstep, Step
 from amp_convert.onnx_parity import Arm
 from amp_convert.onnx_sessions import Placement, Session
+from amp_convert.output_sums import OutputSums
 
 T = TypeVar("T")
 

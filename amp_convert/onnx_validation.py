@@ -13,7 +13,6 @@ converted one. A run that fails is reported with its reason, and the others go o
 from __future__ import annotations
 
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from amp_convert import onnx_runs, onnx_sessions
+from amp_convert.batches import Batch, MetricMeans, Score, batch_size
 from amp_convert.case import named_leaves
-from amp_convert.comparison import Batch, Score, accumulate, batch_size, evaluating
+from amp_convert.comparison import evaluating
 from amp_convert.converted import ConvertedModel, fold_weights
 from amp_convert.divergence import OutputError
 from amp_convert.dtypes import from_name, ulp_at
@@ -32,6 +32,7 @@ from amp_convert.onnx_lockstep import OnnxLockstep
 from amp_convert.onnx_nodes import NodeTable
 from amp_convert.onnx_parity import Arm, OnnxMetric, OnnxOutput, OnnxParity, OnnxRun
 from amp_convert.onnx_runs import Fed, Run
+from amp_convert.output_sums import accumulate
 from amp_convert.runner import Source
 
 FP32_FACTOR = 4.0
@@ -74,7 +75,7 @@ class _Validation:
     ) -> None:
         import onnx_ir as ir
 
-        self._converted, self._model, self._score = converted, model, score
+        self._converted, self._model = converted, model
         self._low = from_name(model.dtype)
         self._region = converted.captured.regions[0]
         rewritten = converted.rewritten[self._region.path]["eval"]
@@ -82,7 +83,7 @@ class _Validation:
         written = ir.load(model.path)
         self._table = NodeTable(rewritten, self._folded.graph_module.graph, written, self._low)
         self._node_batches = node_batches
-        self._scores: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._metrics = MetricMeans(score)
         self._batches = self._samples = 0
         lockstep = OnnxLockstep(written, self._folded.graph_module)
         self._fp32 = onnx_runs.fp32_run(self._region, model.opset, folder)
@@ -99,8 +100,8 @@ class _Validation:
         mixed = self._called(self._converted, args, kwargs)
         fed = self._fed(args, kwargs)
         size = batch_size(args, kwargs)
-        self._add_scores("fp32", fp32, target, size)
-        self._add_scores("converted", mixed, target, size)
+        self._metrics.add("fp32", fp32, target, size)
+        self._metrics.add("converted", mixed, target, size)
         for run in self._runs:
             if run.arm == "node by node" and self._batches >= self._node_batches:
                 continue
@@ -112,14 +113,9 @@ class _Validation:
             accumulate(run.against_fp32, _tensors(fp32), named)
             if run is not self._fp32:
                 accumulate(run.against_converted, _tensors(mixed), named)
-                self._add_scores(run.arm, _rebuilt(mixed, outputs), target, size)
+                self._metrics.add(run.arm, _rebuilt(mixed, outputs), target, size)
         self._batches += 1
         self._samples += size
-
-    def _add_scores(self, arm: str, outputs: Any, target: Any, size: int) -> None:
-        if self._score is not None:
-            for name, value in self._score(outputs, target).items():
-                self._scores[arm][name] += value * size
 
     @staticmethod
     def _called(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -145,7 +141,7 @@ class _Validation:
         sums = {} if self._fp32.failed else self._fp32.against_fp32
         reference = {name: total.row(name) for name, total in sums.items()}
         whole = {run.arm for run in self._runs if run.batches == self._batches and not run.failed}
-        arm = next((arm for arm in _PREFERRED if arm in whole and arm in self._scores), None)
+        arm = next((arm for arm in _PREFERRED if arm in whole and self._metrics.of(arm)), None)
         return OnnxParity(
             path=self._model.path,
             dtype=self._model.dtype,
@@ -165,12 +161,12 @@ class _Validation:
             metrics=tuple(
                 OnnxMetric(
                     name=name,
-                    fp32=total / self._samples,
-                    converted=self._scores["converted"].get(name, float("nan")) / self._samples,
-                    onnx=self._scores[arm].get(name, float("nan")) / self._samples,
+                    fp32=mean,
+                    converted=self._metrics.value("converted", name),
+                    onnx=self._metrics.value(arm, name),
                     lower_is_better=name in lower_is_better,
                 )
-                for name, total in self._scores["fp32"].items()
+                for name, mean in self._metrics.of("fp32").items()
                 if arm is not None
             ),
             metrics_arm=arm,

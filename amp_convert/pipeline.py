@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +21,10 @@ import torch
 
 from amp_convert import __version__, checkpoint, costs, training_setup
 from amp_convert import device as devices
+from amp_convert.batches import Batch
 from amp_convert.capture import Captured, capture
 from amp_convert.case import Case, check_forward, load_case, score, user_batches
-from amp_convert.comparison import Batch, compare, frozen_identical
+from amp_convert.comparison import compare, frozen_identical
 from amp_convert.converted import ConvertedModel, convert_captured
 from amp_convert.device import Device
 from amp_convert.divergence import Divergence
@@ -96,7 +98,7 @@ def convert(source: str, settings: Settings, progress: Progress, work: Path) -> 
     divergence = compare(
         converted,
         _batches(case, prepared.device, settings.batches),
-        score=(lambda outputs, target: score(case, outputs, target)) if case.metrics else None,
+        score=partial(score, case),
         lower_is_better=case.lower_is_better,
         metrics_reason=f"{case.name} defines no metrics",
         on_batch=progress.advance,
@@ -138,7 +140,7 @@ def _export(
         converted,
         model,
         _batches(case, prepared.device, settings.batches),
-        score=(lambda outputs, target: score(case, outputs, target)) if case.metrics else None,
+        score=partial(score, case),
         lower_is_better=case.lower_is_better,
         on_batch=progress.advance,
     )

@@ -29,8 +29,8 @@ from torch.utils import _pytree as pytree
 
 from amp_convert import device as devices
 from amp_convert.arms import Arm, LossScaling, Recipe, Weights
+from amp_convert.batches import Batch, batch_size
 from amp_convert.case import user_code
-from amp_convert.comparison import Batch, batch_size
 from amp_convert.converted import ConvertedModel
 from amp_convert.dtypes import from_name
 from amp_convert.error_metrics import ErrorSums

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from amp_convert import device as devices
 from amp_convert.arms import Weights
+from amp_convert.batches import Batch, Score
 from amp_convert.case import kind_of, user_code
-from amp_convert.comparison import Batch, Score
 from amp_convert.device import RngState
 from amp_convert.dtypes import name_of
 from amp_convert.errors import ModelError

@@ -16,9 +16,9 @@ import torch
 
 from amp_convert import device as devices
 from amp_convert.arms import LossScaling, Recipe
+from amp_convert.batches import Batch
 from amp_convert.capture import Captured
 from amp_convert.case import Case, score, user_batches
-from amp_convert.comparison import Batch
 from amp_convert.errors import AmpConvertError, UnsupportedModelError, UsageError
 from amp_convert.fp32_baseline import Conditions, Fp32Baseline, load_fp32_baseline
 from amp_convert.noninferiority import Margin

@@ -134,9 +134,9 @@ def is_required(check: str, *, metrics_supplied: bool) -> bool:
     leave the answer to the rest: `training.random` (a kernel may draw in another order for another
     dtype, and dropout be as good), `training.gradients` (a batch may tell nothing about a model
     that amplifies any rounding; many steps do), and `training.metrics.NAME` (one run says too
-    little about a metric that was not named before it). Where the user gives
-    no metrics, none are asked for. Of an ONNX file all checks are, but for `onnx.converted`: where
-    it is unchecked, the node is named at which ONNX Runtime computes otherwise.
+    little about a metric that was not named before it). Where the user gives no metrics, none are
+    asked for. Of an ONNX file all checks are, but for `onnx.converted`: it says how closely two
+    runtimes agree, and the outputs of both are held against FP32 by checks of their own.
     """
     if check in ("metrics", "training.metrics", "onnx.metrics") or check.startswith("metrics."):
         return metrics_supplied

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from amp_convert import fp32_baseline
 from amp_convert.arms import Recipe
-from amp_convert.comparison import Batch
+from amp_convert.batches import Batch
 from amp_convert.errors import ModelError, UsageError
 from amp_convert.fp32_baseline import (
     Conditions,

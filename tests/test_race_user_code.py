@@ -14,8 +14,8 @@ from torch import nn
 
 from amp_convert import checkpoint
 from amp_convert.arms import LossScaling, Recipe
+from amp_convert.batches import Batch
 from amp_convert.capture import capture
-from amp_convert.comparison import Batch
 from amp_convert.converted import ConvertedModel, convert_captured
 from amp_convert.errors import ModelError, UsageError
 from amp_convert.noninferiority import Margin

@@ -20,7 +20,7 @@ import torch
 
 from amp_convert import checkpoint
 from amp_convert.arms import LossScaling, Recipe
-from amp_convert.comparison import Batch
+from amp_convert.batches import Batch
 from amp_convert.converted import ConvertedModel
 from amp_convert.errors import UsageError
 from amp_convert.noninferiority import Margin

@@ -14,7 +14,7 @@ from torch import nn
 
 from amp_convert import device as devices
 from amp_convert.arms import Weights
-from amp_convert.comparison import Batch
+from amp_convert.batches import Batch
 from amp_convert.errors import ModelError
 from amp_convert.training_data import Data, Stream, initial_weights, seeded_rng
 from tests.zoo import assert_same_bits

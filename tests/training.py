@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from amp_convert.arms import Recipe
+from amp_convert.batches import Batch
 from amp_convert.capture import capture
-from amp_convert.comparison import Batch
 from amp_convert.converted import ConvertedModel, convert_captured
 from amp_convert.profile import profile
 from amp_convert.rules import load_rules

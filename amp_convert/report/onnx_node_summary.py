@@ -82,12 +82,11 @@ def first_nodes(parity: OnnxParity, rows: Mapping[str, NodeRow]) -> tuple[FirstN
         unknown = f"not known: {failure}" if failure else "none"
         return FirstNode(title, node, "" if node else identity or unknown)
 
-    wide = next((node.node for node in parity.nodes if node.ran == "in float32"), "")
     ran = "" if parity.ran else parity.ran_reason
     return (
         first("first to part", parity.parting, stepwise),
         first("first to drift", parity.drifting, stepwise),
-        first("first in float32", wide, ran or stepwise),
+        first("first in float32", parity.unrounded, ran or stepwise),
     )
 
 
