@@ -32,11 +32,13 @@ from amp_convert.export import (
     CapturedGraph,
     export_graph,
     grown,
-    is_library_frame,
-    short_path,
 )
 from amp_convert.fidelity import Fidelity
 from amp_convert.macs import MacCounter
+from amp_convert.provenance import (
+    is_library_frame,
+    short_path,
+)
 from amp_convert.runner import GraphRunner, in_mode
 
 

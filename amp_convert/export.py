@@ -6,14 +6,7 @@ makes the graph functional and leaves composite operators (`linear`, `layer_norm
 of an in-place operator would break aliasing, and a value read after `relu_` has changed it would
 put the blame on the wrong node.
 
-Five repairs make the graph fit for conversion, none of which changes a bit of the FP32 result:
-
-1. A `.to(float32)` on an FP32 value is a no-op that export drops, yet it is the model's own request
-   for FP32 and has to hold once its input is FP16. It is marked before and restored after.
-2. `view` asks for strides that only tracing promised; `reshape` takes what the kernel returns.
-3. `_assert_tensor_metadata` repeats the FP32 dtypes of the trace; it would reject every conversion.
-4. Inactive dropout is the identity in eager mode, but a copy in the trace. The copy goes.
-5. What a `torch.no_grad()` region returns is detached, since decomposing forgets the region.
+The graph is then repaired: see `export_repairs`.
 """
 
 from __future__ import annotations
@@ -23,15 +16,9 @@ import functools
 import inspect
 import io
 import math
-import operator
-import os
 import re
-import site
-import sysconfig
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,42 +27,14 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from amp_convert import device as devices
+from amp_convert.export_repairs import detach_no_grad, mark_explicit_cast, repair
+from amp_convert.provenance import NodeInfo, describe
 from amp_convert.runner import Guard, InputSpec, Signature, Source, UserInput, bind, in_mode
 
 aten = torch.ops.aten
 
 
 KEPT_META = ("nn_module_stack", "stack_trace", "torch_fn")
-
-
-@torch.library.custom_op("amp_convert::explicit_cast", mutates_args=())
-def _explicit_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x.to(dtype, copy=True)
-
-
-@_explicit_cast.register_fake
-def _(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_like(x, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class NodeInfo:
-    """What is known of a node by name.
-
-    `identity` is `layer/op#ordinal`: it survives recapture, which FX names do not. `modules` are
-    the class paths around the node, innermost first; `location` is the user's file and line.
-    """
-
-    identity: str
-    layer: str
-    modules: tuple[str, ...]
-    op: str
-    location: str
-
-    @property
-    def short_op(self) -> str:
-        """The operator without its overload: `aten.linear`."""
-        return ".".join(self.op.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -119,10 +78,10 @@ def export_graph(
         if program is None:
             program = _program(module, call, args, kwargs, dynamic=False)
     graph = program.graph
-    _repair(graph)
+    repair(graph)
     out_spec = returned[-1] if returned else program.call_spec.out_spec
     signature = _signature(program, module, call, bound.arguments, out_spec)
-    nodes = _describe(graph, path)
+    nodes = describe(graph, path)
     # What tracing left behind is read; its fake tensors would only stand in the way of a copy.
     for node in graph.nodes:
         node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
@@ -206,8 +165,8 @@ def _program(
             module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
         )
     for node in list(program.graph.nodes):
-        _mark_explicit_cast(node)
-        _detach_no_grad(node)
+        mark_explicit_cast(node)
+        detach_no_grad(node)
     functional: torch.export.ExportedProgram = program.run_decompositions({})
     return functional
 
@@ -229,35 +188,7 @@ def grown(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     return grown
 
 
-# --- repairs -------------------------------------------------------------------------------------
-
-_CASTS = (
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
-)  # fmt: skip
-
-
-def _mark_explicit_cast(node: fx.Node) -> None:
-    """Repair 1, before decomposition: keep a cast that does nothing while everything is FP32."""
-    if node.target not in _CASTS or node.kwargs.get("copy"):
-        return
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
-    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
-        return
-    if before.is_floating_point() and before.dtype == after.dtype and before.device == after.device:
-        node.target = torch.ops.amp_convert.explicit_cast.default
-        node.args, node.kwargs = (node.args[0], after.dtype), {}
-
-
-def _detach_no_grad(node: fx.Node) -> None:
-    """Repair 5, before decomposition."""
-    region = node.args[0] if node.target is operator.getitem else None
-    if not isinstance(region, fx.Node) or region.args[:1] != (False,):
-        return
-    if region.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
-        with node.graph.inserting_after(node):
-            detached = node.graph.call_function(aten.detach.default, (node,))
-        detached.meta = dict(node.meta)
-        node.replace_all_uses_with(detached, lambda user: user is not detached)
+# --- guards and signature -------------------------------------------------------------------------
 
 
 def _guards(program: torch.export.ExportedProgram) -> tuple[Guard, ...]:
@@ -275,48 +206,6 @@ def _holds(condition: Callable[[Mapping[str, Any]], bool], arguments: Mapping[st
     except ZeroDivisionError:  # a size that divides others is 0
         return False
 
-
-def _repair(graph: fx.Graph) -> None:
-    for node in list(graph.nodes):
-        if node.target is torch.ops.amp_convert.explicit_cast.default:
-            node.target = aten.to.dtype
-        elif node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
-        elif node.target is aten.copy.default:  # it has no derivative
-            _expand_source(node)
-        elif node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
-        elif _is_inactive_dropout(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
-def _expand_source(copy: fx.Node) -> None:
-    """`copy(destination, source)` is the source in the shape and dtype of the destination."""
-    destination, source = copy.args[:2]
-    assert isinstance(destination, fx.Node)
-    assert isinstance(source, fx.Node)
-    if source.meta["val"].dtype != destination.meta["val"].dtype:
-        with copy.graph.inserting_before(copy):
-            source = copy.graph.call_function(
-                aten._to_copy.default, (source,), {"dtype": destination.meta["val"].dtype}
-            )
-        source.meta = dict(copy.meta)
-    copy.target, copy.args = aten.expand_as.default, (source, destination)
-
-
-def _is_inactive_dropout(node: fx.Node) -> bool:
-    made_by = node.meta.get("torch_fn", ("", ""))[1]
-    return (
-        node.target is aten.clone.default
-        and not node.kwargs
-        and "dropout" in made_by
-        and node.args[0].op != "placeholder"  # type: ignore[union-attr]
-    )
-
-
-# --- signature -----------------------------------------------------------------------------------
 
 _SOURCES = {
     InputKind.PARAMETER: Source.PARAMETER,
@@ -388,83 +277,3 @@ def _user_inputs(
         else:
             found.append(UserInput(path, None, None, leaf))
     return tuple(found)
-
-
-# --- names ---------------------------------------------------------------------------------------
-
-
-def op_name(node: fx.Node) -> str:
-    """`aten.linear.default`, `operator.getitem`, or the name of a higher-order operator."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return f"operator.{target.__name__}"
-    return str(getattr(target, "__name__", target))
-
-
-def _describe(graph: fx.Graph, path: str) -> dict[str, NodeInfo]:
-    ordinals: Counter[tuple[str, str]] = Counter()
-    described = {}
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        inner, modules = _modules(node)
-        layer = ".".join(part for part in (path, inner) if part)
-        op = op_name(node)
-        short = ".".join(op.split(".")[:2])
-        ordinal = ordinals[layer, short]
-        ordinals[layer, short] += 1
-        identity = f"{layer}/{short}#{ordinal}"
-        described[node.name] = NodeInfo(identity, layer, modules, op, user_location(node))
-    return described
-
-
-# What export writes where it made a node without a module around it, such as an input's size.
-_NO_STACK = "_empty_nn_module_stack_from_metadata_hook"
-
-
-def _modules(node: fx.Node) -> tuple[str, tuple[str, ...]]:
-    """The module path of a node and the classes around it, innermost first."""
-    stack = node.meta.get("nn_module_stack") or {}
-    stack = {key: entry for key, entry in stack.items() if key != _NO_STACK}
-    entries = [(name, cls if isinstance(cls, str) else _class_path(cls))
-               for name, cls in stack.values()]  # fmt: skip
-    if not entries:
-        return "", ()
-    # A module that is called again gets a suffix such as "@1"; it is the same layer.
-    return re.sub(r"@\d+", "", entries[-1][0]), tuple(cls for _, cls in reversed(entries))
-
-
-def _class_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-_LIBRARY = tuple(os.path.dirname(f) + os.sep for f in (torch.__file__, __file__))
-_PACKAGES = sorted(
-    {*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")},
-    key=len,
-    reverse=True,
-)
-
-
-def user_location(node: fx.Node) -> str:
-    """`file:line` of the innermost frame of the node's stack trace that is not PyTorch's own."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    for file, line in reversed(frames):
-        if not is_library_frame(file):
-            return f"{short_path(file)}:{line}"
-    return ""
-
-
-def is_library_frame(file: str) -> bool:
-    """Whether a stack frame's file is PyTorch's or ours, and so not what a user wants to read."""
-    return file.startswith((*_LIBRARY, "torch/", "<"))
-
-
-def short_path(file: str) -> str:
-    """A path without the part that only says where things are installed on this machine."""
-    for root in (*_PACKAGES, os.getcwd()):
-        if Path(file).is_relative_to(root):
-            return str(Path(file).relative_to(root))
-    return file

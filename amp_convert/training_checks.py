@@ -34,7 +34,7 @@ from amp_convert.run_checks import (
 from amp_convert.thresholds import Thresholds
 
 if TYPE_CHECKING:
-    from amp_convert.gradients import GradientParity, LayerGradient
+    from amp_convert.gradient_parity import GradientParity, LayerGradient
     from amp_convert.training_parity import TrainingArm, TrainingParity
 
 MIN_STEPS = 5

@@ -18,7 +18,10 @@ from torch.nn import functional as F
 
 from amp_convert.converted import ConvertedModel
 from amp_convert.errors import ModelError, UsageError
-from amp_convert.gradients import GradientParity, compare_gradients
+from amp_convert.gradient_parity import (
+    GradientParity,
+)
+from amp_convert.gradients import compare_gradients
 from tests.small_models import example as small
 from tests.staged import Staged
 from tests.test_trainstep import REAL, Branching, Net

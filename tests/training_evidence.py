@@ -12,7 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from amp_convert.exponents import ExponentHistogram, ScaleAdvice
-from amp_convert.gradients import GradientDifference, GradientParity, GradientRange, LayerGradient
+from amp_convert.gradient_parity import (
+    GradientDifference,
+    GradientParity,
+    GradientRange,
+    LayerGradient,
+)
 from amp_convert.noninferiority import Margin, judge_pairs
 from amp_convert.training_parity import PairedRun, SeedPair, TrainingArm, TrainingParity
 

@@ -16,7 +16,7 @@ from amp_convert.capture import Uncaptured
 from amp_convert.divergence import ArmCost, Divergence, MetricPair, NodeDivergence, OutputError
 from amp_convert.exponents import ExponentHistogram
 from amp_convert.fidelity import Fidelity
-from amp_convert.gradients import (
+from amp_convert.gradient_parity import (
     ActivationGradient,
     GradientParity,
     GradientRange,

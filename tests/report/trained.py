@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from amp_convert.exponents import ExponentHistogram, ScaleAdvice
-from amp_convert.gradients import (
+from amp_convert.gradient_parity import (
     ActivationGradient,
     GradientDifference,
     GradientParity,
