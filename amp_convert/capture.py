@@ -28,17 +28,10 @@ from amp_convert import device as devices
 from amp_convert import fidelity
 from amp_convert.containers import register_containers
 from amp_convert.errors import AmpConvertError, ModelError, UnsupportedModelError
-from amp_convert.export import (
-    CapturedGraph,
-    export_graph,
-    grown,
-)
+from amp_convert.export import CapturedGraph, export_graph, grown
 from amp_convert.fidelity import Fidelity
 from amp_convert.macs import MacCounter
-from amp_convert.provenance import (
-    is_library_frame,
-    short_path,
-)
+from amp_convert.provenance import is_library_frame, short_path
 from amp_convert.runner import GraphRunner, in_mode
 
 

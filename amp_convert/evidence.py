@@ -17,9 +17,7 @@ from torch import fx
 
 from amp_convert.capture import Region
 from amp_convert.profile import Range, RangeStats, input_key
-from amp_convert.provenance import (
-    NodeInfo,
-)
+from amp_convert.provenance import NodeInfo
 from amp_convert.rounding import Growth
 from amp_convert.runner import Source
 

@@ -50,9 +50,7 @@ from amp_convert.gradient_parity import (
     LayerGradient,
     ParameterGradient,
 )
-from amp_convert.provenance import (
-    NodeInfo,
-)
+from amp_convert.provenance import NodeInfo
 from amp_convert.trainstep import Loss, StepTrace, TrainStep, Watched
 
 

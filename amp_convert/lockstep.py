@@ -22,9 +22,7 @@ from torch.utils import _pytree as pytree
 from amp_convert import device as devices
 from amp_convert.dtypes import is_float_tensor
 from amp_convert.errors import UnsupportedModelError
-from amp_convert.provenance import (
-    NodeInfo,
-)
+from amp_convert.provenance import NodeInfo
 from amp_convert.rewrite import Rewritten, held, planned_numbers
 from amp_convert.runner import Source
 

@@ -15,9 +15,7 @@ from torch import fx
 from amp_convert import device as devices
 from amp_convert.capture import Region, Value
 from amp_convert.case import named_leaves
-from amp_convert.export import (
-    grown,
-)
+from amp_convert.export import grown
 from amp_convert.runner import Source
 
 

@@ -40,6 +40,11 @@ def reads(node: ir.Node) -> list[ir.Value]:
     return [value for value in found if value not in inner]
 
 
+def is_low(value: ir.Value | None) -> bool:
+    """Whether a value's dtype is a low one."""
+    return value is not None and value.dtype is not None and int(value.dtype) in _LOW
+
+
 def constant(tensor: ir.TensorProtocol) -> torch.Tensor:
     """A stored tensor; BF16, which NumPy does not have, by its bits."""
     array = np.array(tensor.numpy())

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from amp_convert.lockstep import Arm
-from amp_convert.onnx_kernels import Kernels, constant, number, reads
+from amp_convert.onnx_kernels import Kernels, constant, is_low, number, reads
 from amp_convert.onnx_labels import FX_KEY
 
 if TYPE_CHECKING:
@@ -110,7 +110,6 @@ class OnnxLockstep:
         }
 
         made: dict[ir.Value, torch.Tensor] = {}
-        is_low = result.dtype is not None and result.dtype.name in ("FLOAT16", "BFLOAT16")
         largest = 0.0
 
         def given(value: ir.Value) -> torch.Tensor:
@@ -118,7 +117,7 @@ class OnnxLockstep:
             if value in made:
                 return made[value]
             tensor = known[value].cpu() if value in known else state.get(value)
-            if not is_low and tensor.is_floating_point() and tensor.numel():
+            if not is_low(result) and tensor.is_floating_point() and tensor.numel():
                 finite = tensor.double().abs().nan_to_num(nan=0.0, posinf=0.0)
                 largest = max(largest, float(finite.max()))
             return tensor

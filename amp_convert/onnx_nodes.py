@@ -13,6 +13,7 @@ from torch import fx
 
 from amp_convert.dtypes import LOW_DTYPES, name_of, ulp_at
 from amp_convert.error_metrics import ErrorSums, RoundingSums
+from amp_convert.onnx_kernels import is_low
 from amp_convert.onnx_labels import FX_KEY
 from amp_convert.onnx_lockstep import Step
 from amp_convert.onnx_parity import OnnxNode
@@ -161,9 +162,7 @@ def _add(sums: ErrorSums | RoundingSums, reference: torch.Tensor, value: torch.T
 
 def _is_low(node: ir.Node) -> bool:
     """Whether a node reads or makes a low-precision value, and is not only a cast."""
-    ends = [value for value in (*node.inputs, *node.outputs) if value is not None]
-    low = {"FLOAT16", "BFLOAT16"}
-    return node.op_type != "Cast" and any(v.dtype is not None and v.dtype.name in low for v in ends)
+    return node.op_type != "Cast" and any(map(is_low, (*node.inputs, *node.outputs)))
 
 
 def _draws(node: ir.Node) -> bool:

@@ -34,9 +34,7 @@ from amp_convert.capture import Region
 from amp_convert.converted import fold_weights, hold
 from amp_convert.dtypes import from_name
 from amp_convert.errors import UnsupportedModelError
-from amp_convert.export import (
-    CapturedGraph,
-)
+from amp_convert.export import CapturedGraph
 from amp_convert.freezing import Folded
 from amp_convert.onnx_borders import (
     example_tensors,

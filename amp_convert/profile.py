@@ -20,9 +20,7 @@ from torch.utils import _pytree as pytree
 from amp_convert import device as devices
 from amp_convert.capture import Captured, Region
 from amp_convert.dtypes import LOW_DTYPES, is_float_tensor
-from amp_convert.provenance import (
-    NodeInfo,
-)
+from amp_convert.provenance import NodeInfo
 from amp_convert.rounding import Growth, Trials, keep_window
 from amp_convert.runner import Source
 

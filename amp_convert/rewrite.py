@@ -19,9 +19,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture import Region, Value
 from amp_convert.dtypes import castable, from_name, name_of
-from amp_convert.export import (
-    CapturedGraph,
-)
+from amp_convert.export import CapturedGraph
 from amp_convert.plan import Decision, Plan
 
 aten = torch.ops.aten

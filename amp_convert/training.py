@@ -31,9 +31,7 @@ from amp_convert import device as devices
 from amp_convert.arms import Arm, LossScaling, Recipe
 from amp_convert.converted import ConvertedModel
 from amp_convert.errors import AmpConvertError, ModelError, UsageError
-from amp_convert.gradient_parity import (
-    GradientParity,
-)
+from amp_convert.gradient_parity import GradientParity
 from amp_convert.gradients import compare_gradients
 from amp_convert.noninferiority import Margin, Noninferiority, judge_pairs, require_test
 from amp_convert.race import ALL_ARMS, PAIR, Race, training

@@ -9,9 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from amp_convert.gradient_parity import (
-    GradientParity,
-)
+from amp_convert.gradient_parity import GradientParity
 from amp_convert.noninferiority import Noninferiority
 
 WARM_UP_STEPS, WARM_UP_SHARE = 10, 0.05

@@ -32,9 +32,7 @@ from amp_convert.converted import ConvertedModel
 from amp_convert.dtypes import from_name, is_float_tensor
 from amp_convert.errors import ModelError, UnsupportedModelError
 from amp_convert.exponents import Exponents
-from amp_convert.provenance import (
-    NodeInfo,
-)
+from amp_convert.provenance import NodeInfo
 from amp_convert.runner import GraphRunner, in_mode
 from amp_convert.usercode import defined_at
 

@@ -29,13 +29,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amp_convert.capture import Captured, Region, _record
-from amp_convert.export import (
-    CapturedGraph,
-)
-from amp_convert.provenance import (
-    NodeInfo,
-    op_name,
-)
+from amp_convert.export import CapturedGraph
+from amp_convert.provenance import NodeInfo, op_name
 from amp_convert.runner import InputSpec, Signature, Source, UserInput
 
 aten = torch.ops.aten

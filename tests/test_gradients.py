@@ -18,9 +18,7 @@ from torch.nn import functional as F
 
 from amp_convert.converted import ConvertedModel
 from amp_convert.errors import ModelError, UsageError
-from amp_convert.gradient_parity import (
-    GradientParity,
-)
+from amp_convert.gradient_parity import GradientParity
 from amp_convert.gradients import compare_gradients
 from tests.small_models import example as small
 from tests.staged import Staged

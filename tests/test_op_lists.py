@@ -18,9 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from amp_convert.converted import ConvertedModel, convert_captured
-from amp_convert.export import (
-    export_graph,
-)
+from amp_convert.export import export_graph
 from amp_convert.kernels import casts_result, kept_arguments
 from amp_convert.plan import Decision
 from amp_convert.profile import no_evidence

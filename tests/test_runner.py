@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from amp_convert.errors import ModelError
-from amp_convert.export import (
-    export_graph,
-)
+from amp_convert.export import export_graph
 from amp_convert.runner import GraphRunner, Source, bind
 
 

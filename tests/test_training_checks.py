@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from amp_convert.arms import LossScaling, Recipe
-from amp_convert.gradient_parity import (
-    GradientDifference,
-)
+from amp_convert.gradient_parity import GradientDifference
 from amp_convert.noninferiority import Margin
 from amp_convert.thresholds import Thresholds
 from amp_convert.training import Options, compare_training

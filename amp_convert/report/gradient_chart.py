@@ -13,9 +13,7 @@ import itertools
 from dataclasses import dataclass
 
 from amp_convert.exponents import SMALLEST_NORMAL, TINIEST, ExponentHistogram, log2
-from amp_convert.gradient_parity import (
-    GradientParity,
-)
+from amp_convert.gradient_parity import GradientParity
 from amp_convert.report import format as fmt
 from amp_convert.report.svg import LEFT, RIGHT, TOP, Axis, Mark, round_numbers
 

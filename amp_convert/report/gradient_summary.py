@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from amp_convert.exponents import SMALLEST_NORMAL, TINIEST
-from amp_convert.gradient_parity import (
-    GradientParity,
-    GradientRange,
-)
+from amp_convert.gradient_parity import GradientParity, GradientRange
 from amp_convert.report import format as fmt
 from amp_convert.report.summary import severity
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from amp_convert.gradient_parity import (
-    GradientParity,
-)
+from amp_convert.gradient_parity import GradientParity
 from amp_convert.report import format as fmt
 from amp_convert.report.gradient_summary import share
 from amp_convert.report.model import RunReport

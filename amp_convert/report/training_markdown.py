@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from amp_convert.gradient_parity import (
-    GradientParity,
-)
+from amp_convert.gradient_parity import GradientParity
 from amp_convert.noninferiority import Noninferiority
 from amp_convert.report import format as fmt
 from amp_convert.report.gradient_summary import (

@@ -7,9 +7,7 @@ import math
 import pytest
 
 from amp_convert.exponents import ScaleAdvice
-from amp_convert.gradient_parity import (
-    GradientDifference,
-)
+from amp_convert.gradient_parity import GradientDifference
 from amp_convert.report.gradient_summary import (
     RangeRow,
     WorstGradient,
