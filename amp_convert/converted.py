@@ -237,10 +237,11 @@ def _runner(rewritten: Rewritten, owner: nn.Module) -> GraphRunner:
     return GraphRunner(rewritten.graph_module, captured.signature, captured.constants, owner)
 
 
-def fold_weights(region: Region, rewritten: Rewritten) -> Folded:
-    """The graph for inference, with the weights that the region's module has now."""
+def fold_weights(region: Region, rewritten: Rewritten, *, wide: bool = False) -> Folded:
+    """The graph for inference, with the weights that the region's module has now; `wide` as in
+    `fold`."""
     runner = _runner(rewritten, region.module)
     names = [n.name for n in rewritten.graph_module.graph.nodes if n.op == "placeholder"]
     held = runner.tensors()
     tensors = {n: t for n, t in zip(names, held, strict=True) if t is not None}
-    return fold(rewritten, tensors)
+    return fold(rewritten, tensors, wide=wide)

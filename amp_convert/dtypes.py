@@ -7,9 +7,10 @@ one place that translates between names and `torch.dtype`.
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
+from torch import fx
 
 LOW_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -47,6 +48,11 @@ def castable(dtype: torch.dtype) -> bool:
     Integer, boolean, complex and FP64 values are never cast: the model asked for them by name.
     """
     return dtype == torch.float32 or dtype in LOW_DTYPES
+
+
+def widened(arguments: Any) -> Any:
+    """The arguments of a call in a graph, with FP32 for every low dtype among them."""
+    return fx.node.map_aggregate(arguments, lambda a: torch.float32 if a in LOW_DTYPES else a)
 
 
 def is_float_tensor(value: object) -> TypeGuard[torch.Tensor]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from amp_convert.dtypes import LOW_DTYPES, name_of
+from amp_convert.dtypes import LOW_DTYPES, name_of, widened
 from amp_convert.rewrite import Rewritten
 from amp_convert.runner import InputSpec, Signature, Source
 
@@ -36,14 +36,20 @@ class Folded:
     tensors: Mapping[str, torch.Tensor]
 
 
-def fold(rewritten: Rewritten, tensors: Mapping[str, torch.Tensor]) -> Folded:
-    """Fold the eval graph; `tensors` holds every non-user input by placeholder name."""
+def fold(
+    rewritten: Rewritten, tensors: Mapping[str, torch.Tensor], *, wide: bool = False
+) -> Folded:
+    """Fold the eval graph; `tensors` holds every non-user input by placeholder name.
+
+    With `wide`, what is stored has not been rounded: casts to a low dtype are to FP32 there, in the
+    same places and by the same names.
+    """
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(rewritten.graph_module.graph, copied))
     for node in list(graph.nodes):
         _cast_table(graph, node)
-    return _Folder(graph, rewritten, tensors).run()
+    return _Folder(graph, rewritten, tensors, wide=wide).run()
 
 
 def _cast_table(graph: fx.Graph, cast: fx.Node) -> None:
@@ -70,9 +76,14 @@ class _Folder:
     """Rule 2. `_known` holds the value of each constant node that was needed so far."""
 
     def __init__(
-        self, graph: fx.Graph, rewritten: Rewritten, tensors: Mapping[str, torch.Tensor]
+        self,
+        graph: fx.Graph,
+        rewritten: Rewritten,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        wide: bool,
     ) -> None:
-        self._graph, self._root = graph, rewritten.graph_module
+        self._graph, self._root, self._wide = graph, rewritten.graph_module, wide
         self._signature = rewritten.captured.signature
         self._placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         self._specs = dict(zip(self._placeholders, self._signature.inputs, strict=True))
@@ -101,7 +112,7 @@ class _Folder:
         ]
         for node, key, value, weight in found:
             if key not in held:
-                name = weight if weight not in tensors else f"{weight}_{name_of(value.dtype)}"
+                name = weight if weight not in tensors else f"{weight}_{_dtype_name(node, value)}"
                 with self._graph.inserting_before(first):
                     held[key] = self._graph.placeholder(f"folded_{len(specs)}")
                 specs.append(InputSpec(Source.BUFFER, name))
@@ -157,6 +168,8 @@ class _Folder:
     def _value(self, node: fx.Node) -> torch.Tensor:
         if node not in self._known:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+            if self._wide:
+                args, kwargs = widened((args, kwargs))
             with torch.no_grad():
                 self._known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._known[node]
@@ -170,6 +183,13 @@ class _Folder:
 
 def _is_cast(node: fx.Node) -> bool:
     return node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}
+
+
+def _dtype_name(node: fx.Node, value: torch.Tensor) -> str:
+    """The dtype that the graph gives the value, which is not its own when that is wide."""
+    dtype = node.kwargs["dtype"] if _is_cast(node) else value.dtype
+    assert isinstance(dtype, torch.dtype)
+    return name_of(dtype)
 
 
 def _is_view(node: fx.Node) -> bool:

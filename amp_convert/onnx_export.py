@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -80,6 +80,14 @@ class OnnxModel:
     lost_state: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written; `fp32` makes the FP32 model's own ONNX model, to compare with."""
+
+    file: OnnxModel
+    fp32: Callable[[], ir.Model]
+
+
 def export_onnx(
     converted: ConvertedModel,
     path: str | PathLike[str],
@@ -97,6 +105,18 @@ def export_onnx(
     Raises UsageError for wrong arguments and missing packages; UnsupportedModelError when the model
     was captured in parts, or when ONNX has no expression for it in that opset.
     """
+    return export(converted, path, io_types, opset, external_data=external_data).file
+
+
+def export(
+    converted: ConvertedModel,
+    path: str | PathLike[str],
+    io_types: IoTypes = "keep",
+    opset: int | None = None,
+    *,
+    external_data: bool = False,
+) -> Exported:
+    """`export_onnx`, and what validation needs beside the file."""
     require("onnx", *_PACKAGES)
     target, dtype = _checked_path(path), converted.plan.dtype
     opset = DEFAULT_OPSETS[dtype] if opset is None else opset
@@ -114,9 +134,10 @@ def export_onnx(
         )
     region = converted.captured.regions[0]
     border = from_name(dtype) if io_types == "low" else None
-    model = onnx_program.build(region, converted.rewritten[region.path]["eval"], opset, border)
+    program = onnx_program.build(region, converted.rewritten[region.path]["eval"], opset, border)
+    model = program.model
     data = write(model, target, external_data=external_data)
-    return OnnxModel(
+    file = OnnxModel(
         path=str(target),
         external_data=data.name if data else None,
         bytes=sum(file.stat().st_size for file in (target, data) if file is not None),
@@ -131,6 +152,7 @@ def export_onnx(
         nodes_by_dtype=dict(Counter(_dtype(node.outputs[0]) for node in model.graph).most_common()),
         lost_state=written_state(region),
     )
+    return Exported(file, program.fp32)
 
 
 def write(

@@ -12,6 +12,8 @@ weights are in the plan's dtype already, so nothing is left for it to decide abo
 3. `torch.onnx.export` translates, without its optimiser: that would fuse across the borders
    between precisions. `onnx_passes` tidies up instead.
 4. The marks are translated into metadata that stay with the file (see `onnx_labels`).
+
+What step 3 has decomposed also gives the FP32 model's own ONNX model (see `onnx_twin`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import dataclasses
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +32,7 @@ from torch import fx, nn
 from torch.fx import traceback as fx_traceback
 
 from amp_convert import device as devices
-from amp_convert import onnx_labels, onnx_passes
+from amp_convert import onnx_labels, onnx_passes, onnx_twin
 from amp_convert.capture import Region
 from amp_convert.converted import fold_weights, hold
 from amp_convert.dtypes import from_name
@@ -72,39 +75,53 @@ def unconverted(graph: CapturedGraph) -> Rewritten:
     )
 
 
+@dataclass(frozen=True)
+class OnnxProgram:
+    """An ONNX model in memory; `fp32` makes that of the FP32 model, whose file nobody reads but
+    for comparison: it has no labels."""
+
+    model: ir.Model
+    fp32: Callable[[], ir.Model]
+
+
 def build(
     region: Region, rewritten: Rewritten, opset: int, border: torch.dtype | None = None
-) -> ir.Model:
+) -> OnnxProgram:
     """The eval graph `rewritten` of `region`, which is the whole model, as ONNX.
 
     With `border`, FP32 inputs and outputs have that dtype instead. Inputs and outputs are named as
     in the model. Raises UnsupportedModelError when an operator has no translation.
     """
-    folded = fold_weights(region, _fitted(region, rewritten, border))
-    with _quiet(), torch.no_grad(), devices.preserved_rng(devices.of_model(region.module)):
-        program = _traced(region, folded, border)
-        try:
-            exported = torch.onnx.export(
-                program, dynamo=True, optimize=False, verbose=False, opset_version=opset
-            )
-        except Exception as error:
-            raise _untranslated(region, error) from error
-        assert exported is not None
-        assert exported.exported_program is not None
-        if exported.model.opset_imports[""] != opset:
-            raise UnsupportedModelError(
-                f"this model cannot be written for ONNX opset {opset}",
-                mend=f"Ask for opset {exported.model.opset_imports['']}.",
-            )
-        exported.rename_axes(_axes(exported.model.graph.inputs, input_names(region)))
-        model: ir.Model = exported.model
-        onnx_passes.fold_constants(model)
-    traced = exported.exported_program.graph
-    onnx_labels.tie(model, onnx_labels.marks_of(traced, folded.graph_module.graph))
+    fitted = _fitted(region, rewritten, border)
+    folded = fold_weights(region, fitted)
+    with _exporting(region):
+        exported = _translated(region, _traced(region, folded, border), opset)
+    model, program = exported.model, exported.exported_program
+    assert program is not None
+    onnx_labels.tie(model, onnx_labels.marks_of(program.graph, folded.graph_module.graph))
+    _finish(region, model)
+    onnx_labels.annotate(model, onnx_labels.labels_of(rewritten))
+
+    def fp32() -> ir.Model:
+        if onnx_twin.holds_low(region):
+            return fp32_model(region, opset)
+        weights = fold_weights(region, fitted, wide=True).tensors
+        with _exporting(region):
+            twin = _translated(region, onnx_twin.widen(program, weights), opset).model
+        _finish(region, twin)
+        return twin
+
+    return OnnxProgram(model, fp32)
+
+
+def fp32_model(region: Region, opset: int) -> ir.Model:
+    """The captured eval graph of `region` as it is, as ONNX."""
+    return build(region, unconverted(region.graphs["eval"]), opset).model
+
+
+def _finish(region: Region, model: ir.Model) -> None:
     onnx_passes.tidy(model, FX_KEY)
     onnx_passes.name_borders(model, input_names(region), output_names(region))
-    onnx_labels.annotate(model, onnx_labels.labels_of(rewritten))
-    return model
 
 
 # --- step 1 --------------------------------------------------------------------------------------
@@ -209,6 +226,35 @@ def _traced(
 
 
 # --- step 3 --------------------------------------------------------------------------------------
+
+
+def _translated(
+    region: Region, program: torch.export.ExportedProgram, opset: int
+) -> torch.onnx.ONNXProgram:
+    """What PyTorch's exporter makes of a program, its constants folded."""
+    try:
+        exported = torch.onnx.export(
+            program, dynamo=True, optimize=False, verbose=False, opset_version=opset
+        )
+    except Exception as error:
+        raise _untranslated(region, error) from error
+    assert exported is not None
+    if exported.model.opset_imports[""] != opset:
+        raise UnsupportedModelError(
+            f"this model cannot be written for ONNX opset {opset}",
+            mend=f"Ask for opset {exported.model.opset_imports['']}.",
+        )
+    exported.rename_axes(_axes(exported.model.graph.inputs, input_names(region)))
+    onnx_passes.fold_constants(exported.model)
+    return exported
+
+
+@contextlib.contextmanager
+def _exporting(region: Region) -> Iterator[None]:
+    """No gradients, no draws from the user's generators, and no warnings about the exporter's own
+    affairs."""
+    with _quiet(), torch.no_grad(), devices.preserved_rng(devices.of_model(region.module)):
+        yield
 
 
 @contextlib.contextmanager

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from amp_convert import onnx_export, onnx_program, onnx_sessions
-from amp_convert.capture import Region
+from amp_convert import onnx_export, onnx_sessions
 from amp_convert.onnx_lockstep import OnnxLockstep, Step
 from amp_convert.onnx_parity import Arm
 from amp_convert.onnx_sessions import Placement, Session
 from amp_convert.output_sums import OutputSums
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 T = TypeVar("T")
 
@@ -61,13 +63,12 @@ class Run:
             return None
 
 
-def fp32_run(region: Region, opset: int, folder: Path) -> Run:
-    """The FP32 model, exported for the purpose."""
+def fp32_run(make: Callable[[], ir.Model], folder: Path) -> Run:
+    """The FP32 model, from a file that is written for the purpose."""
     run, path = Run("fp32"), folder / "fp32.onnx"
 
     def opened() -> Session:
-        graph = onnx_program.unconverted(region.graphs["eval"])
-        onnx_export.write(onnx_program.build(region, graph, opset), path, check=False)
+        onnx_export.write(make(), path, check=False)
         return Session(str(path))
 
     if (session := run.attempt(opened)) is not None:

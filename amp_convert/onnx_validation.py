@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from amp_convert import onnx_runs, onnx_sessions
+from amp_convert import onnx_program, onnx_runs, onnx_sessions
 from amp_convert.batches import Batch, MetricMeans, Score, batch_size
 from amp_convert.case import named_leaves
 from amp_convert.comparison import evaluating
@@ -35,6 +36,9 @@ from amp_convert.onnx_runs import Fed, Run
 from amp_convert.output_sums import accumulate
 from amp_convert.runner import Source
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 FP32_FACTOR = 4.0
 """How many times the FP32 file's distance from FP32 PyTorch a low file may keep."""
 
@@ -44,6 +48,7 @@ def validate_onnx(
     model: OnnxModel,
     batches: Iterable[Batch],
     *,
+    fp32: Callable[[], ir.Model] | None = None,
     score: Score | None = None,
     lower_is_better: frozenset[str] = frozenset(),
     node_batches: int = 1,
@@ -51,13 +56,17 @@ def validate_onnx(
 ) -> OnnxParity:
     """Run the file that `model` describes on `batches`, of (args, kwargs, target), in eval mode.
 
-    `converted` is the model that it was exported from. `score` gives the user's metrics; the first
-    `node_batches` are compared node by node. `on_batch` is called after each batch. Raises
-    UsageError when ONNX Runtime is not installed.
+    `converted` is the model that it was exported from. `fp32` makes the FP32 model's own ONNX
+    model, as `onnx_export.export` gives it; without it, that is exported anew. `score` gives the
+    user's metrics; the first `node_batches` are compared node by node. `on_batch` is called after
+    each batch. Raises UsageError when ONNX Runtime is not installed.
     """
     runtime = onnx_sessions.runtime_version()
+    region = converted.captured.regions[0]
+    fp32 = fp32 or partial(onnx_program.fp32_model, region, model.opset)
     with tempfile.TemporaryDirectory() as folder, evaluating(converted):
-        validation = _Validation(converted, model, Path(folder), score, node_batches)
+        run = onnx_runs.fp32_run(fp32, Path(folder))
+        validation = _Validation(converted, model, run, score, node_batches)
         for batch in batches:
             validation.add(*batch)
             on_batch()
@@ -69,7 +78,7 @@ class _Validation:
         self,
         converted: ConvertedModel,
         model: OnnxModel,
-        folder: Path,
+        fp32: Run,
         score: Score | None,
         node_batches: int,
     ) -> None:
@@ -86,7 +95,7 @@ class _Validation:
         self._metrics = MetricMeans(score)
         self._batches = self._samples = 0
         lockstep = OnnxLockstep(written, self._folded.graph_module)
-        self._fp32 = onnx_runs.fp32_run(self._region, model.opset, folder)
+        self._fp32 = fp32
         self._plain, self._placements, self._providers = onnx_runs.unoptimised_run(model.path)
         self._runs = [
             self._fp32,

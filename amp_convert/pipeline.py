@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from amp_convert import __version__, checkpoint, costs, training_setup
+from amp_convert import __version__, checkpoint, costs, onnx_export, training_setup
 from amp_convert import device as devices
 from amp_convert.batches import Batch
 from amp_convert.capture import Captured, capture
@@ -33,7 +33,6 @@ from amp_convert.errors import UsageError
 from amp_convert.extras import require
 from amp_convert.fp32_baseline import Fp32Baseline, make_fp32_baseline
 from amp_convert.noninferiority import MIN_BASELINE_SEEDS
-from amp_convert.onnx_export import export_onnx
 from amp_convert.onnx_validation import validate_onnx
 from amp_convert.plan import Plan
 from amp_convert.profile import RangeStats, profile
@@ -128,25 +127,27 @@ def _export(
         return Unchecked(reason="--onnx was not given")
     case = prepared.case
     progress.stage("export to ONNX")
-    model = export_onnx(
+    exported = onnx_export.export(
         converted,
         work / "model.onnx",
-        io_types="low" if settings.io_types == "low" else "keep",
-        opset=settings.opset,
+        "low" if settings.io_types == "low" else "keep",
+        settings.opset,
         external_data=settings.external_data,
     )
     progress.stage("compare in ONNX Runtime", settings.batches if case.eval_batches else 1)
     parity = validate_onnx(
         converted,
-        model,
+        exported.file,
         _batches(case, prepared.device, settings.batches),
+        fp32=exported.fp32,
         score=partial(score, case),
         lower_is_better=case.lower_is_better,
         on_batch=progress.advance,
     )
-    name = Path(model.path).name
+    name = Path(parity.path).name
     return OnnxSection(
-        model=dataclasses.replace(model, path=name), parity=dataclasses.replace(parity, path=name)
+        model=dataclasses.replace(exported.file, path=name),
+        parity=dataclasses.replace(parity, path=name),
     )
 
 

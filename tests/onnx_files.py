@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
 from amp_convert.case import named_leaves
-from amp_convert.onnx_export import IoTypes, OnnxModel, export_onnx
+from amp_convert.onnx_export import Exported, IoTypes, OnnxModel, export
 from tests.zoo import BUILDERS, converted, example
 
 EXPORTABLE = [name for name in BUILDERS if name != "mixtral"]
@@ -68,13 +69,18 @@ def exported(
     io_types: IoTypes = "keep",
 ) -> OnnxModel:
     """A model of the zoo, written once a process."""
-    return _exported(name, dtype, rules, io_types)
+    return _exported(name, dtype, rules, io_types).file
+
+
+def fp32_twin(name: str, dtype: torch.dtype = torch.float16) -> ir.Model:
+    """The FP32 model that `exported` gives beside such a file."""
+    return _exported(name, dtype, "default", "keep").fp32()
 
 
 @functools.cache
-def _exported(name: str, dtype: torch.dtype, rules: str, io_types: IoTypes) -> OnnxModel:
+def _exported(name: str, dtype: torch.dtype, rules: str, io_types: IoTypes) -> Exported:
     path = _folder() / f"{name}-{dtype}-{rules}-{io_types}.onnx"
-    return export_onnx(converted(name, rules, dtype), path, io_types=io_types)
+    return export(converted(name, rules, dtype), path, io_types)
 
 
 def read(model: OnnxModel) -> onnx.ModelProto:

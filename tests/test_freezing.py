@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 import amp_convert as amp
-from amp_convert.converted import FrozenModel
+from amp_convert.converted import FrozenModel, fold_weights
 from amp_convert.errors import UnsupportedModelError
 from amp_convert.freezing import fold
 from amp_convert.runner import GraphRunner
@@ -310,3 +310,31 @@ def test_fold_gives_values_by_name() -> None:
     assert [spec.source.value for spec in folded.signature.inputs] == ["user", *["buffer"] * 4]
     assert {spec.target for spec in folded.signature.inputs[1:]} == set(folded.tensors)
     assert all(t.dtype == torch.float16 for t in folded.tensors.values())
+
+
+def test_wide_values_are_not_rounded_and_have_the_same_names() -> None:
+    """Also where one weight is read in both dtypes, and a value is computed from weights."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(7, 4)
+            self.scale = nn.Parameter(torch.rand(4) + 1)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.table(ids)
+            low = x @ (self.table.weight.t() * self.scale.exp().sum())
+            return torch.log_softmax(low, -1) + torch.linalg.vector_norm(self.table.weight)
+
+    torch.manual_seed(0)
+    mixed = amp.convert(Both().eval(), torch.randint(7, (2, 3)))
+    region, rewritten = mixed.captured.regions[0], mixed.rewritten[""]["eval"]
+    low, wide = fold_weights(region, rewritten), fold_weights(region, rewritten, wide=True)
+    assert {t.dtype for t in low.tensors.values()} == {torch.float16, torch.float32}
+    assert {t.dtype for t in wide.tensors.values()} == {torch.float32}
+    assert list(wide.tensors) == list(low.tensors)
+    assert wide.signature == low.signature
+    for name, value in wide.tensors.items():
+        assert torch.allclose(value, low.tensors[name].float(), rtol=2**-9, atol=0)
+    table = wide.tensors["table.weight"]
+    assert torch.equal(table, mixed.captured.model.table.weight)

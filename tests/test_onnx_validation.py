@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from amp_convert.onnx_parity import OnnxParity
 from amp_convert.onnx_sessions import Session
 from amp_convert.onnx_validation import validate_onnx
 from amp_convert.thresholds import Thresholds
-from tests.onnx_files import every_exportable, exportable, exported, run, tensor_leaves
+from tests.onnx_files import every_exportable, exportable, exported, fp32_twin, run, tensor_leaves
 from tests.zoo import converted, example
 
 on_a_cpu = pytest.mark.skipif(
@@ -37,7 +38,10 @@ on_a_cpu = pytest.mark.skipif(
 def parity_of(name: str, dtype: torch.dtype) -> OnnxParity:
     _, args, kwargs = example(name)
     return validate_onnx(
-        converted(name, "default", dtype), exported(name, dtype), [(args, kwargs, None)]
+        converted(name, "default", dtype),
+        exported(name, dtype),
+        [(args, kwargs, None)],
+        fp32=partial(fp32_twin, name, dtype),
     )
 
 

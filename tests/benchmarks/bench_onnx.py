@@ -43,7 +43,7 @@ from torch import nn
 import amp_convert as amp
 from amp_convert.case import named_leaves
 from amp_convert.error_metrics import ErrorSums
-from amp_convert.onnx_export import export_onnx
+from amp_convert.onnx_export import export
 from amp_convert.onnx_kernels import Kernels, constant
 from amp_convert.onnx_sessions import Session
 from amp_convert.onnx_validation import validate_onnx
@@ -201,11 +201,11 @@ def amp_convert(
     nodes."""
     times = [time.perf_counter()]
     mixed = amp.convert(model, (), batches[0], rules=rules, calibration=batches, train=False)
-    exported = export_onnx(mixed, path)
+    exported = export(mixed, path)
     times.append(time.perf_counter())
     for node_batches in (0, 1):
         calls = [((), batch, None) for batch in batches]
-        validate_onnx(mixed, exported, calls, node_batches=node_batches)
+        validate_onnx(mixed, exported.file, calls, fp32=exported.fp32, node_batches=node_batches)
         times.append(time.perf_counter())
     making, outputs, nodes = (after - before for before, after in pairwise(times))
     return making + outputs, making + nodes

@@ -1,0 +1,130 @@
+"""The FP32 twin against the FP32 model's own export: the same bits in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+import amp_convert as amp
+from amp_convert import onnx_program
+from amp_convert.converted import ConvertedModel
+from amp_convert.onnx_borders import example_tensors
+from amp_convert.onnx_export import IoTypes, export, write
+from amp_convert.onnx_kernels import is_low
+from amp_convert.onnx_sessions import Session
+from amp_convert.onnx_twin import holds_low
+from tests.onnx_files import every_exportable, exported, fp32_twin
+from tests.zoo import converted
+
+
+def results(model: ir.Model, mixed: ConvertedModel, folder: Path) -> list[torch.Tensor]:
+    """What ONNX Runtime makes of the example inputs, unoptimised. ONNX's checker has its say."""
+    write(model, folder / "m.onnx")
+    return Session(str(folder / "m.onnx")).run(example_tensors(mixed.captured.regions[0]))
+
+
+def low_values(model: ir.Model) -> list[ir.Value]:
+    made = [value for node in model.graph for value in node.outputs]
+    return [
+        v for v in (*model.graph.inputs, *model.graph.initializers.values(), *made) if is_low(v)
+    ]
+
+
+def operators(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+@every_exportable
+def test_a_twin_computes_what_the_fp32_export_does(name: str, tmp_path: Path) -> None:
+    """Bit for bit, by the same operators; a weight that is moved is stored twice in neither."""
+    mixed, twin = converted(name), fp32_twin(name)
+    own = onnx_program.fp32_model(mixed.captured.regions[0], exported(name).opset)
+    check_twin(twin, own, mixed, tmp_path)
+
+
+def test_so_does_a_twin_of_a_bf16_model(tmp_path: Path) -> None:
+    mixed, twin = converted("cnn", dtype=torch.bfloat16), fp32_twin("cnn", torch.bfloat16)
+    check_twin(twin, onnx_program.fp32_model(mixed.captured.regions[0], 22), mixed, tmp_path)
+
+
+def check_twin(twin: ir.Model, own: ir.Model, mixed: ConvertedModel, folder: Path) -> None:
+    assert low_values(twin) == []
+    pairs = zip(results(twin, mixed, folder), results(own, mixed, folder), strict=True)
+    for have, want in pairs:
+        assert have.dtype == want.dtype
+        assert torch.equal(have, want)
+    moved = Counter({"Transpose": 1})
+    assert operators(twin) - moved <= operators(own)
+    assert operators(own) - moved <= operators(twin)
+
+
+class Masked(nn.Module):
+    """A mask beyond FP16 and a product that is scaled down before: clamped and moved by guards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.q(x) @ self.k(x).transpose(-1, -2) / 4
+        mask = torch.triu(torch.full((x.shape[1], x.shape[1]), -1e9, device=x.device), 1)
+        return torch.softmax(scores + mask, -1) @ x
+
+
+def test_what_a_plan_adds_does_nothing_to_fp32_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mixed = amp.convert(Masked().eval(), torch.randn(2, 5, 16) * 8)
+    assert any(decision.clamp is not None for decision in mixed.plan.eval)
+    exported = export(mixed, tmp_path / "low.onnx")
+    own = onnx_program.fp32_model(mixed.captured.regions[0], exported.file.opset)
+    have, want = (results(model, mixed, tmp_path)[0] for model in (exported.fp32(), own))
+    assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("io_types", ["keep", "low"])
+def test_a_twin_has_fp32_borders(io_types: IoTypes, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    mixed = amp.convert(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).eval(), x)
+    twin = export(mixed, tmp_path / "low.onnx", io_types).fp32()
+    borders = [*twin.graph.inputs, *twin.graph.outputs]
+    assert {value.dtype for value in borders} == {ir.DataType.FLOAT}
+    with torch.no_grad():
+        want = mixed.captured.model(x)
+    assert torch.allclose(results(twin, mixed, tmp_path)[0], want, rtol=1e-5, atol=1e-6)
+
+
+class Halved(nn.Module):
+    """Rounds to FP16 itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).half().float() + x
+
+
+def test_a_model_with_low_values_of_its_own_is_exported_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    mixed = amp.convert(Halved().eval(), x)
+    assert holds_low(mixed.captured.regions[0])
+    fp32 = export(mixed, tmp_path / "low.onnx").fp32()
+    assert [value.name for value in low_values(fp32)]
+    with torch.no_grad():
+        want = mixed.captured.model(x)
+    # One rounding to FP16, which a sum in another order may put one step off.
+    assert torch.allclose(results(fp32, mixed, tmp_path)[0], want, rtol=2**-10, atol=0)
+
+
+def test_a_twin_can_be_made_twice(tmp_path: Path) -> None:
+    mixed = converted("cnn")
+    exported = export(mixed, tmp_path / "low.onnx")
+    first, second = (results(exported.fp32(), mixed, tmp_path)[0] for _ in range(2))
+    assert torch.equal(first, second)
