@@ -37,7 +37,7 @@ from amp_convert.capture import Region
 from amp_convert.converted import fold_weights, hold
 from amp_convert.dtypes import from_name
 from amp_convert.errors import UnsupportedModelError
-from amp_convert.export import CapturedGraph
+from amp_convert.export import CapturedGraph, collector_paused
 from amp_convert.freezing import Folded
 from amp_convert.onnx_borders import (
     example_tensors,
@@ -251,9 +251,10 @@ def _translated(
 
 @contextlib.contextmanager
 def _exporting(region: Region) -> Iterator[None]:
-    """No gradients, no draws from the user's generators, and no warnings about the exporter's own
-    affairs."""
-    with _quiet(), torch.no_grad(), devices.preserved_rng(devices.of_model(region.module)):
+    """No gradients, no draws from the user's generators, no warnings about the exporter's own
+    affairs, and no garbage collection."""
+    generators = devices.preserved_rng(devices.of_model(region.module))
+    with collector_paused(), _quiet(), torch.no_grad(), generators:
         yield
 
 

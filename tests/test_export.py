@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -218,3 +219,31 @@ def test_capture_leaves_flags_and_prints_nothing(capsys: pytest.CaptureFixture[s
 def test_inputs_that_forward_does_not_take() -> None:
     with pytest.raises(ModelError, match=r"do not fit the model's forward: .*'z'"):
         export_graph(Function(lambda m, x: m.linear(x)), (X,), {"z": X}, "eval")
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_a_trace_leaves_the_garbage_collector_as_it_was(
+    was_on: bool,
+) -> None:
+    """Off while it traces; also after a trace that fails."""
+    seen: list[bool] = []
+
+    class Watching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(gc.isenabled())
+            if len(seen) > 1:
+                raise ValueError("no more")
+            return x + 1
+
+    try:
+        if not was_on:
+            gc.disable()
+        export_graph(Watching(), (torch.ones(2),), {}, "eval")
+        assert gc.isenabled() == was_on
+        with pytest.raises(ValueError, match="no more"):
+            export_graph(Watching(), (torch.ones(2),), {}, "eval")
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
+    assert seen
+    assert not any(seen)

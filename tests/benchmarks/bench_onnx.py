@@ -5,8 +5,9 @@
 Every tool gets the same models, batches and processor, model by model. amp-convert starts from the
 PyTorch model: capture, calibration, plan, rewriting, export, and validation in ONNX Runtime against
 both PyTorch models; its time is given without the run node by node, which no neighbour has, and
-with it. The neighbours start from what `torch.onnx.export` makes of the model at its defaults,
-whose time is theirs too, and are checked as `neighbours.py` says.
+with it. The neighbours start from what `torch.onnx.export` makes of the model with a free batch
+size, as amp-convert's files have it, and are checked as `neighbours.py` says; the time of that
+export is theirs too.
 
 Errors are relative L2 over all outputs and batches, in FP64, against the FP32 PyTorch model. ONNX
 Runtime keeps FP32 between FP16 operators on a CPU, so what a file is worth shows only where every
@@ -115,7 +116,15 @@ def bench(name: str, folder: Path, python: str, versions: dict[str, str]) -> lis
     plain = folder / "fp32.onnx"
     begin = time.perf_counter()
     program = torch.onnx.export(
-        model, (), kwargs=batches[0], dynamo=True, verbose=False, opset_version=20
+        model,
+        (),
+        kwargs=batches[0],
+        dynamo=True,
+        verbose=False,
+        opset_version=20,
+        dynamic_shapes={
+            k: {0: torch.export.Dim.AUTO} for k, v in batches[0].items() if v is not None
+        },
     )
     assert program is not None
     program.save(plain, external_data=False)
