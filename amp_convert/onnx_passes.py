@@ -3,11 +3,11 @@
 PyTorch's exporter translates one operator at a time, so it leaves casts behind that a reader of the
 whole graph can see are not needed. `tidy` goes on until none of these finds anything:
 
-1. `Identity` is removed; its input stands in for it.
+1. `Identity` is removed; its input stands in for it. So is a `Slice` that takes everything.
 2. So is a cast to the dtype that a value has already.
 3. A cast to a wider dtype and back gives the value itself. The other way round, from FP32 to FP16
    and back, is a rounding that somebody asked for, and stays.
-4. A value is cast to a dtype once, for all its readers.
+4. A value is cast to a dtype once, for all its readers, and a size is computed once.
 5. What nothing reads is removed.
 
 Constants are folded before that: sizes, scalars, and weights that are only moved (transposed,
@@ -35,7 +35,13 @@ _MOVES = {
     "Cast", "Concat", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
 
-_FP32, _FP16, _FP64, _BF16 = 1, 10, 11, 16  # ONNX's numbers
+_RECKONS = {
+    "Add", "Concat", "Gather", "Mul", "Reshape", "Shape", "Slice", "Squeeze", "Unsqueeze",
+}  # fmt: skip
+_LAST = 2**63 - 1
+"""The end of a slice that goes on to the end."""
+
+_FP32, _INT64, _FP16, _FP64, _BF16 = 1, 7, 10, 11, 16  # ONNX's numbers
 _HOLDERS = {_FP16: {_FP32, _FP64}, _BF16: {_FP32, _FP64}, _FP32: {_FP64}}
 """For each dtype those that hold all of its numbers."""
 
@@ -110,46 +116,73 @@ def tidy(model: ir.Model, tag: str) -> None:
     that has in its metadata under `tag`."""
     import onnx_ir.passes.common as common
 
+    _share_constants(model.graph)
     changed = True
     while changed:
         changed = False
+        seen: dict[object, ir.Node] = {}  # in order, so the first comes before the others' readers
         for node in list(model.graph):
-            for stand_in, value in _stand_ins(node):
+            value = node.outputs[0]
+            stand_in = _stand_in(node, seen)
+            if stand_in is not None and _is_read(value):
                 add_tag(stand_in, tag, value.metadata_props.get(tag, ""))
                 value.replace_all_uses_with(stand_in, replace_graph_outputs=True)
                 changed = True
         common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
-    _share_constants(model.graph)
 
 
-def _stand_ins(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
-    """Which value can stand in for which other, seen from this node."""
-    source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
-    if source is None or not _is_read(result):
-        return []
-    if node.op_type == "Identity":
-        return [(source, result)]
-    if not _is_cast(node):
-        return []
-    if source.dtype == _target(node):
-        return [(source, result)]
-    before = source.producer()
-    if before is not None and _is_cast(before):
-        original = before.inputs[0]
-        assert original is not None
-        if original.dtype == _target(node) and _target(before) in _HOLDERS.get(_target(node), ()):
-            return [(original, result)]
-    # The graph is in order, so the first cast that is met is there before the others' readers.
-    return [
-        (result, other.outputs[0])
-        for other in source.consumers()
-        if other is not node
-        and other.graph is node.graph
-        and _is_cast(other)
-        and _target(other) == _target(node)
-        and _is_read(other.outputs[0])
-    ]
+def _stand_in(node: ir.Node, seen: dict[object, ir.Node]) -> ir.Value | None:
+    """A value that can stand in for a node's result, if there is one; `seen` has the earlier nodes
+    that can, and takes this one in."""
+    source = node.inputs[0] if node.inputs else None
+    if source is None:
+        return None
+    if node.op_type == "Identity" or _takes_everything(node):
+        return source
+    if _is_cast(node):
+        if source.dtype == _target(node):
+            return source
+        before = source.producer()
+        if before is not None and _is_cast(before):
+            original = before.inputs[0]
+            assert original is not None
+            holders = _HOLDERS.get(_target(node), ())
+            if original.dtype == _target(node) and _target(before) in holders:
+                return original
+    elif not _computes_a_size(node):
+        return None
+    first = seen.setdefault(_key(node), node)
+    return first.outputs[0] if first is not node else None
+
+
+def _takes_everything(node: ir.Node) -> bool:
+    """Whether a node is a `Slice` from the first element to the last."""
+    if node.op_type != "Slice" or node.domain:
+        return False
+    given = [_numbers(value) for value in node.inputs[1:]]
+    starts, ends, steps = given[0], given[1], given[3] if len(given) > 3 else [1]
+    if starts is None or ends is None or steps is None:
+        return False
+    return not any(starts) and all(end >= _LAST for end in ends) and set(steps) == {1}
+
+
+def _computes_a_size(node: ir.Node) -> bool:
+    """Whether a node only reckons with sizes: small integers, which need no label of their own."""
+    return node.op_type in _RECKONS and all(value.dtype == _INT64 for value in node.outputs)
+
+
+def _key(node: ir.Node) -> object:
+    """Equal for nodes that compute the same."""
+    attributes = sorted((name, str(a.value)) for name, a in node.attributes.items())
+    return node.domain, node.op_type, tuple(node.inputs), tuple(attributes), len(node.outputs)
+
+
+def _numbers(value: ir.Value | None) -> list[int] | None:
+    """The elements of a constant of integers; None of what is not constant."""
+    if value is None or value.const_value is None:
+        return None
+    return [int(number) for number in value.const_value.numpy().reshape(-1)]
 
 
 def _is_read(value: ir.Value) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx import TensorProto, numpy_helper, parser
+from onnx import TensorProto, numpy_helper, parser, shape_inference
 
 from amp_convert.onnx_passes import fold_constants, name_borders, tidy
 
 TAG = "amp_convert.fx"
+LAST = 2**63 - 1
 
 
 def graph(text: str, **weights: np.ndarray) -> ir.Model:
@@ -17,7 +18,7 @@ def graph(text: str, **weights: np.ndarray) -> ir.Model:
     proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> main {text}')
     for name, array in weights.items():
         proto.graph.initializer.append(numpy_helper.from_array(array, name))
-    return ir.serde.deserialize_model(proto)
+    return ir.serde.deserialize_model(shape_inference.infer_shapes(proto))
 
 
 def lines(model: ir.Model) -> list[str]:
@@ -68,6 +69,62 @@ def lines(model: ir.Model) -> list[str]:
             id="one cast for all readers",
         ),
         pytest.param(
+            "(float[b, 3] x) => (float[b, 3] y)"
+            f"<int64[2] s = {{0, 0}}, int64[2] e = {{{LAST}, {LAST}}}>"
+            "{ a = Slice(x, s, e) y = Relu(a) }",
+            ["y = Relu(x)"],
+            id="a slice that takes everything",
+        ),
+        pytest.param(
+            "(float[b, 3] x) => (float[c, 3] y)"
+            f"<int64[1] s = {{1}}, int64[1] e = {{{LAST}}}, int64[1] i = {{0}}>"
+            "{ a = Slice(x, s, e, i) y = Relu(a) }",
+            ["a = Slice(x, s, e, i)", "y = Relu(a)"],
+            id="a slice that takes all but the first",
+        ),
+        pytest.param(
+            "(float[b, 3] x) => (float[c, 3] y)"
+            "<int64[1] s = {0}, int64[1] e = {-1}>"
+            "{ a = Slice(x, s, e) y = Relu(a) }",
+            ["a = Slice(x, s, e)", "y = Relu(a)"],
+            id="a slice that takes all but the last",
+        ),
+        pytest.param(
+            "(float[b, 3] x) => (float[c, 3] y)"
+            f"<int64[1] s = {{0}}, int64[1] e = {{{LAST}}}, int64[1] i = {{2}}>"
+            "{ a = Slice(x, s, e, s, i) y = Relu(a) }",
+            ["a = Slice(x, s, e, s, i)", "y = Relu(a)"],
+            id="a slice of every other",
+        ),
+        pytest.param(
+            "(float[b, 3] x, int64[1] e) => (float[c, 3] y)"
+            "<int64[1] s = {0}> { a = Slice(x, s, e) y = Relu(a) }",
+            ["a = Slice(x, s, e)", "y = Relu(a)"],
+            id="a slice up to an end that is not known",
+        ),
+        pytest.param(
+            "(float[b, 3] x) => (float[b, 3] y, float[b, 3] z)"
+            "<int64[1] m = {-1}, int64[1] n = {3}, int64[1] k = {3}>"
+            "{ a = Shape<end=1>(x) b = Reshape(a, m) c = Concat<axis=0>(b, n)"
+            " d = Shape<end=1>(x) e = Reshape(d, m) f = Concat<axis=0>(e, k)"
+            " y = Reshape(x, c) z = Reshape(x, f) }",
+            [
+                "a = Shape(x)",
+                "b = Reshape(a, m)",
+                "c = Concat(b, n)",
+                "y = Reshape(x, c)",
+                "z = Reshape(x, c)",
+            ],
+            id="a size is computed once, and those that read it stay two",
+        ),
+        pytest.param(
+            "(float[b, 3] x) => (float[b, 3] y)"
+            "{ a = Shape<end=1>(x) d = Shape<start=1>(x) c = Concat<axis=0>(a, d)"
+            " y = Reshape(x, c) }",
+            ["a = Shape(x)", "d = Shape(x)", "c = Concat(a, d)", "y = Reshape(x, c)"],
+            id="other attributes, another size",
+        ),
+        pytest.param(
             "(float[2] x) => (float16[2] y) { a = Cast<to=10>(x) b = Cast<to=16>(x) y = Relu(a) }",
             ["a = Cast(x) float16", "y = Relu(a)"],
             id="a cast that nothing reads",
@@ -80,7 +137,7 @@ def lines(model: ir.Model) -> list[str]:
         ),
     ],
 )
-def test_casts_that_are_not_needed(before: str, after: list[str]) -> None:
+def test_what_is_not_needed(before: str, after: list[str]) -> None:
     model = graph(before)
     names = [[v.name or "" for v in end] for end in (model.graph.inputs, model.graph.outputs)]
     tidy(model, TAG)

@@ -12,7 +12,8 @@ export is theirs too.
 Errors are relative L2 over all outputs and batches, in FP64, against the FP32 PyTorch model. ONNX
 Runtime keeps FP32 between FP16 operators on a CPU, so what a file is worth shows only where every
 node is run by itself and its result rounded to the dtype that the file gives it; the other column
-is ONNX Runtime's own result, unoptimised. The share of low nodes is that of nodes with a floating
+is ONNX Runtime's own result, unoptimised. Sizes are given as they are, and without what says where
+nodes come from: layers, reasons, lines of code. The share of low nodes is that of nodes with a floating
 point result, without casts. A neighbour's error is compared with that of amp-convert's file that
 has the smallest share not below the neighbour's: of the default rules', and of the `half`
 preset's, which converts everything. The graphs are not the same, so 2 % or two nodes less will do.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,6 +74,7 @@ class File:
     floating: int = 0
     casts: int = 0
     bytes: int = 0
+    bare: int = 0
     rounded: float = float("nan")
     session: float = float("nan")
 
@@ -145,8 +148,7 @@ def bench(name: str, folder: Path, python: str, versions: dict[str, str]) -> lis
         )
         report = folder / f"{tool}.json"
         if not report.exists():
-            last = (done.stderr.strip().splitlines() or ["it did not start"])[-1]
-            files.append(File(tool, float("nan"), failure=last))
+            files.append(File(tool, float("nan"), failure=ended(done)))
             continue
         figures = json.loads(report.read_text())
         versions[tool] = figures["version"]
@@ -156,6 +158,17 @@ def bench(name: str, folder: Path, python: str, versions: dict[str, str]) -> lis
         else:
             files.append(measured(tool, seconds, folder / f"{tool}.onnx", feeds, wanted))
     return files
+
+
+def ended(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a tool left no figures."""
+    if done.returncode < 0:
+        return f"its process crashed: {signal.Signals(-done.returncode).name}"
+    return (done.stderr.strip().splitlines() or ["it did not start"])[-1]
+
+
+def free_batch(leaf: Any) -> dict[int, Any] | None:
+    return {0: torch.export.Dim.AUTO} if isinstance(leaf, torch.Tensor) else None
 
 
 def zoo_model(name: str) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -247,9 +260,21 @@ def measured(
         floating=low + dtypes.count(ir.DataType.FLOAT),
         casts=sum(node.op_type == "Cast" for node in model.graph),
         bytes=path.stat().st_size,
+        bare=bare_size(path),
         rounded=rounded.rel_l2,
         session=whole.rel_l2,
     )
+
+
+def bare_size(path: Path) -> int:
+    """Bytes without metadata."""
+    model = onnx.load(path)
+    graph = model.graph
+    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info,
+                 *graph.initializer):  # fmt: skip
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    return model.ByteSize()
 
 
 def node_by_node(
@@ -271,7 +296,7 @@ def node_by_node(
 
 def print_files(name: str, files: Sequence[File]) -> None:
     print(f"\n{name}")
-    print(f"  {'':<22}{'low nodes':>15}{'casts':>7}{'bytes':>12}{'error':>10}"
+    print(f"  {'':<22}{'low nodes':>15}{'casts':>7}{'bytes':>12}{'bare':>12}{'error':>10}"
           f"{'in session':>12}{'seconds':>9}{'with nodes':>12}")  # fmt: skip
     for file in files:
         if file.failure:
@@ -279,14 +304,17 @@ def print_files(name: str, files: Sequence[File]) -> None:
             continue
         low = f"{file.low}/{file.floating} {file.share:.0%}"
         more = "" if math.isnan(file.with_nodes) else f"{file.with_nodes:>12.1f}"
-        print(f"  {file.tool:<22}{low:>15}{file.casts:>7}{file.bytes:>12,}{file.rounded:>10.2e}"
+        print(f"  {file.tool:<22}{low:>15}{file.casts:>7}{file.bytes:>12,}{file.bare:>12,}"
+              f"{file.rounded:>10.2e}"
               f"{file.session:>12.2e}{file.seconds:>9.1f}{more}")  # fmt: skip
 
 
 def print_summary(found: dict[str, list[File]]) -> None:
     """amp-convert over its neighbours: at most 1 is wanted of errors and times, 1.02 of sizes."""
     print("\namp-convert / neighbour: error at no smaller share, size and time of the default file")
-    print(f"  {'model':<14}{'neighbour':<22}{'error':>8}{'size':>8}{'time':>8}{'with nodes':>12}")
+    print(
+        f"  {'model':<14}{'neighbour':<22}{'error':>8}{'size':>8}{'bare':>8}{'time':>8}{'with nodes':>12}"
+    )
     for name, (default, half, *neighbours) in found.items():
         for other in neighbours:
             if other.failure:
@@ -296,7 +324,8 @@ def print_summary(found: dict[str, list[File]]) -> None:
             ours = min(fair, key=lambda file: file.share, default=None)
             error = f"{ratio(ours.rounded, other.rounded):>8.3f}" if ours else f"{'-':>8}"
             print(f"  {name:<14}{other.tool:<22}{error}"
-                  f"{default.bytes / other.bytes:>8.3f}{default.seconds / other.seconds:>8.2f}"
+                  f"{default.bytes / other.bytes:>8.3f}{default.bare / other.bare:>8.3f}"
+                  f"{default.seconds / other.seconds:>8.2f}"
                   f"{default.with_nodes / other.seconds:>12.2f}"
                   f"{'   (half)' if ours is half else ''}")  # fmt: skip
 
