@@ -12,10 +12,10 @@ export is theirs too.
 Errors are relative L2 over all outputs and batches, in FP64, against the FP32 PyTorch model. ONNX
 Runtime keeps FP32 between FP16 operators on a CPU, so what a file is worth shows only where every
 node is run by itself and its result rounded to the dtype that the file gives it; the other column
-is ONNX Runtime's own result, unoptimised. Sizes are given as they are, and without what says where
-nodes come from: layers, reasons, lines of code. The share of low nodes is that of nodes with a floating
-point result, without casts. A neighbour's error is compared with that of amp-convert's file that
-has the smallest share not below the neighbour's: of the default rules', and of the `half`
+is ONNX Runtime's own result, unoptimised. Sizes are given as they are, and bare of what says where
+nodes come from: layers, reasons, lines of code. The share of low nodes is that of nodes with a
+floating point result, without casts. A neighbour's error is compared with that of amp-convert's
+file that has the smallest share not below the neighbour's: of the default rules', and of the `half`
 preset's, which converts everything. The graphs are not the same, so 2 % or two nodes less will do.
 """
 
@@ -42,6 +42,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import amp_convert as amp
 from amp_convert.case import named_leaves
@@ -125,9 +126,7 @@ def bench(name: str, folder: Path, python: str, versions: dict[str, str]) -> lis
         dynamo=True,
         verbose=False,
         opset_version=20,
-        dynamic_shapes={
-            k: {0: torch.export.Dim.AUTO} for k, v in batches[0].items() if v is not None
-        },
+        dynamic_shapes=pytree.tree_map(free_batch, batches[0]),
     )
     assert program is not None
     program.save(plain, external_data=False)
@@ -312,9 +311,8 @@ def print_files(name: str, files: Sequence[File]) -> None:
 def print_summary(found: dict[str, list[File]]) -> None:
     """amp-convert over its neighbours: at most 1 is wanted of errors and times, 1.02 of sizes."""
     print("\namp-convert / neighbour: error at no smaller share, size and time of the default file")
-    print(
-        f"  {'model':<14}{'neighbour':<22}{'error':>8}{'size':>8}{'bare':>8}{'time':>8}{'with nodes':>12}"
-    )
+    print(f"  {'model':<14}{'neighbour':<22}{'error':>8}{'size':>8}{'bare':>8}{'time':>8}"
+          f"{'with nodes':>12}")  # fmt: skip
     for name, (default, half, *neighbours) in found.items():
         for other in neighbours:
             if other.failure:
