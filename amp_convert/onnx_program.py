@@ -106,8 +106,11 @@ def build(
         if onnx_twin.holds_low(region):
             return fp32_model(region, opset)
         weights = fold_weights(region, fitted, wide=True).tensors
-        with _exporting(region):
-            twin = _translated(region, onnx_twin.widen(program, weights), opset).model
+        try:
+            with _exporting(region):
+                twin = _translated(region, onnx_twin.widen(program, weights), opset).model
+        except UnsupportedModelError:  # by an exporter that does not take a program twice
+            return fp32_model(region, opset)
         _finish(region, twin)
         return twin
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import amp_convert as amp
-from amp_convert import onnx_program
+from amp_convert import onnx_program, onnx_twin
 from amp_convert.converted import ConvertedModel
 from amp_convert.onnx_borders import example_tensors
 from amp_convert.onnx_export import IoTypes, export, write
@@ -40,9 +40,13 @@ def operators(model: ir.Model) -> Counter[str]:
 
 
 @every_exportable
-def test_a_twin_computes_what_the_fp32_export_does(name: str, tmp_path: Path) -> None:
+def test_a_twin_computes_what_the_fp32_export_does(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit, by the same operators; a weight that is moved is stored twice in neither."""
-    mixed, twin = converted(name), fp32_twin(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_program, "fp32_model", None)  # nothing falls back on it
+        mixed, twin = converted(name), fp32_twin(name)
     own = onnx_program.fp32_model(mixed.captured.regions[0], exported(name).opset)
     check_twin(twin, own, mixed, tmp_path)
 
@@ -121,6 +125,20 @@ def test_a_model_with_low_values_of_its_own_is_exported_as_it_is(tmp_path: Path)
         want = mixed.captured.model(x)
     # One rounding to FP16, which a sum in another order may put one step off.
     assert torch.allclose(results(fp32, mixed, tmp_path)[0], want, rtol=2**-10, atol=0)
+
+
+def test_where_the_exporter_refuses_it_the_original_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = converted("cnn")
+    made = export(mixed, tmp_path / "low.onnx")
+    want = results(onnx_program.fp32_model(mixed.captured.regions[0], 20), mixed, tmp_path)[0]
+
+    def spoilt(program: object, _: object) -> object:
+        return monkeypatch.undo()  # None is no program; what comes after is exported as ever
+
+    monkeypatch.setattr(onnx_twin, "widen", spoilt)
+    assert torch.equal(results(made.fp32(), mixed, tmp_path)[0], want)
 
 
 def test_a_twin_can_be_made_twice(tmp_path: Path) -> None:

@@ -43,13 +43,13 @@ def _runs(runs: tuple[RunRow, ...]) -> list[str]:
             row.distance,
             row.limit,
             code(row.output),
-            "**NO**" if row.agrees == "no" else row.agrees,
+            row.agrees,
             escape("; ".join(row.notes)),
         ]
         for row in runs
     ]
     errors = ["from FP32", "from converted", "distance", "limit"]
-    return table(["run", "batches", *errors, "output", "agrees", "remark"], rows, numbers="12345")
+    return table(["run", "batches", *errors, "output", "within", "remark"], rows, numbers="12345")
 
 
 def _metrics(onnx: OnnxSummary) -> list[str]:

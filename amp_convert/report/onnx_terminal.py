@@ -13,7 +13,8 @@ from amp_convert.report.onnx_summary import OnnxSummary, RunRow
 
 _LAYER, _NAME, _PLACE, _CELL, _PROSE = 40, 22, 32, 14, 200
 _MAX_METRICS = 6
-_AGREES = {"yes": "green", "no": "bold red", "unknown": "yellow"}
+_AGREES = {"yes": "green", "no": "yellow", "unknown": "yellow"}
+"""Red is for what fails: beyond its limit, a run with a node to blame is unchecked."""
 
 
 def onnx_body(onnx: OnnxSummary) -> list[RenderableType]:
@@ -33,7 +34,7 @@ def onnx_body(onnx: OnnxSummary) -> list[RenderableType]:
 
 def _runs(runs: tuple[RunRow, ...]) -> Table:
     table = _figures("run", "from FP32", "from converted", "distance", "limit")
-    table.add_column("agrees")
+    table.add_column("within")
     for row in runs:
         cells = (row.against_fp32, row.against_converted, row.distance, row.limit)
         agrees = Text(row.agrees, style=_AGREES.get(row.agrees, ""))

@@ -48,5 +48,5 @@ def test_hostile_text_neither_drives_the_terminal_nor_widens_it(small_report: Ru
 
 def test_a_run_that_does_not_agree_stands_out(small_report: RunReport) -> None:
     text = _section(small_report, section(), force_terminal=True, color_system="standard")
-    assert len(re.findall(r"\x1b\[1;31mno *\x1b\[0m", text)) == 1
+    assert len(re.findall(r"\x1b\[33mno *\x1b\[0m", text)) == 1
     assert len(re.findall(r"\x1b\[32myes *\x1b\[0m", text)) == 2
