@@ -41,7 +41,7 @@ _RECKONS = {
 _LAST = 2**63 - 1
 """The end of a slice that goes on to the end."""
 
-_FP32, _INT64, _FP16, _FP64, _BF16 = 1, 7, 10, 11, 16  # ONNX's numbers
+_FP32, _FP16, _FP64, _BF16 = 1, 10, 11, 16  # ONNX's numbers
 _HOLDERS = {_FP16: {_FP32, _FP64}, _BF16: {_FP32, _FP64}, _FP32: {_FP64}}
 """For each dtype those that hold all of its numbers."""
 
@@ -121,9 +121,13 @@ def tidy(model: ir.Model, tag: str) -> None:
     while changed:
         changed = False
         seen: dict[object, ir.Node] = {}  # in order, so the first comes before the others' readers
+        sizes: set[ir.Value] = set()
         for node in list(model.graph):
             value = node.outputs[0]
-            stand_in = _stand_in(node, seen)
+            stand_in = _replacement(node)
+            if stand_in is None and (_is_cast(node) or _computes_a_size(node, sizes)):
+                first = seen.setdefault(_key(node), node)
+                stand_in = first.outputs[0] if first is not node else None
             if stand_in is not None and _is_read(value):
                 add_tag(stand_in, tag, value.metadata_props.get(tag, ""))
                 value.replace_all_uses_with(stand_in, replace_graph_outputs=True)
@@ -132,28 +136,24 @@ def tidy(model: ir.Model, tag: str) -> None:
     common.RemoveUnusedOpsetsPass()(model)
 
 
-def _stand_in(node: ir.Node, seen: dict[object, ir.Node]) -> ir.Value | None:
-    """A value that can stand in for a node's result, if there is one; `seen` has the earlier nodes
-    that can, and takes this one in."""
+def _replacement(node: ir.Node) -> ir.Value | None:
+    """The value ahead of a node that is the same as its result, if it is there."""
     source = node.inputs[0] if node.inputs else None
     if source is None:
         return None
     if node.op_type == "Identity" or _takes_everything(node):
         return source
-    if _is_cast(node):
-        if source.dtype == _target(node):
-            return source
-        before = source.producer()
-        if before is not None and _is_cast(before):
-            original = before.inputs[0]
-            assert original is not None
-            holders = _HOLDERS.get(_target(node), ())
-            if original.dtype == _target(node) and _target(before) in holders:
-                return original
-    elif not _computes_a_size(node):
+    if not _is_cast(node):
         return None
-    first = seen.setdefault(_key(node), node)
-    return first.outputs[0] if first is not node else None
+    if source.dtype == _target(node):
+        return source
+    before = source.producer()
+    if before is not None and _is_cast(before):
+        original = before.inputs[0]
+        assert original is not None
+        if original.dtype == _target(node) and _target(before) in _HOLDERS.get(_target(node), ()):
+            return original
+    return None
 
 
 def _takes_everything(node: ir.Node) -> bool:
@@ -167,9 +167,15 @@ def _takes_everything(node: ir.Node) -> bool:
     return not any(starts) and all(end >= _LAST for end in ends) and set(steps) == {1}
 
 
-def _computes_a_size(node: ir.Node) -> bool:
-    """Whether a node only reckons with sizes: small integers, which need no label of their own."""
-    return node.op_type in _RECKONS and all(value.dtype == _INT64 for value in node.outputs)
+def _computes_a_size(node: ir.Node, sizes: set[ir.Value]) -> bool:
+    """Whether a node reckons with nothing but sizes of tensors, `sizes`, and constants; its results
+    become some of those."""
+    if node.domain or node.op_type not in _RECKONS:
+        return False
+    given = [value for value in _inputs(node) if value.const_value is None]
+    found = node.op_type == "Shape" or (bool(given) and sizes.issuperset(given))
+    sizes.update(node.outputs if found else ())
+    return found
 
 
 def _key(node: ir.Node) -> object:

@@ -102,17 +102,18 @@ def build(
     _finish(region, model)
     onnx_labels.annotate(model, onnx_labels.labels_of(rewritten))
 
-    def fp32() -> ir.Model:
-        if onnx_twin.holds_low(region):
-            return fp32_model(region, opset)
+    def twin() -> ir.Model:
         weights = fold_weights(region, fitted, wide=True).tensors
-        try:
-            with _exporting(region):
-                twin = _translated(region, onnx_twin.widen(program, weights), opset).model
-        except UnsupportedModelError:  # by an exporter that does not take a program twice
-            return fp32_model(region, opset)
-        _finish(region, twin)
-        return twin
+        with _exporting(region):
+            found = _translated(region, onnx_twin.widen(program, weights), opset).model
+        _finish(region, found)
+        return found
+
+    def fp32() -> ir.Model:
+        if onnx_twin.has_twin(region, rewritten):
+            with contextlib.suppress(Exception):  # whatever it is, the original can be exported
+                return twin()
+        return fp32_model(region, opset)
 
     return OnnxProgram(model, fp32)
 

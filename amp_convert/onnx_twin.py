@@ -5,15 +5,16 @@ export the original again would take as long as the export of the converted mode
 tracing and decomposing. Instead the program that the exporter has made of the converted model, with
 its operators decomposed already, is taken as it is with every low dtype in it replaced by FP32, and
 given the weights as they were before they were rounded; then its casts are casts from FP32 to FP32,
-and are tidied away. What the plan adds beside casts does nothing to FP32 numbers: clamps at the
-borders of the low dtype, which a mask is beyond, and factors that are powers of two.
+and are tidied away. Factors that the plan adds are powers of two, and change no bit.
 
-A model that has low-precision values of its own has no such twin: they belong to the original.
+Two kinds of model have no such twin. In one that has low-precision values of its own, those belong
+to the original. And a mask that the plan clamps is another number in FP32 too: a row that is masked
+as a whole forgets its scores at -1e9, and not at what FP16 can hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,12 +23,25 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture import Region, Value
 from amp_convert.dtypes import LOW_DTYPES, widened
+from amp_convert.rewrite import Rewritten
 
 
-def holds_low(region: Region) -> bool:
-    """Whether the FP32 model itself has a value in a low dtype in eval mode."""
+def has_twin(region: Region, rewritten: Rewritten) -> bool:
+    """Whether the eval graph `rewritten` of `region` computes in FP32 what the original does."""
+    clamped = any(decision.clamp is not None for decision in rewritten.decisions.values())
+    return not clamped and not _holds_low(region)
+
+
+def _holds_low(region: Region) -> bool:
+    """Whether the FP32 model itself has a value in a low dtype, be it in a branch of `cond`."""
     recorded = pytree.tree_leaves(list(region.traces["eval"].values.values()))
-    return any(isinstance(v, Value) and v.dtype in LOW_DTYPES for v in recorded)
+    named = [
+        leaf
+        for node in _all_nodes(region.graphs["eval"].graph_module)
+        for leaf in pytree.tree_leaves((node.args, node.kwargs))
+    ]
+    dtypes = [value.dtype for value in recorded if isinstance(value, Value)] + named
+    return any(dtype in LOW_DTYPES for dtype in dtypes if isinstance(dtype, torch.dtype))
 
 
 def widen(
@@ -37,14 +51,20 @@ def widen(
 
     It is changed in place. Asked to decompose itself, it gives itself.
     """
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            node.args, node.kwargs = widened((node.args, node.kwargs))
-            node.meta = {**node.meta, "val": pytree.tree_map(_wide, node.meta.get("val"))}
+    for node in _all_nodes(program.graph_module):
+        node.args, node.kwargs = widened((node.args, node.kwargs))
+        node.meta = {**node.meta, "val": pytree.tree_map(_wide, node.meta.get("val"))}
     program.state_dict.update(weights)
     program.constants.update({n: _wide(t) for n, t in program.constants.items()})
     program.run_decompositions = lambda *_: program
     return program
+
+
+def _all_nodes(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
+    """Those of subgraphs, too."""
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from module.graph.nodes
 
 
 def _wide(value: Any) -> Any:

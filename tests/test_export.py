@@ -235,15 +235,15 @@ def test_a_trace_leaves_the_garbage_collector_as_it_was(
                 raise ValueError("no more")
             return x + 1
 
+    before = gc.isenabled()
     try:
-        if not was_on:
-            gc.disable()
+        (gc.enable if was_on else gc.disable)()
         export_graph(Watching(), (torch.ones(2),), {}, "eval")
         assert gc.isenabled() == was_on
         with pytest.raises(ValueError, match="no more"):
             export_graph(Watching(), (torch.ones(2),), {}, "eval")
         assert gc.isenabled() == was_on
     finally:
-        gc.enable()
+        (gc.enable if before else gc.disable)()
     assert seen
     assert not any(seen)

@@ -118,6 +118,12 @@ def lines(model: ir.Model) -> list[str]:
             id="a size is computed once, and those that read it stay two",
         ),
         pytest.param(
+            "(int64[b] x, float[n] t) => (float[b] y, float[b] z) <int64[1] n = {3}>"
+            "{ a = Add(x, n) b = Add(x, n) y = Gather(t, a) z = Gather(t, b) }",
+            ["a = Add(x, n)", "b = Add(x, n)", "y = Gather(t, a)", "z = Gather(t, b)"],
+            id="what the user gives is no size",
+        ),
+        pytest.param(
             "(float[b, 3] x) => (float[b, 3] y)"
             "{ a = Shape<end=1>(x) d = Shape<start=1>(x) c = Concat<axis=0>(a, d)"
             " y = Reshape(x, c) }",

@@ -43,7 +43,7 @@ def _runs(runs: tuple[RunRow, ...]) -> list[str]:
             row.distance,
             row.limit,
             code(row.output),
-            row.agrees,
+            "**NO**" if row.status == "fail" else row.agrees,
             escape("; ".join(row.notes)),
         ]
         for row in runs

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from amp_convert.checks import CheckStatus
+from amp_convert.onnx_checks import converted_check
 from amp_convert.onnx_export import OnnxModel, OnnxTensor
 from amp_convert.onnx_parity import Arm, OnnxOutput, OnnxParity, OnnxRun
 from amp_convert.onnx_validation import FP32_FACTOR
@@ -57,7 +59,7 @@ class Fact:
 @dataclass(frozen=True)
 class RunRow:
     """One run, formatted; an empty value does not apply. `output` names the output whose `distance`
-    and `limit` are shown."""
+    and `limit` are shown; `status` is how the verdict takes it that the run `agrees` or not."""
 
     arm: str
     batches: int
@@ -67,6 +69,7 @@ class RunRow:
     distance: str
     limit: str
     agrees: str
+    status: CheckStatus
     notes: tuple[str, ...]
 
 
@@ -101,12 +104,13 @@ def onnx_summary(report: RunReport) -> OnnxSummary | None:
         return None
     model, parity = section.model, section.parity
     rows = node_rows(parity, report.plan.decisions)
+    beyond = converted_check(parity).status
     arm = parity.metrics_arm
     return OnnxSummary(
         title=f"{model.path}, {fmt.size(model.bytes)}, opset {model.opset}",
         facts=(*_file_facts(model), *_run_facts(parity)),
         remarks=_remarks(model),
-        runs=tuple(_run_row(run) for run in parity.runs),
+        runs=tuple(_run_row(run, beyond) for run in parity.runs),
         metrics=_metric_rows(parity),
         metrics_text=f"The metrics; ONNX Runtime's are those of the {_ARMS[arm]} run"
         if arm
@@ -177,7 +181,8 @@ def _ran_text(parity: OnnxParity) -> str:
     return f"not known how they run: {parity.ran_reason}" if parity.ran_reason else "none"
 
 
-def _run_row(run: OnnxRun) -> RunRow:
+def _run_row(run: OnnxRun, beyond: CheckStatus) -> RunRow:
+    """`beyond` is what the verdict makes of runs that do not agree."""
     fp32 = worst_output([output.against_fp32 for output in run.outputs])
     compared = [o.against_converted for o in run.outputs if o.against_converted is not None]
     converted = worst_output(compared)
@@ -192,6 +197,7 @@ def _run_row(run: OnnxRun) -> RunRow:
         distance=fmt.error(distance.max_abs_err) if distance else "",
         limit=fmt.error(deciding.limit) if deciding else "",
         agrees="" if run.arm == "fp32" else _AGREES[run.agrees],
+        status={True: "pass", False: beyond, None: "unchecked"}[run.agrees],
         notes=_notes(run),
     )
 

@@ -13,8 +13,7 @@ from amp_convert.report.onnx_summary import OnnxSummary, RunRow
 
 _LAYER, _NAME, _PLACE, _CELL, _PROSE = 40, 22, 32, 14, 200
 _MAX_METRICS = 6
-_AGREES = {"yes": "green", "no": "yellow", "unknown": "yellow"}
-"""Red is for what fails: beyond its limit, a run with a node to blame is unchecked."""
+_STATUS = {"pass": "green", "fail": "bold red", "unchecked": "yellow"}
 
 
 def onnx_body(onnx: OnnxSummary) -> list[RenderableType]:
@@ -37,7 +36,7 @@ def _runs(runs: tuple[RunRow, ...]) -> Table:
     table.add_column("within")
     for row in runs:
         cells = (row.against_fp32, row.against_converted, row.distance, row.limit)
-        agrees = Text(row.agrees, style=_AGREES.get(row.agrees, ""))
+        agrees = Text(row.agrees, style=_STATUS[row.status])
         table.add_row(Text(row.arm), *map(Text, cells), agrees)
     return table
 

@@ -72,18 +72,18 @@ def test_other_files_are_described_as_they_are(small_report: RunReport) -> None:
 
 def test_each_run_has_a_row(small_report: RunReport) -> None:
     assert _summary(small_report).runs == (
-        RunRow("FP32 file", 2, "1.00e-07", "", "", "", "", "", ()),
-        RunRow(
-            "unoptimised", 2, "5.00e-04", "8.00e-03", "logits", "4.00e-03", "1.00e-02", "yes", ()
-        ),
+        RunRow("FP32 file", 2, "1.00e-07", "", "", "", "", "", "unchecked", ()),
+        RunRow("unoptimised", 2, "5.00e-04", "8.00e-03", "logits", "4.00e-03", "1.00e-02", "yes",
+               "pass", ()),
         RunRow(
             "optimised", 2, "5.00e-04", "8.00e-02", "logits", "4.00e-02", "1.00e-02", "no",
+            "fail",
             (
                 "runs only without SimplifiedLayerNormFusion: no such kernel",
                 "label: 3 of 640 elements differ",
             ),
         ),
-        RunRow("node by node", 1, "5.00e-04", "0", "logits", "0", "1.00e-02", "yes", ()),
+        RunRow("node by node", 1, "5.00e-04", "0", "logits", "0", "1.00e-02", "yes", "pass", ()),
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_a_run_that_failed_agrees_with_nothing(small_report: RunReport) -> None:
     runs = (parity().runs[0], failed, *parity().runs[2:])
     found = _summary(small_report, runs=runs, ran={}, ran_reason="bad allocation")
     assert found.runs[1] == RunRow(
-        "unoptimised", 1, "", "", "", "", "", "unknown", ("failed: bad allocation",)
+        "unoptimised", 1, "", "", "", "", "", "unknown", "unchecked", ("failed: bad allocation",)
     )
     assert found.facts[-1].value == "not known how they run: bad allocation"
 

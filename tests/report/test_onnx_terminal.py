@@ -9,9 +9,17 @@ from collections.abc import Callable
 from rich.cells import cell_len
 from rich.console import Console
 
+from amp_convert.onnx_checks import converted_check
 from amp_convert.report import RunReport
 from amp_convert.report.terminal import render
-from tests.report.exported import clean_parity, hostile_section, section
+from tests.report.exported import (
+    clean_parity,
+    fp32_run,
+    hostile_section,
+    output,
+    run,
+    section,
+)
 
 
 def _section(report: RunReport, onnx: object, **options: object) -> str:
@@ -48,5 +56,15 @@ def test_hostile_text_neither_drives_the_terminal_nor_widens_it(small_report: Ru
 
 def test_a_run_that_does_not_agree_stands_out(small_report: RunReport) -> None:
     text = _section(small_report, section(), force_terminal=True, color_system="standard")
-    assert len(re.findall(r"\x1b\[33mno *\x1b\[0m", text)) == 1
+    assert len(re.findall(r"\x1b\[1;31mno *\x1b\[0m", text)) == 1
     assert len(re.findall(r"\x1b\[32myes *\x1b\[0m", text)) == 2
+
+
+def test_a_run_that_the_verdict_excuses_is_not_red(small_report: RunReport) -> None:
+    """Beyond its limit, but with a node that is known to part: unchecked."""
+    apart = run("optimised", output(0.04, agrees=False))
+    by_hand = run("node by node", output(0.0), batches=1)
+    excused = section(runs=(fp32_run(), apart, by_hand), metrics=(), metrics_arm=None)
+    assert converted_check(excused.parity).status == "unchecked"
+    text = _section(small_report, excused, force_terminal=True, color_system="standard")
+    assert len(re.findall(r"\x1b\[33mno *\x1b\[0m", text)) == 1
