@@ -140,7 +140,7 @@ def export(
     file = OnnxModel(
         path=str(target),
         external_data=data.name if data else None,
-        bytes=sum(file.stat().st_size for file in (target, data) if file is not None),
+        bytes=sum(part.stat().st_size for part in (target, data) if part is not None),
         dtype=dtype,
         io_types=io_types,
         opset=opset,

@@ -22,7 +22,7 @@ from amp_convert.report.html_report import TEMPLATES, html_text
 from amp_convert.report.onnx_summary import onnx_summary
 from amp_convert.verdict import Check, Verdict
 from tests.report.builders import HOSTILE, decision, fp32, plan_section
-from tests.report.exported import clean_parity, section
+from tests.report.exported import clean_parity, fp32_run, output, run, section
 from tests.report.trained import (
     arm_of,
     four_arms,
@@ -273,6 +273,21 @@ def test_onnx_has_its_section(exported_report: RunReport) -> None:
     rows = {note for row in summary.runs for note in (row.arm, row.limit or row.arm, *row.notes)}
     places = {node.location for node in summary.worst} | {node.onnx_ops for node in summary.worst}
     assert facts | firsts | rows | places | {"4.00e-02", "0.95", "no", "yes"} <= shown
+
+
+@pytest.mark.parametrize(
+    ("known", "status"),
+    [({}, "unchecked"), ({"parting": "", "drifting": "", "nodes": ()}, "fail")],
+    ids=["with a node to blame", "without"],
+)
+def test_a_run_beyond_its_limit_is_coloured_as_the_verdict_takes_it(
+    small_report: RunReport, known: dict[str, object], status: str
+) -> None:
+    apart = run("optimised", output(0.04, agrees=False))
+    by_hand = run("node by node", output(0.0), batches=1)
+    onnx = section(runs=(fp32_run(), apart, by_hand), metrics=(), metrics_arm=None, **known)
+    text = html_text(small_report.model_copy(update={"onnx": onnx}))
+    assert f'<span class="pill {status}">no</span>' in text
 
 
 def test_a_file_that_is_right_has_no_table_of_nodes(small_report: RunReport) -> None:
