@@ -21,25 +21,30 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from amp_convert.api import audit, compare, convert, export_onnx
-    from amp_convert.converted import ConvertedModel, FrozenModel
-    from amp_convert.divergence import Divergence
-    from amp_convert.errors import AmpConvertError, ModelError, UnsupportedModelError, UsageError
-    from amp_convert.plan import Decision, Plan
+    from amp_convert.core.errors import (
+        AmpConvertError,
+        ModelError,
+        UnsupportedModelError,
+        UsageError,
+    )
+    from amp_convert.plan.plan import Decision, Plan
+    from amp_convert.rewrite.converted_model import ConvertedModel, FrozenModel
+    from amp_convert.validate.inference.results import Divergence
 
 _HOMES = {
     "audit": "api",
     "compare": "api",
     "convert": "api",
     "export_onnx": "api",
-    "ConvertedModel": "converted",
-    "FrozenModel": "converted",
-    "Decision": "plan",
-    "Divergence": "divergence",
-    "Plan": "plan",
-    "AmpConvertError": "errors",
-    "ModelError": "errors",
-    "UnsupportedModelError": "errors",
-    "UsageError": "errors",
+    "ConvertedModel": "rewrite.converted_model",
+    "FrozenModel": "rewrite.converted_model",
+    "Decision": "plan.plan",
+    "Divergence": "validate.inference.results",
+    "Plan": "plan.plan",
+    "AmpConvertError": "core.errors",
+    "ModelError": "core.errors",
+    "UnsupportedModelError": "core.errors",
+    "UsageError": "core.errors",
 }
 
 __all__ = [

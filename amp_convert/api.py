@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from amp_convert import device as devices
-from amp_convert.capture import capture
-from amp_convert.case import as_call
-from amp_convert.comparison import compare as compare_batches
-from amp_convert.converted import ConvertedModel, convert_captured
-from amp_convert.divergence import Divergence
-from amp_convert.dtypes import LOW_DTYPES
-from amp_convert.errors import UsageError
-from amp_convert.onnx_export import export_onnx as export_onnx
-from amp_convert.plan import Plan
-from amp_convert.profile import profile
-from amp_convert.report.audit import AuditRow, audit_rows
-from amp_convert.rules import Rules, load_rules
+from amp_convert.capture.regions import capture
+from amp_convert.core import device as devices
+from amp_convert.core.errors import UsageError
+from amp_convert.core.number_formats import LOW_DTYPES
+from amp_convert.loading.model_file import as_call
+from amp_convert.onnx_file.write import export_onnx as export_onnx
+from amp_convert.plan.plan import Plan
+from amp_convert.profile.calibrate import profile
+from amp_convert.report.sections.audit import AuditRow, audit_rows
+from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rules.rule_set import Rules, load_rules
+from amp_convert.validate.inference.compare import compare as compare_batches
+from amp_convert.validate.inference.results import Divergence
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,23 +19,20 @@ from typing import Any, Protocol
 
 import torch
 
-from amp_convert import __version__, checkpoint, costs, onnx_export, training_setup
-from amp_convert import device as devices
-from amp_convert.batches import Batch
-from amp_convert.capture import Captured, capture
-from amp_convert.case import Case, check_forward, load_case, score, user_batches
-from amp_convert.comparison import compare, frozen_identical
-from amp_convert.converted import ConvertedModel, convert_captured
-from amp_convert.device import Device
-from amp_convert.divergence import Divergence
-from amp_convert.dtypes import from_name
-from amp_convert.errors import UsageError
-from amp_convert.extras import require
-from amp_convert.fp32_baseline import Fp32Baseline, make_fp32_baseline
-from amp_convert.noninferiority import MIN_BASELINE_SEEDS
-from amp_convert.onnx_validation import validate_onnx
-from amp_convert.plan import Plan
-from amp_convert.profile import RangeStats, profile
+from amp_convert import __version__
+from amp_convert.capture.regions import Captured, capture
+from amp_convert.core import device as devices
+from amp_convert.core.batches import Batch
+from amp_convert.core.device import Device
+from amp_convert.core.errors import UsageError
+from amp_convert.core.number_formats import from_name
+from amp_convert.core.optional_packages import require
+from amp_convert.loading.model_file import Case, check_forward, load_case, score, user_batches
+from amp_convert.loading.settings import Settings, split_source
+from amp_convert.loading.user_code import SOURCES
+from amp_convert.onnx_file import write as onnx_export
+from amp_convert.plan.plan import Plan
+from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.report import (
     Environment,
     ModelInfo,
@@ -44,12 +41,19 @@ from amp_convert.report import (
     RunReport,
     Unchecked,
 )
-from amp_convert.rules import Rules, load_rules
-from amp_convert.settings import Settings, split_source
-from amp_convert.training import DEFAULT_STEPS, compare_training
-from amp_convert.training_parity import TrainingParity
-from amp_convert.usercode import SOURCES
-from amp_convert.verdict import Thresholds, judge
+from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rules.rule_set import Rules, load_rules
+from amp_convert.validate.inference import costs
+from amp_convert.validate.inference.compare import compare, frozen_identical
+from amp_convert.validate.inference.results import Divergence
+from amp_convert.validate.onnx.compare import validate_onnx
+from amp_convert.validate.training import checkpoint
+from amp_convert.validate.training import setup as training_setup
+from amp_convert.validate.training.compare import DEFAULT_STEPS, compare_training
+from amp_convert.validate.training.noninferiority import MIN_BASELINE_SEEDS
+from amp_convert.validate.training.results import TrainingParity
+from amp_convert.validate.training.seed_spread import Fp32Baseline, make_fp32_baseline
+from amp_convert.verdict.verdict import Thresholds, judge
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from amp_convert import usercode
-from amp_convert.cli import run
+from amp_convert.cli.main import run
+from amp_convert.loading import user_code as usercode
 
 HEAD = "import torch\nfrom torch import nn\n"
 INPUTS = "\ndef example_inputs():\n    return torch.ones(4, 8)\n"
@@ -168,7 +168,7 @@ def amp(folder: Path, *arguments: str) -> Outcome:
 
 def process(folder: Path, *arguments: str, **environment: str) -> Outcome:
     """Run the command as a process of its own."""
-    command = [sys.executable, "-c", "from amp_convert.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from amp_convert.cli.main import main; main()", *arguments]
     done = subprocess.run(
         command,
         cwd=folder,

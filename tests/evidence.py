@@ -9,15 +9,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from amp_convert.baseline import baseline_of
-from amp_convert.capture import Uncaptured
-from amp_convert.divergence import Divergence, MetricPair, NodeDivergence, OutputError
-from amp_convert.fidelity import Fidelity
-from amp_convert.gate import GateResult, compare
-from amp_convert.plan import Casts, Decision, Plan
+from amp_convert.capture.fidelity import Fidelity
+from amp_convert.capture.regions import Uncaptured
+from amp_convert.gate.baseline import baseline_of
+from amp_convert.gate.compare import GateResult, compare
+from amp_convert.plan.plan import Casts, Decision, Plan
 from amp_convert.report import Environment, ModelInfo, PlanSection, RunReport, Unchecked
-from amp_convert.training_parity import TrainingParity
-from amp_convert.verdict import Check, Thresholds, Verdict, judge
+from amp_convert.validate.inference.results import (
+    Divergence,
+    MetricPair,
+    NodeDivergence,
+    OutputError,
+)
+from amp_convert.validate.training.results import TrainingParity
+from amp_convert.verdict.verdict import Check, Thresholds, Verdict, judge
 
 FP16 = Thresholds.for_dtype("float16")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from amp_convert.export import CapturedGraph, export_graph
-from amp_convert.runner import GraphRunner
+from amp_convert.capture.export import CapturedGraph, export_graph
+from amp_convert.capture.graph_call import GraphRunner
 
 aten = torch.ops.aten
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from amp_convert.case import named_leaves
-from amp_convert.onnx_export import Exported, IoTypes, OnnxModel, export
+from amp_convert.loading.model_file import named_leaves
+from amp_convert.onnx_file.write import Exported, IoTypes, OnnxModel, export
 from tests.zoo import BUILDERS, converted, example
 
 EXPORTABLE = [name for name in BUILDERS if name != "mixtral"]

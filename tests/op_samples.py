@@ -28,10 +28,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amp_convert.capture import Captured, Region, _record
-from amp_convert.export import CapturedGraph
-from amp_convert.provenance import NodeInfo, op_name
-from amp_convert.runner import InputSpec, Signature, Source, UserInput
+from amp_convert.capture.export import CapturedGraph
+from amp_convert.capture.graph_call import InputSpec, Signature, Source, UserInput
+from amp_convert.capture.node_info import NodeInfo, op_name
+from amp_convert.capture.regions import Captured, Region, _record
 
 aten = torch.ops.aten
 

@@ -10,13 +10,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import Captured, capture
-from amp_convert.converted import ConvertedModel, convert_captured
-from amp_convert.plan import Casts, Decision, Plan
-from amp_convert.planner import make_plan
-from amp_convert.profile import RangeStats, profile
-from amp_convert.rewrite import Rewritten, rewrite
-from amp_convert.rules import Category, Guards, Rule, Rules, Target, load_rules
+from amp_convert.capture.regions import Captured, capture
+from amp_convert.plan.plan import Casts, Decision, Plan
+from amp_convert.plan.planner import make_plan
+from amp_convert.profile.calibrate import RangeStats, profile
+from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rewrite.insert_casts import Rewritten, rewrite
+from amp_convert.rules.rule_set import Category, Guards, Rule, Rules, Target, load_rules
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import amp_convert
 import amp_convert as amp
-from amp_convert.errors import AmpConvertError, ModelError, UnsupportedModelError, UsageError
-from amp_convert.plan import Decision
-from amp_convert.rules import load_rules
+from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError, UsageError
+from amp_convert.plan.plan import Decision
+from amp_convert.rules.rule_set import load_rules
 from tests.zoo import assert_same_bits
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from amp_convert import pipeline, usercode
-from amp_convert.errors import ModelError, UsageError
+from amp_convert import pipeline
+from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.loading import user_code as usercode
+from amp_convert.loading.settings import Settings
 from amp_convert.pipeline import Run
 from amp_convert.report import RunReport
-from amp_convert.settings import Settings
 from tests.command import HEAD, MLP, net
 
 # Draws its weights without a seed and counts the batches that are asked for.

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from amp_convert.arms import Recipe
-from amp_convert.batches import Batch
-from amp_convert.capture import capture
-from amp_convert.converted import ConvertedModel, convert_captured
-from amp_convert.profile import profile
-from amp_convert.rules import load_rules
-from amp_convert.training_data import Data
+from amp_convert.capture.regions import capture
+from amp_convert.core.batches import Batch
+from amp_convert.profile.calibrate import profile
+from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rules.rule_set import load_rules
+from amp_convert.validate.training.arm import Recipe
+from amp_convert.validate.training.data import Data
 from tests import zoo
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from amp_convert.exponents import ExponentHistogram, ScaleAdvice
-from amp_convert.gradient_parity import (
+from amp_convert.core.exponent_histogram import ExponentHistogram, ScaleAdvice
+from amp_convert.validate.training.gradient_results import (
     GradientDifference,
     GradientParity,
     GradientRange,
     LayerGradient,
 )
-from amp_convert.noninferiority import Margin, judge_pairs
-from amp_convert.training_parity import PairedRun, SeedPair, TrainingArm, TrainingParity
+from amp_convert.validate.training.noninferiority import Margin, judge_pairs
+from amp_convert.validate.training.results import PairedRun, SeedPair, TrainingArm, TrainingParity
 
 LOSSES = (2.0, 1.5, 1.25, 1.0, 0.75, 0.5, 0.5, 0.5)
 STEPS = len(LOSSES)

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import Captured, capture
-from amp_convert.converted import ConvertedModel, convert_captured
-from amp_convert.profile import RangeStats, profile
-from amp_convert.rules import load_rules
+from amp_convert.capture.regions import Captured, capture
+from amp_convert.profile.calibrate import RangeStats, profile
+from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rules.rule_set import load_rules
 
 Example = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A model and the (args, kwargs) of one call."""

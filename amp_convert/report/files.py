@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from amp_convert.report.csv_report import layers_csv
 from amp_convert.report.folder import write_folder
-from amp_convert.report.html_report import html_text
-from amp_convert.report.json_report import json_text
-from amp_convert.report.junit_report import junit_text
-from amp_convert.report.markdown_report import markdown_text
 from amp_convert.report.model import RunReport
+from amp_convert.report.writers.csv_report import layers_csv
+from amp_convert.report.writers.html_report import html_text
+from amp_convert.report.writers.json_report import json_text
+from amp_convert.report.writers.junit_report import junit_text
+from amp_convert.report.writers.markdown_report import markdown_text
 
 
 def report_files(report: RunReport, plan_toml: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from amp_convert.errors import UsageError
+from amp_convert.core.errors import UsageError
 
 # Every file a report folder may hold: a folder with any other is not replaced. The last three are
 # left behind by file browsers.

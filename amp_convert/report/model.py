@@ -13,14 +13,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from amp_convert.capture import Uncaptured
-from amp_convert.divergence import Divergence
-from amp_convert.fidelity import Fidelity
-from amp_convert.onnx_export import OnnxModel
-from amp_convert.onnx_parity import OnnxParity
-from amp_convert.plan import Decision, Plan
-from amp_convert.training_parity import TrainingParity
-from amp_convert.verdict import Verdict
+from amp_convert.capture.fidelity import Fidelity
+from amp_convert.capture.regions import Uncaptured
+from amp_convert.onnx_file.write import OnnxModel
+from amp_convert.plan.plan import Decision, Plan
+from amp_convert.validate.inference.results import Divergence
+from amp_convert.validate.onnx.results import OnnxParity
+from amp_convert.validate.training.results import TrainingParity
+from amp_convert.verdict.verdict import Verdict
 
 SCHEMA_VERSION: Literal[1] = 1
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -21,12 +21,12 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from amp_convert.capture import capture
-from amp_convert.comparison import compare
-from amp_convert.converted import ConvertedModel, convert_captured
-from amp_convert.device import choose, milliseconds, move, peak_bytes
-from amp_convert.profile import profile
-from amp_convert.rules import load_rules
+from amp_convert.capture.regions import capture
+from amp_convert.core.device import choose, milliseconds, move, peak_bytes
+from amp_convert.profile.calibrate import profile
+from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rules.rule_set import load_rules
+from amp_convert.validate.inference.compare import compare
 
 TURNS = 15
 Arms = dict[str, Callable[[], Any]]

@@ -45,12 +45,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import amp_convert as amp
-from amp_convert.case import named_leaves
-from amp_convert.error_metrics import ErrorSums
-from amp_convert.onnx_export import export
-from amp_convert.onnx_kernels import Kernels, constant
-from amp_convert.onnx_sessions import Session
-from amp_convert.onnx_validation import validate_onnx
+from amp_convert.core.tensor_errors import ErrorSums
+from amp_convert.loading.model_file import named_leaves
+from amp_convert.onnx_file.write import export
+from amp_convert.validate.onnx.compare import validate_onnx
+from amp_convert.validate.onnx.node_kernels import Kernels, constant
+from amp_convert.validate.onnx.sessions import Session
 from tests.benchmarks.neighbours import TOOLS
 from tests.onnx_files import EXPORTABLE
 from tests.zoo import BUILDERS, build

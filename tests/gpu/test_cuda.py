@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import amp_convert as amp
-from amp_convert import costs
-from amp_convert import device as devices
-from amp_convert.onnx_validation import validate_onnx
+from amp_convert.core import device as devices
+from amp_convert.validate.inference import costs
+from amp_convert.validate.onnx.compare import validate_onnx
 from tests.zoo import (
     DTYPES,
     Example,

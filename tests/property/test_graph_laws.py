@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.converted import ConvertedModel
-from amp_convert.dtypes import LOW_DTYPES, name_of
-from amp_convert.plan import Casts, Decision, Plan
-from amp_convert.rewrite import Rewritten
-from amp_convert.rules import load_rules
-from amp_convert.runner import Source
+from amp_convert.capture.graph_call import Source
+from amp_convert.core.number_formats import LOW_DTYPES, name_of
+from amp_convert.plan.plan import Casts, Decision, Plan
+from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.rewrite.insert_casts import Rewritten
+from amp_convert.rules.rule_set import load_rules
 from tests.graphs import RandomModule, Recipe, covering, inputs_of, recipes
 from tests.staged import Recorder, Staged, casts_of, decisions_of, rule, rules_with, same_bits
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import amp_convert as amp
-from amp_convert.dtypes import LOW_DTYPES
-from amp_convert.onnx_export import export_onnx
-from amp_convert.onnx_validation import validate_onnx
+from amp_convert.core.number_formats import LOW_DTYPES
+from amp_convert.onnx_file.write import export_onnx
+from amp_convert.validate.onnx.compare import validate_onnx
 from tests.graphs import RandomModule, Recipe, covering, inputs_of
 
 UNTRANSLATED = {"damped", "attention"}

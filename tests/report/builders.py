@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from amp_convert.capture import Uncaptured
-from amp_convert.divergence import NodeDivergence, OutputError
-from amp_convert.plan import Casts, Decision, Plan
+from amp_convert.capture.regions import Uncaptured
+from amp_convert.plan.plan import Casts, Decision, Plan
 from amp_convert.report import Environment, PlanSection
+from amp_convert.validate.inference.results import NodeDivergence, OutputError
 
 HOSTILE = (
     "<script>alert(1)</script>",

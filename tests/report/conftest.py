@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from amp_convert.capture import Uncaptured
-from amp_convert.divergence import ArmCost, Divergence, MetricPair, NodeDivergence
-from amp_convert.fidelity import Fidelity
-from amp_convert.plan import Decision
+from amp_convert.capture.fidelity import Fidelity
+from amp_convert.capture.regions import Uncaptured
+from amp_convert.plan.plan import Decision
 from amp_convert.report import ModelInfo, RunReport, Unchecked
-from amp_convert.verdict import Check, Verdict
+from amp_convert.validate.inference.results import ArmCost, Divergence, MetricPair, NodeDivergence
+from amp_convert.verdict.verdict import Check, Verdict
 from tests.report.builders import (
     HOSTILE,
     decision,

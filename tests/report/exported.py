@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from amp_convert.onnx_export import OnnxModel, OnnxTensor
-from amp_convert.onnx_parity import Arm, OnnxMetric, OnnxNode, OnnxOutput, OnnxParity, OnnxRun
+from amp_convert.onnx_file.write import OnnxModel, OnnxTensor
 from amp_convert.report.model import OnnxSection
+from amp_convert.validate.onnx.results import (
+    Arm,
+    OnnxMetric,
+    OnnxNode,
+    OnnxOutput,
+    OnnxParity,
+    OnnxRun,
+)
 from tests.report.builders import HOSTILE, output_error
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from amp_convert.errors import UsageError
+from amp_convert.core.errors import UsageError
 from amp_convert.report import folder
 from amp_convert.report.folder import check_writable, write_folder
 

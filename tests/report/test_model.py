@@ -12,23 +12,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from amp_convert.capture import Uncaptured
-from amp_convert.divergence import ArmCost, Divergence, MetricPair, NodeDivergence, OutputError
-from amp_convert.exponents import ExponentHistogram
-from amp_convert.fidelity import Fidelity
-from amp_convert.gradient_parity import (
+from amp_convert.capture.fidelity import Fidelity
+from amp_convert.capture.regions import Uncaptured
+from amp_convert.core.exponent_histogram import ExponentHistogram
+from amp_convert.plan.plan import Decision
+from amp_convert.report import RunReport, Unchecked
+from amp_convert.report.writers.json_report import json_text
+from amp_convert.validate.inference.results import (
+    ArmCost,
+    Divergence,
+    MetricPair,
+    NodeDivergence,
+    OutputError,
+)
+from amp_convert.validate.training.gradient_results import (
     ActivationGradient,
     GradientParity,
     GradientRange,
     LayerGradient,
     ParameterGradient,
 )
-from amp_convert.noninferiority import Look, Margin, Noninferiority
-from amp_convert.plan import Decision
-from amp_convert.report import RunReport, Unchecked
-from amp_convert.report.json_report import json_text
-from amp_convert.training_parity import PairedRun, SeedPair, TrainingArm, TrainingParity
-from amp_convert.verdict import Check, Verdict
+from amp_convert.validate.training.noninferiority import Look, Margin, Noninferiority
+from amp_convert.validate.training.results import PairedRun, SeedPair, TrainingArm, TrainingParity
+from amp_convert.verdict.verdict import Check, Verdict
 from tests.report.builders import decision, fp32, plan_section
 from tests.report.exported import node, output, parity, run, section
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from amp_convert.exponents import ExponentHistogram, ScaleAdvice
-from amp_convert.gradient_parity import (
+from amp_convert.core.exponent_histogram import ExponentHistogram, ScaleAdvice
+from amp_convert.validate.training.gradient_results import (
     ActivationGradient,
     GradientDifference,
     GradientParity,
@@ -15,8 +15,8 @@ from amp_convert.gradient_parity import (
     LayerGradient,
     ParameterGradient,
 )
-from amp_convert.noninferiority import Margin, Noninferiority, judge_pairs
-from amp_convert.training_parity import PairedRun, SeedPair, TrainingArm, TrainingParity
+from amp_convert.validate.training.noninferiority import Margin, Noninferiority, judge_pairs
+from amp_convert.validate.training.results import PairedRun, SeedPair, TrainingArm, TrainingParity
 from tests.report.builders import HOSTILE
 
 SCALED = (65536.0, 32768.0, 32768.0, 32768.0, 32768.0, 32768.0, 32768.0, 32768.0)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import Captured, capture
-from amp_convert.converted import ConvertedModel, convert_captured
-from amp_convert.profile import RangeStats, profile
-from amp_convert.rules import load_rules
+from amp_convert.capture.regions import Captured, capture
+from amp_convert.profile.calibrate import RangeStats, profile
+from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rules.rule_set import load_rules
 from tests.traps import cases
 from tests.traps.trap import A16, H16, TRAPS, Built
 

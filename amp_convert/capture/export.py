@@ -1,0 +1,306 @@
+"""One module in one mode -> `CapturedGraph`: a functional ATen graph with a name for every node.
+
+`torch.export` (non-strict, first dimensions dynamic) traces the module; `run_decompositions({})`
+makes the graph functional and leaves composite operators (`linear`, `layer_norm`,
+`scaled_dot_product_attention`) whole. Functional form is needed, not merely tidy: a cast in front
+of an in-place operator would break aliasing, and a value read after `relu_` has changed it would
+put the blame on the wrong node.
+
+The graph is then repaired: see `export_repairs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import inspect
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture.export_repairs import detach_no_grad, mark_explicit_cast, repair
+from amp_convert.capture.graph_call import (
+    Guard,
+    InputSpec,
+    Signature,
+    Source,
+    UserInput,
+    bind,
+    in_mode,
+)
+from amp_convert.capture.node_info import NodeInfo, describe
+from amp_convert.core import device as devices
+
+aten = torch.ops.aten
+
+
+KEPT_META = ("nn_module_stack", "stack_trace", "torch_fn")
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """One mode of one module as a function of its tensors and the user's inputs."""
+
+    mode: str
+    graph_module: fx.GraphModule
+    signature: Signature
+    constants: Mapping[str, torch.Tensor] = field(repr=False)
+    nodes: Mapping[str, NodeInfo] = field(repr=False)
+
+
+def export_graph(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mode: str,
+    path: str = "",
+    *,
+    dynamic: bool = True,
+) -> CapturedGraph:
+    """Capture `module` in `mode` ("eval" or "train"); `path` is its place in the whole model.
+
+    First dimensions stay dynamic where the model allows it; when tracing them fails for a reason
+    that a static trace does not share, they are fixed. Raises whatever `torch.export` raises.
+    """
+    call = inspect.signature(module.forward)
+    bound = bind(call, args, kwargs)
+    for name, value in bound.arguments.items():
+        if call.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            bound.arguments[name] = dict(sorted(value.items()))  # no order of keywords is special
+    args, kwargs = _distinct((bound.args, bound.kwargs))
+    device = devices.of_model(module)
+    with (
+        collector_paused(),
+        in_mode(module, training=mode == "train"),
+        devices.plain_mode(device),
+        _flat_outputs(module) as returned,
+    ):
+        program = _dynamic_program(module, call, args, kwargs) if dynamic else None
+        if program is None:
+            program = _program(module, call, args, kwargs, dynamic=False)
+    graph = program.graph
+    repair(graph)
+    out_spec = returned[-1] if returned else program.call_spec.out_spec
+    signature = _signature(program, module, call, bound.arguments, out_spec)
+    nodes = describe(graph, path)
+    # What tracing left behind is read; its fake tensors would only stand in the way of a copy.
+    for node in graph.nodes:
+        node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
+    graph_module = fx.GraphModule(program.graph_module, graph)
+    graph_module.meta = {}
+    return CapturedGraph(
+        mode=mode,
+        graph_module=graph_module,
+        signature=signature,
+        constants={n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)},
+        nodes=nodes,
+    )
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """No search for cyclic garbage while this is open.
+
+    A trace makes objects by the hundred thousand that live until it ends, so there is little to be
+    found, and each full search goes through all that PyTorch and the model have imported: a tenth
+    of the time of a conversion.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _distinct(inputs: Any) -> Any:
+    """The inputs with no tensor given twice: export would make one input of the two."""
+    seen: set[int] = set()
+
+    def own(leaf: torch.Tensor) -> torch.Tensor:
+        if id(leaf) in seen:
+            return leaf.detach().clone()
+        seen.add(id(leaf))
+        return leaf
+
+    return pytree.tree_map_only(torch.Tensor, own, inputs)
+
+
+@contextlib.contextmanager
+def _flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
+    """While this is open, `module` returns the leaves of its outputs; their structure is appended
+    to the list that this gives.
+
+    Export would rebuild the outputs each time it retraces, and a container that makes tensors of
+    its own while it is built (a key-value cache of transformers) then adds constants that nobody
+    owns. A module whose forward hooks look at its outputs is left as it is.
+    """
+    found: list[pytree.TreeSpec] = []
+    own, forward = module.__dict__.get("forward"), module.forward
+
+    @functools.wraps(forward)
+    def flat(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
+        found.append(spec)
+        return tuple(leaves)
+
+    if not module._forward_hooks:
+        module.__dict__["forward"] = flat
+    try:
+        yield found
+    finally:
+        if own is not None:
+            module.__dict__["forward"] = own
+        else:
+            module.__dict__.pop("forward", None)
+
+
+def _dynamic_program(
+    module: nn.Module, call: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> torch.export.ExportedProgram | None:
+    try:
+        return _program(module, call, *grown(args, kwargs), dynamic=True)
+    except Exception:  # noqa: BLE001  whatever fails dynamically is retried statically
+        return None
+
+
+def _program(
+    module: nn.Module,
+    call: inspect.Signature,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    dynamic: bool,
+) -> torch.export.ExportedProgram:
+    shapes = None
+    if dynamic:
+        arguments = bind(call, args, kwargs).arguments
+        shapes = pytree.tree_map(_first_dimension, dict(arguments))
+    # A failing export prints its half-made graph.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        program = torch.export.export(
+            module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
+        )
+    for node in list(program.graph.nodes):
+        mark_explicit_cast(node)
+        detach_no_grad(node)
+    functional: torch.export.ExportedProgram = program.run_decompositions({})
+    return functional
+
+
+def _first_dimension(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+        return {0: torch.export.Dim.AUTO}
+    return None
+
+
+def grown(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Inputs whose common batch size of 1 is doubled: export would burn in a size of 1."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if not tensors or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return args, kwargs
+    grown: tuple[Any, Any] = pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.cat([t, t]), (args, kwargs)
+    )
+    return grown
+
+
+# --- guards and signature -------------------------------------------------------------------------
+
+
+def _guards(program: torch.export.ExportedProgram) -> tuple[Guard, ...]:
+    """What the model's own conditions on sizes came out as. The text is written by torch.export."""
+    found = []
+    for code in getattr(program, "_guards_code", ()):
+        holds = eval(f"lambda L: {code}", {"torch": torch, "math": math})  # noqa: S307
+        found.append(Guard(re.sub(r"L\['(\w+)'\]", r"\1", code), functools.partial(_holds, holds)))
+    return tuple(found)
+
+
+def _holds(condition: Callable[[Mapping[str, Any]], bool], arguments: Mapping[str, Any]) -> bool:
+    try:
+        return condition(arguments)
+    except ZeroDivisionError:  # a size that divides others is 0
+        return False
+
+
+_SOURCES = {
+    InputKind.PARAMETER: Source.PARAMETER,
+    InputKind.BUFFER: Source.BUFFER,
+    InputKind.CONSTANT_TENSOR: Source.CONSTANT,
+    InputKind.USER_INPUT: Source.USER,
+}
+
+
+def _signature(
+    program: torch.export.ExportedProgram,
+    module: nn.Module,
+    call: inspect.Signature,
+    arguments: Mapping[str, Any],
+    out_spec: pytree.TreeSpec,
+) -> Signature:
+    declared = program.graph_signature
+    owned = {n for n, _ in [*module.named_parameters(remove_duplicate=False),
+                            *module.named_buffers(remove_duplicate=False)]}  # fmt: skip
+    mutated = set(declared.buffers_to_mutate.values())
+    inputs = []
+    for spec in declared.input_specs:
+        if spec.kind not in _SOURCES:
+            raise ValueError(f"a {spec.kind.name.lower()} input is not supported")
+        source, target = _SOURCES[spec.kind], spec.target or ""
+        if source is Source.BUFFER and target not in owned:
+            source = Source.CONSTANT
+        inputs.append(InputSpec(source, target, mutated=target in mutated))
+    buffers, changed = [], []
+    for output in declared.output_specs:
+        if output.kind is OutputKind.BUFFER_MUTATION:
+            buffers.append(output.target or "")
+        elif output.kind is OutputKind.USER_INPUT_MUTATION:
+            names = [s.arg.name for s in declared.input_specs]
+            changed.append(names.index(output.target))
+        elif output.kind is not OutputKind.USER_OUTPUT:
+            raise ValueError(f"a {output.kind.name.lower()} output is not supported")
+    leaves, in_spec = pytree.tree_flatten(list(arguments.values()))
+    return Signature(
+        call=call,
+        guards=_guards(program),
+        inputs=tuple(inputs),
+        names=tuple(arguments),
+        user_inputs=_user_inputs(program, arguments, leaves),
+        in_spec=in_spec,
+        out_spec=out_spec,
+        buffer_outputs=tuple(buffers),
+        input_outputs=tuple(changed),
+    )
+
+
+def _user_inputs(
+    program: torch.export.ExportedProgram, arguments: Mapping[str, Any], leaves: Sequence[Any]
+) -> tuple[UserInput, ...]:
+    paths = [
+        name + pytree.keystr(keys)
+        for name, value in arguments.items()
+        for keys, _ in pytree.tree_flatten_with_path(value)[0]
+    ]
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    specs = [s for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    found = []
+    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
+        value = None if isinstance(spec.arg, ConstantArgument) else values[spec.arg.name]
+        if isinstance(value, torch.Tensor):
+            sizes: list[int | torch.SymInt] = list(value.shape)
+            shape = tuple(size if isinstance(size, int) else None for size in sizes)
+            found.append(UserInput(path, shape, value.dtype))
+        else:
+            found.append(UserInput(path, None, None, leaf))
+    return tuple(found)

@@ -1,0 +1,175 @@
+"""Is the captured FP32 graph the model? Checked on every run, before anything is converted.
+
+Eager model and captured graph run once each on the example inputs with the same random state, then
+backward from the same random cotangents. Outputs, parameter gradients and buffers are compared bit
+for bit. Buffers and random state are put back afterwards, so checking leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture.graph_call import in_mode
+from amp_convert.core import device as devices
+from amp_convert.core.number_formats import is_float_tensor
+from amp_convert.core.tensor_errors import larger
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What comparing one captured graph with the eager model showed.
+
+    `outputs`, `gradients` and `buffers` say whether they are bit-identical; None where there are
+    none to compare. `max_rel_l2` is the largest relative L2 difference over all of them.
+    `status` is "identical", "different" or "unchecked".
+    """
+
+    mode: str
+    status: str
+    outputs: bool | None
+    gradients: bool | None
+    buffers: bool | None
+    max_rel_l2: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What one run leaves behind, by name."""
+
+    outputs: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+
+
+def unchecked(mode: str, reason: str) -> Fidelity:
+    """The result where no comparison was possible."""
+    return Fidelity(mode, "unchecked", None, None, None, float("nan"), reason)
+
+
+def check(
+    module: nn.Module,
+    captured: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mode: str,
+) -> Fidelity:
+    """Compare `captured` with `module` in `mode`, forward and backward, in FP32."""
+    device = devices.of_model(module)
+    if not devices.has_values(module):
+        return unchecked(mode, "the model's tensors hold no values that could be compared")
+    backward, without = True, ""
+    try:
+        eager = _trace(module, module, args, kwargs, mode, device, backward=backward)
+    except RuntimeError as error:  # some models can be run but not differentiated
+        backward, without = False, f"; gradients were not compared: {error}"
+    except Exception as error:  # noqa: BLE001  whatever the user's model raises in this mode
+        return unchecked(mode, f"the eager model fails in {mode} mode: {error}")
+    if not backward:
+        try:
+            eager = _trace(module, module, args, kwargs, mode, device, backward=backward)
+        except Exception as error:  # noqa: BLE001  the same
+            return unchecked(mode, f"the eager model fails in {mode} mode: {error}")
+    graph = _trace(module, captured, args, kwargs, mode, device, backward=backward)
+    verdicts: list[bool | None] = []
+    worst = 0.0
+    for want, have in (
+        (eager.outputs, graph.outputs),
+        (eager.gradients, graph.gradients),
+        (eager.buffers, graph.buffers),
+    ):
+        if want.keys() != have.keys():
+            verdicts.append(False)
+            worst = larger(worst, float("inf"))
+            continue
+        verdicts.append(all(_identical(want[n], have[n]) for n in want) if want else None)
+        for name in want:
+            worst = larger(worst, _rel_l2(want[name], have[name]))
+    outputs, gradients, buffers = verdicts
+    if False not in verdicts:
+        reason = f"captured FP32 graph and eager FP32 model agree bit for bit{without}"
+        return Fidelity(mode, "identical", outputs, gradients, buffers, worst, reason)
+    names = ("outputs", "gradients", "buffers")
+    differing = [name for name, same in zip(names, verdicts, strict=True) if same is False]
+    reason = (
+        f"{' and '.join(differing)} of the captured FP32 graph differ from the eager model, "
+        f"relative L2 {worst:.1e}; a model that takes another path while it is traced does this"
+    )
+    return Fidelity(mode, "different", outputs, gradients, buffers, worst, reason)
+
+
+def _trace(
+    module: nn.Module,
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mode: str,
+    device: torch.device,
+    *,
+    backward: bool,
+) -> _Trace:
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
+    with (
+        in_mode(module, training=mode == "train"),
+        devices.preserved_rng(device),
+        devices.exact_fp32(device),
+        devices.plain_mode(device),
+    ):
+        torch.manual_seed(0)
+        result = call(*args, **kwargs)
+        gradients = _gradients(module, result) if backward else {}
+        leaves = pytree.tree_flatten_with_path(result)[0]
+        outputs = {
+            pytree.keystr(k): t.detach().clone() for k, t in leaves if isinstance(t, torch.Tensor)
+        }
+        buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
+        given = pytree.tree_flatten_with_path((args, kwargs))[0]
+        for keys, leaf in given:
+            if isinstance(leaf, torch.Tensor):  # the model may write to what it is given
+                outputs[f"input {pytree.keystr(keys)}"] = leaf.detach()
+    return _Trace(outputs, gradients, buffers)
+
+
+def _gradients(module: nn.Module, result: Any) -> dict[str, torch.Tensor]:
+    """Gradients of every parameter from seeded random cotangents on every differentiable output."""
+    outputs = [t for t in pytree.tree_leaves(result) if is_float_tensor(t) and t.requires_grad]
+    wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not outputs or not wanted:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t.device, t.dtype)
+        for t in outputs
+    ]
+    found = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
+    gradients: list[torch.Tensor | None] = list(found)
+    return {n: g for n, g in zip(wanted, gradients, strict=True) if g is not None}
+
+
+def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Same dtype, shape and bits, NaN equal to NaN."""
+    a, b = _strided(a), _strided(b)
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _strided(tensor: torch.Tensor) -> torch.Tensor:
+    """A sparse gradient (of an embedding) as the tensor it stands for."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def _rel_l2(want: torch.Tensor, have: torch.Tensor) -> float:
+    if _identical(want, have):
+        return 0.0
+    if want.shape != have.shape or not want.is_floating_point():
+        return float("inf")
+    want, have = _strided(want), _strided(have)
+    reference = want.double()
+    return float((have.double() - reference).norm() / reference.norm())

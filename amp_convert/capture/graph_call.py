@@ -1,0 +1,280 @@
+"""Calling a captured graph as if it were the module it came from.
+
+A captured graph is a function: parameters, buffers and constants are inputs like the user's own,
+and a changed buffer is one more output. `Signature` says which input is which; `GraphRunner` binds
+them to a module at call time. Looking the tensors up at every call, instead of storing them, is
+what lets two graphs (train and eval) and a rewritten copy of each share one set of weights, and
+lets `load_state_dict`, `.to()` and optimizers work on that set as usual.
+
+A buffer that the graph changes is cloned before the graph reads it: the backward pass may have
+saved the value that was read, and writing the new value over it would make PyTorch refuse to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from amp_convert.core.errors import ModelError
+
+
+class Source(StrEnum):
+    """Where an input of a captured graph comes from."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    USER = "user"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One placeholder: its source and, for all but the user's, the name of the tensor there."""
+
+    source: Source
+    target: str
+    mutated: bool = False
+
+
+@dataclass(frozen=True)
+class UserInput:
+    """What the graph expects of one leaf of the user's inputs.
+
+    `shape` holds None for a dimension that may vary; it is None for a leaf that is no tensor, and
+    then `value` is the value that the graph was captured with.
+    """
+
+    path: str
+    shape: tuple[int | None, ...] | None
+    dtype: torch.dtype | None
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on input sizes that the model tested while it was traced, and its outcome.
+
+    `holds` takes the arguments by name. Where it is false, the model would take another path than
+    the one in the graph.
+    """
+
+    text: str
+    holds: Callable[[Mapping[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a captured graph's flat inputs and outputs map to a module's.
+
+    `call` is the signature of the module's `forward`, `names` are its arguments that were given at
+    capture, `guards` what tracing assumed of their sizes. `inputs` has one entry a placeholder, in
+    order. The graph returns the new values of `buffer_outputs`, then of the user inputs numbered in
+    `input_outputs`, then the user's outputs.
+    """
+
+    call: inspect.Signature
+    guards: tuple[Guard, ...]
+    inputs: tuple[InputSpec, ...]
+    names: tuple[str, ...]
+    user_inputs: tuple[UserInput, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    buffer_outputs: tuple[str, ...]
+    input_outputs: tuple[int, ...]
+
+
+def bind(
+    call: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """Match a call with a `forward`; ModelError when it does not fit."""
+    try:
+        return call.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ModelError(
+            f"the inputs do not fit the model's forward: {error}",
+            mend="Give a tuple for positional inputs or a dict for keywords.",
+        ) from None
+
+
+class GraphRunner:
+    """Runs one graph of a module, in the module's own calling convention."""
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        signature: Signature,
+        constants: Mapping[str, torch.Tensor],
+        owner: nn.Module,
+    ) -> None:
+        self.graph_module, self.signature = graph_module, signature
+        self.owner, self._constants = owner, dict(constants)
+        self._changes = len(signature.buffer_outputs) + len(signature.input_outputs)
+        self._slots = [(*self._slot(spec), spec.mutated) for spec in signature.inputs]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.inputs(args, kwargs)
+        return self.finish(self.graph_module(*inputs), inputs)
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The graph's flat inputs: the module's tensors and the leaves of the user's call."""
+        leaves = iter(self._leaves(args, kwargs))
+        return [
+            next(leaves) if store is None else store[key].clone() if mutated else store[key]
+            for store, key, mutated in self._slots
+        ]
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """The module's own tensors in the order of the graph's inputs; None for the user's."""
+        return [None if store is None else store[key] for store, key, _ in self._slots]
+
+    def finish(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        """Write changed buffers and inputs back; return the user's outputs."""
+        signature = self.signature
+        written = len(signature.buffer_outputs)
+        buffers, changed = outputs[:written], outputs[written : self._changes]
+        with torch.no_grad():
+            for name, value in zip(signature.buffer_outputs, buffers, strict=True):
+                store, key = _lookup(self.owner, name)
+                store[key].copy_(value)
+            for index, value in zip(signature.input_outputs, changed, strict=True):
+                inputs[index].copy_(value)
+        return self.results(outputs)
+
+    def changes(
+        self, reference: Sequence[Any], value: Sequence[Any]
+    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """What two sets of outputs would write: (name of the buffer or input, its two values)."""
+        names = [f"buffer {name}" for name in self.signature.buffer_outputs]
+        for index in self.signature.input_outputs:
+            before = self.signature.inputs[:index]
+            position = sum(spec.source is Source.USER for spec in before)
+            names.append(f"input {self.signature.user_inputs[position].path}")
+        return zip(names, reference, value, strict=False)
+
+    def results(self, outputs: Sequence[Any]) -> Any:
+        """The user's outputs in their own structure; nothing is written."""
+        return pytree.tree_unflatten(outputs[self._changes :], self.signature.out_spec)
+
+    def _slot(self, spec: InputSpec) -> tuple[dict[str, torch.Tensor] | None, str]:
+        if spec.source is Source.USER:
+            return None, ""
+        if spec.source is Source.CONSTANT:
+            return self._constants, spec.target
+        return _lookup(self.owner, spec.target)
+
+    def _leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The leaves of a call, in the order of capture, checked against what was captured.
+
+        An argument that was left out at capture may be given later only with its default value: the
+        graph holds the computation for that value and no other.
+        """
+        arguments = bind(self.signature.call, args, kwargs).arguments
+        names, parameters = self.signature.names, self.signature.call.parameters
+        for name in arguments.keys() - set(names):
+            value = arguments[name]
+            if value is not parameters[name].default and not _is_empty(value):
+                raise ModelError(
+                    f"the argument {name!r} was not given when the model was captured",
+                    mend="Convert it with example inputs that hold every argument you will pass.",
+                )
+        given = {n: arguments[n] if n in arguments else parameters[n].default for n in names}
+        for name in names:
+            if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                given[name] = dict(sorted(given[name].items()))
+        leaves, spec = pytree.tree_flatten(list(given.values()))
+        self._check(leaves, spec)
+        for guard in self.signature.guards:
+            if not guard.holds(given):
+                raise ModelError(
+                    f"the model takes another path for inputs of this size: {guard.text} is false",
+                    mend="Convert it with example inputs of the size you will pass.",
+                )
+        return leaves
+
+    def _check(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+        if spec != self.signature.in_spec:
+            raise ModelError(
+                "the inputs have another structure than the example inputs",
+                mend="Convert the model with inputs of the structure you will pass.",
+            )
+        for leaf, want in zip(leaves, self.signature.user_inputs, strict=True):
+            problem = _mismatch(leaf, want)
+            if problem:
+                raise ModelError(
+                    f"input {want.path} {problem}",
+                    mend="Convert the model with example inputs like those you will pass; only the "
+                    "first dimension may vary.",
+                )
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, tuple | dict) and not value
+
+
+def _mismatch(leaf: Any, want: UserInput) -> str:
+    if want.shape is None:
+        same = leaf is want.value or (type(leaf) is type(want.value) and leaf == want.value)
+        return "" if same else f"is {leaf!r}, but the graph was captured with {want.value!r}"
+    if not isinstance(leaf, torch.Tensor):
+        return f"is a {type(leaf).__name__}, but the graph was captured with a tensor"
+    if leaf.dtype != want.dtype:
+        return f"has dtype {leaf.dtype}, but the graph was captured with {want.dtype}"
+    fits = len(leaf.shape) == len(want.shape) and all(
+        expected is None or size == expected
+        for size, expected in zip(leaf.shape, want.shape, strict=True)
+    )
+    shown = ", ".join("any" if size is None else str(size) for size in want.shape)
+    return "" if fits else f"has shape {tuple(leaf.shape)}, but the graph takes ({shown})"
+
+
+def _lookup(owner: nn.Module, name: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The dictionary that holds a module's tensor, and its key there."""
+    path, _, key = name.rpartition(".")
+    module = owner.get_submodule(path)
+    for store in (module._parameters, module._buffers):
+        if key in store:
+            return store, key  # type: ignore[return-value]
+    raise KeyError(name)
+
+
+@contextlib.contextmanager
+def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Run `module` in one mode; its training flags and buffers are afterwards as they were.
+
+    A module that is in training mode already keeps the flags of its parts: a BatchNorm that the
+    user froze stays frozen.
+    """
+    children = list(module.modules())
+    flags = [child.training for child in children]
+    tables = [dict(child._buffers) for child in children]
+    kept = {id(b): b.detach().clone() for table in tables for b in table.values() if b is not None}
+    if not (training and module.training):
+        module.train(training)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for child, was_training, table in zip(children, flags, tables, strict=True):
+                child.training = was_training
+                child._buffers.update(table)
+                for buffer in table.values():
+                    if buffer is not None:
+                        _restore(buffer, kept[id(buffer)])
+
+
+def _restore(buffer: torch.Tensor, kept: torch.Tensor) -> None:
+    """Write `kept` back, if there is something to write: an equal buffer keeps its version."""
+    if buffer.grad_fn is not None:  # the model wrote a result into it, with all its history
+        buffer.detach_()
+    comparable = buffer.layout is torch.strided and not buffer.is_meta
+    if isinstance(buffer, FakeTensor) or not (comparable and torch.equal(buffer, kept)):
+        buffer.copy_(kept)

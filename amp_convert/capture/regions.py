@@ -1,0 +1,367 @@
+"""Case -> `Captured`: functional FP32 graphs of a model, for eval and for train, over its own
+weights.
+
+The whole model is tried first. Where it cannot be exported (control flow that depends on values,
+such as a detection head), its children are tried one by one, outermost first: each part that can be
+captured becomes a `Region`, and whatever lies outside stays eager FP32 and is listed in
+`uncaptured`.
+
+A region's graphs are then run once on the inputs that the part really gets. That run checks the
+graph against the eager model (see `fidelity`) and records every value's shape and dtype and every
+node's multiply-adds, which planning needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture import fidelity
+from amp_convert.capture.export import CapturedGraph, export_graph, grown
+from amp_convert.capture.fidelity import Fidelity
+from amp_convert.capture.graph_call import GraphRunner, in_mode
+from amp_convert.capture.mac_counter import MacCounter
+from amp_convert.capture.node_info import is_library_frame, short_path
+from amp_convert.capture.pytree_containers import register_containers
+from amp_convert.core import device as devices
+from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Uncaptured:
+    """A part of the model that stays eager FP32, and the line of code that made it so."""
+
+    layer: str
+    reason: str
+    location: str
+
+
+@dataclass(frozen=True)
+class Value:
+    """Shape and dtype of a tensor, for the example inputs."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one run of a graph on the example inputs recorded, by FX name.
+
+    `values` holds a `Value` a tensor, a tuple of them for a multi-output node, a number for a size,
+    None otherwise.
+    """
+
+    values: Mapping[str, Any] = field(repr=False)
+    macs: Mapping[str, int] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the model (the whole of it when `path` is empty) and its captured graphs."""
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: Mapping[str, Any] = field(repr=False)
+    graphs: Mapping[str, CapturedGraph] = field(repr=False)
+    traces: Mapping[str, Trace] = field(repr=False)
+    train_failure: str = ""
+
+    def qualified(self, name: str) -> str:
+        """A name inside the region as a name in the whole model."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def runner(self, mode: str) -> GraphRunner:
+        """The captured FP32 graph of `mode`, callable like the module."""
+        graph = self.graphs[mode]
+        return GraphRunner(graph.graph_module, graph.signature, graph.constants, self.module)
+
+
+RegionCall = tuple[Region, tuple[Sequence[Any], Mapping[str, Any]]]
+"""A region and the (args, kwargs) of one call of it."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model and all that was captured of it."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: Mapping[str, Any] = field(repr=False)
+    regions: tuple[Region, ...]
+    uncaptured: tuple[Uncaptured, ...]
+    fidelity: tuple[Fidelity, ...]
+
+    def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
+        """What each region receives when the model is called with these inputs, in eval mode, in
+        the order of the calls."""
+        if self.is_whole:
+            return [(self.regions[0], (args, kwargs))]
+        by_path = {region.path: region for region in self.regions}
+        observed = _observed_calls(self.model, tuple(args), kwargs, set(by_path))
+        return [(by_path[path], call) for path, call in observed]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one graph holds the whole model."""
+        return len(self.regions) == 1 and not self.regions[0].path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and so where its graphs run."""
+        return devices.of_model(self.model)
+
+
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, train: bool = True
+) -> Captured:
+    """Capture `model` for calls like `model(*args, **kwargs)`; without `train` for inference only.
+
+    The model's weights, buffers, training flags and random state are left as they are. Raises
+    UnsupportedModelError, naming the user's line, when no part of the model can be captured.
+    """
+    register_containers()
+    args, kwargs = tuple(args), dict(kwargs)
+    try:
+        regions: tuple[Region, ...] = (_region(model, args, kwargs, "", train),)
+        uncaptured: tuple[Uncaptured, ...] = ()
+    except _CannotCaptureError as error:
+        regions, uncaptured = _by_submodule(model, args, kwargs, error, train)
+        if not regions:
+            raise UnsupportedModelError(
+                f"no part of the model can be captured: {error.reason}",
+                where=error.location,
+                mend="Move control flow that depends on tensor values out of the model.",
+            ) from error.__cause__
+    checks = [
+        (region.path, _fidelity(region, mode)) for region in regions for mode in ("eval", "train")
+    ]
+    return Captured(model, args, kwargs, regions, uncaptured, _merged(checks))
+
+
+class _CannotCaptureError(Exception):
+    """One module could not be exported in eval mode."""
+
+    def __init__(self, path: str, cause: Exception) -> None:
+        self.path = path
+        self.reason = f"{type(cause).__name__}: {_first_line(cause)}"
+        self.location = _user_line(cause)
+        super().__init__(self.reason)
+
+
+def _region(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, train: bool
+) -> Region:
+    try:
+        graphs = {"eval": _graph(module, args, kwargs, "eval", path)}
+    except ModelError:
+        raise
+    except Exception as cause:  # export fails in as many ways as user code does
+        raise _CannotCaptureError(path, cause) from cause
+    train_failure = "" if train else "training was not asked for"
+    try:
+        if train:
+            graphs["train"] = _graph(module, args, kwargs, "train", path)
+    except Exception as cause:  # noqa: BLE001  the eval graph is worth having without; fidelity says so
+        train_failure = _CannotCaptureError(path, cause).reason
+    try:
+        traces = {mode: _record(graph, module, args, kwargs) for mode, graph in graphs.items()}
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the model refuses its inputs: {type(error).__name__}: {_first_line(error)}",
+            mend="Give example inputs that the model takes.",
+        ) from error
+    return Region(path, module, args, kwargs, graphs, traces, train_failure)
+
+
+def _graph(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: str, path: str
+) -> CapturedGraph:
+    """The graph of one mode. A batch of one is traced as two, so that its size can vary; a model
+    to which one and two are different things is traced as it is."""
+    graph = export_graph(module, args, kwargs, mode, path)
+    traced_args, traced_kwargs = grown(args, kwargs)
+    if traced_args is args and traced_kwargs is kwargs:
+        return graph
+    runner = GraphRunner(graph.graph_module, graph.signature, graph.constants, module)
+    try:
+        same = fidelity.check(module, runner, args, kwargs, mode).status != "different"
+    except (RuntimeError, ModelError):
+        same = False
+    return graph if same else export_graph(module, args, kwargs, mode, path, dynamic=False)
+
+
+# --- one recorded run ----------------------------------------------------------------------------
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps shapes, dtypes and multiply-adds, but no values."""
+
+    def __init__(self, graph_module: fx.GraphModule, counter: MacCounter) -> None:
+        super().__init__(graph_module)
+        self.values: dict[str, Any] = {}
+        self.macs: dict[str, int] = {}
+        self._counter = counter
+
+    def run_node(self, n: fx.Node) -> Any:
+        result, self.macs[n.name] = self._counter.run(partial(super().run_node, n), n.target)
+        self.values[n.name] = pytree.tree_map(_value, result) if n.op != "output" else None
+        return result
+
+
+def _value(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf if isinstance(leaf, int | float | bool) else None
+    return Value(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
+
+
+def _record(
+    graph: CapturedGraph, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Trace:
+    runner = GraphRunner(graph.graph_module, graph.signature, graph.constants, module)
+    device = devices.of_model(module)
+    with torch.no_grad(), devices.preserved_rng(device):
+        recorder = _Recorder(graph.graph_module, MacCounter())
+        recorder.run(*runner.inputs(args, kwargs), enable_io_processing=False)
+    return Trace(recorder.values, recorder.macs)
+
+
+# --- fallback by submodule -----------------------------------------------------------------------
+
+
+def _by_submodule(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    error: _CannotCaptureError,
+    train: bool,
+) -> tuple[tuple[Region, ...], tuple[Uncaptured, ...]]:
+    """Capture the outermost children that can be; list what stays eager."""
+    calls: dict[str, list[_Call]] = {}
+    for path, call in _observed_calls(model, args, kwargs):
+        calls.setdefault(path, []).append(call)
+    regions: list[Region] = []
+    uncaptured = [Uncaptured(error.path, error.reason, error.location)]
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            inner = f"{path}.{name}" if path else name
+            if id(child) in seen or next(child.parameters(), None) is None:
+                continue
+            seen.add(id(child))
+            if inner not in calls:
+                visit(child, inner)  # a container, or a part that the example inputs do not reach
+                continue
+            try:
+                regions.append(_fitting_region(child, calls[inner], inner, train))
+            except _CannotCaptureError as failure:
+                uncaptured.append(Uncaptured(inner, failure.reason, failure.location))
+                visit(child, inner)
+
+    visit(model, "")
+    return tuple(regions), tuple(uncaptured)
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _observed_calls(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    paths: Collection[str] | None = None,
+) -> list[tuple[str, _Call]]:
+    """(path, inputs) of every call of the submodules at `paths` (all, if None), in order, from one
+    eager run in eval mode. Inputs are copies: the caller may write to its own later."""
+    calls: list[tuple[str, _Call]] = []
+
+    def watch(path: str) -> Any:
+        def hook(_: nn.Module, a: tuple[Any, ...], k: dict[str, Any]) -> None:
+            calls.append((path, _cloned((a, k))))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(path), with_kwargs=True)
+        for path, module in model.named_modules()
+        if path and (paths is None or path in paths)
+    ]
+    device = devices.of_model(model)
+    args, kwargs = _cloned((args, dict(kwargs)))
+    try:
+        with in_mode(model, training=False), torch.no_grad(), devices.preserved_rng(device):
+            model(*args, **kwargs)
+    except AmpConvertError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model refuses its inputs: {type(error).__name__}: {_first_line(error)}",
+            where=_user_line(error),
+            mend="Give example inputs that the model takes.",
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _cloned(tree: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, torch.clone, tree)
+
+
+def _fitting_region(module: nn.Module, calls: list[_Call], path: str, train: bool) -> Region:
+    """A region captured for the first call that also takes every other call's inputs."""
+    region = _region(module, *calls[0], path, train)
+    runner = region.runner("eval")
+    for args, kwargs in calls[1:]:
+        try:
+            runner.inputs(args, kwargs)
+        except ModelError as cause:
+            raise _CannotCaptureError(path, cause) from cause
+    return region
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def _fidelity(region: Region, mode: str) -> Fidelity:
+    if mode not in region.graphs:
+        return fidelity.unchecked(mode, f"the train graph was not captured: {region.train_failure}")
+    return fidelity.check(region.module, region.runner(mode), region.args, region.kwargs, mode)
+
+
+def _merged(region: Sequence[tuple[str, Fidelity]]) -> tuple[Fidelity, ...]:
+    """One result a mode: the worst over all regions, which it names when there are several."""
+    rank = {"identical": 0, "unchecked": 1, "different": 2}
+    merged = []
+    for mode in ("eval", "train"):
+        found = [(path, f) for path, f in region if f.mode == mode]
+        path, worst = max(found, key=lambda item: (rank[item[1].status], item[1].max_rel_l2))
+        reason = f"{path}: {worst.reason}" if len(found) > 1 else worst.reason
+        merged.append(dataclasses.replace(worst, reason=reason))
+    return tuple(merged)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _user_line(error: BaseException) -> str:
+    """`file:line` of the deepest frame that is neither PyTorch's nor ours."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not is_library_frame(frame.filename):
+            return f"{short_path(frame.filename)}:{frame.lineno}"
+    return ""

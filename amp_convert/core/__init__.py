@@ -1,0 +1,1 @@
+"""What every stage stands on: errors, number formats, what operators do, devices, error sums."""

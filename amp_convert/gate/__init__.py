@@ -1,0 +1,1 @@
+"""Two reports -> `GateResult`: is this run as good as the baseline?"""

@@ -1,0 +1,226 @@
+"""A baseline: what the gate remembers of one run, small enough to commit and to review.
+
+It holds statuses, metrics and each node's precision and errors, keyed by names that survive
+recapture; of training, statuses and the number of steps. Floats have 4 significant digits and nodes
+have a line each, so that a diff shows what changed. Nothing in it belongs to one machine: no paths,
+no timings. A file that cannot be trusted (missing, truncated, of another schema version, with
+unknown keys) is a UsageError, never an empty baseline.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ValidationError
+
+from amp_convert.core.errors import UsageError
+from amp_convert.report import SCHEMA_VERSION, RunReport, Unchecked
+from amp_convert.report.model import Section
+from amp_convert.verdict.verdict import CheckStatus
+
+_Read = TypeVar("_Read", bound=Section)
+
+
+class BaselineModel(Section):
+    """Which model the baseline is of."""
+
+    name: str
+    model_class: str
+
+
+class BaselineMetric(Section):
+    """A user's metric in both arms."""
+
+    fp32: float
+    mixed: float
+    lower_is_better: bool
+
+
+class BaselineNode(Section):
+    """A node with floating point tensors. Errors are relative L2, None where not measured."""
+
+    layer: str
+    dtype: str
+    low: bool
+    local_rel_l2: float | None
+    accumulated_rel_l2: float | None
+
+
+class Baseline(Section):
+    """The slim form of a report; `device` is a type ("cpu", "cuda"), nodes are by identity.
+
+    `training_steps` is None where nothing was trained, and in baselines from before there was
+    training.
+    """
+
+    schema_version: Literal[1]
+    kind: Literal["baseline"]
+    model: BaselineModel
+    dtype: str
+    device: str
+    rules: tuple[str, ...]
+    casts: int
+    metrics: dict[str, BaselineMetric]
+    checks: dict[str, CheckStatus]
+    nodes: dict[str, BaselineNode]
+    training_steps: int | None = None
+
+
+def baseline_of(report: RunReport) -> Baseline:
+    """The slim form of `report`, whatever its verdict. Equal reports give equal baselines."""
+    plan, inference, trained = report.plan, report.inference, report.training
+    measured = {row.node: row for row in inference.nodes} if inference else {}
+    nodes = {}
+    for decision in plan.decisions:
+        if decision.category == "none" and not decision.low:
+            continue
+        row = measured.get(decision.node)
+        nodes[decision.node] = BaselineNode(
+            layer=decision.layer,
+            dtype=decision.dtype,
+            low=decision.low,
+            local_rel_l2=_rounded(row.local_rel_l2) if row else None,
+            accumulated_rel_l2=_rounded(row.accumulated_rel_l2) if row else None,
+        )
+    return Baseline(
+        schema_version=SCHEMA_VERSION,
+        kind="baseline",
+        model=BaselineModel(name=report.model.name, model_class=report.model.model_class),
+        dtype=plan.dtype,
+        device=plan.device.partition(":")[0],
+        rules=tuple(os.path.basename(rule) for rule in plan.rules),
+        casts=plan.casts,
+        metrics={
+            pair.name: BaselineMetric(
+                fp32=_round(pair.fp32),
+                mixed=_round(pair.mixed),
+                lower_is_better=pair.lower_is_better,
+            )
+            for pair in (inference.metrics if inference else ())
+        },
+        checks={check.name: check.status for check in report.verdict.checks},
+        nodes=nodes,
+        training_steps=None if isinstance(trained, Unchecked) else trained.run.steps,
+    )
+
+
+def baseline_text(baseline: Baseline) -> str:
+    """The baseline as strict JSON: sorted keys, one entry a line two levels deep."""
+    lines = []
+    for key, value in sorted(json.loads(baseline.model_dump_json()).items()):
+        if isinstance(value, dict) and value:
+            entries = (f"    {_compact(k)}: {_compact(v)}" for k, v in sorted(value.items()))
+            lines.append(f"  {_compact(key)}: {{\n" + ",\n".join(entries) + "\n  }")
+        else:
+            lines.append(f"  {_compact(key)}: {_compact(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def load_report(path: Path) -> RunReport:
+    """A report.json. Raises UsageError when it is missing, damaged, or something else."""
+    document = _versioned(path, "report")
+    if document.get("kind") == "baseline":
+        mend = "Give the report.json of a run; baselines go after --baseline."
+        raise UsageError(f"{path} is a baseline, not a report", mend=mend)
+    return _validated(RunReport, document, path, "report")
+
+
+def load_baseline(path: Path) -> Baseline:
+    """A baseline, or a full report.json in its slim form. Raises UsageError as `load_report`."""
+    document = _versioned(path, "baseline")
+    if document.get("kind") == "baseline":
+        return _validated(Baseline, document, path, "baseline")
+    if "kind" in document or "verdict" not in document:
+        mend = "Give a file that --update wrote, or a report.json."
+        raise UsageError(f"{path} is neither a baseline nor a report", mend=mend)
+    return baseline_of(_validated(RunReport, document, path, "report"))
+
+
+def write_baseline(report: RunReport, path: Path) -> Baseline:
+    """Write the baseline of `report` to `path`: whole, or not at all.
+
+    Raises UsageError when the report's verdict is not pass, since its failures would then be what
+    later runs are held to; when `path` holds anything but a baseline, since that may be a file of
+    the user's; and when it cannot be written.
+    """
+    if report.verdict.status != "pass":
+        what = f"a report whose verdict is {report.verdict.status} cannot become a baseline"
+        raise UsageError(what, mend="Mend what it found, run again, then update.")
+    if path.exists() and _document(path, "baseline").get("kind") != "baseline":
+        mend = "Choose another path, or remove that file."
+        raise UsageError(f"{path} is not a baseline, so it is not overwritten", mend=mend)
+    baseline = baseline_of(report)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_text(baseline_text(baseline), encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    return baseline
+
+
+def _document(path: Path, what: str) -> Mapping[str, Any]:
+    """The JSON object in `path`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        mend = "Run with --update to write it." if what == "baseline" else ""
+        raise UsageError(f"there is no {what} at {path}", mend=mend) from None
+    except OSError as error:
+        raise UsageError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not a {what}: it is not UTF-8 text") from error
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        mend = "It may be truncated: restore it, or remove it and write it anew."
+        raise UsageError(f"{path} is not a {what}: {error}", mend=mend) from error
+    if not isinstance(document, dict):
+        raise UsageError(f"{path} is not a {what}: it holds no JSON object")
+    return document
+
+
+def _versioned(path: Path, what: str) -> Mapping[str, Any]:
+    """The JSON object in `path`, of this schema version."""
+    document = _document(path, what)
+    version = document.get("schema_version")
+    if version is None:
+        raise UsageError(f"{path} is not a {what}: it has no schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise UsageError(
+            f"{path} has schema version {version}, this amp-convert reads version {SCHEMA_VERSION}",
+            mend=f"Write the {what} anew with this version.",
+        )
+    return document
+
+
+def _validated(kind: type[_Read], document: Mapping[str, Any], path: Path, what: str) -> _Read:
+    try:
+        return kind.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "top level"
+        more = f" and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+        message = f"{path} is not a valid {what}: {where}: {first['msg']}{more}"
+        raise UsageError(message, mend=f"Write the {what} anew with this version.") from error
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else _round(value)
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}") if math.isfinite(value) else value

@@ -1,0 +1,197 @@
+"""The gate: is this run as good as the baseline? For merge checks.
+
+The report is first brought into the form of a baseline, so both sides are rounded alike and a
+report equals its own baseline. Then, by stable names, a finding each for:
+
+1. a report whose own verdict is fail;
+2. a check that ran in the baseline and is unchecked or gone now, or that passed and fails now;
+   but one on training that ran now too and cannot tell is a note;
+3. a metric that is gone, or worse than before by more than the tolerance;
+4. casts added;
+5. a node, or a whole layer, that computed in low precision and is in FP32 now;
+6. a node whose local or accumulated error grew by more than the factor, is NaN or infinite now, or
+   is no longer measured. Errors below one rounding of the dtype count as one: that is noise.
+
+Of training only the checks are compared, as in 2. On another machine both of its arms have other
+bits, and a metric after it another value, which is no regression; and each report has held its own
+mixed arm to its own FP32 arm.
+
+Any finding fails the gate. Without one, an inconclusive report, or a baseline without errors to
+compare, leaves it inconclusive. What is new, gone, ruled otherwise or trained for another number of
+steps is a note, and no failure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from amp_convert.core.errors import UsageError
+from amp_convert.gate.baseline import Baseline, BaselineNode, baseline_of
+from amp_convert.gate.regressions import (
+    Finding,
+    FindingKind,
+    added_casts,
+    newly_fp32,
+    replaced,
+    undecided,
+    worse_checks,
+    worse_errors,
+    worse_metrics,
+)
+from amp_convert.report import RunReport
+from amp_convert.report.sections.grouping import layer_name
+from amp_convert.report.text import count, quantity
+from amp_convert.report.writers.terminal import short
+from amp_convert.verdict.thresholds import require_finite
+from amp_convert.verdict.verdict import EXIT_CODES, VerdictStatus
+
+_UPDATE = "Compare runs of the same kind, or write this baseline anew with --update."
+_ON_NODES = (FindingKind.NEWLY_FP32, FindingKind.ERROR, FindingKind.UNMEASURED)
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the gate found. `compared` counts the nodes that both runs have."""
+
+    status: VerdictStatus
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    compared: int
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 fail, 3 inconclusive."""
+        return EXIT_CODES[self.status]
+
+    def to_json(self) -> str:
+        """The result as strict JSON; numbers that JSON lacks are strings, as in the report."""
+
+        def plain(value: object) -> object:
+            if isinstance(value, float) and not math.isfinite(value):
+                return str(value).replace("nan", "NaN").replace("inf", "Infinity")
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+        return json.dumps(plain(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"
+
+
+def compare(
+    report: RunReport, baseline: Baseline, *, factor: float = 2.0, metric_tolerance: float = 0.01
+) -> GateResult:
+    """Hold `report` against `baseline`.
+
+    `factor` bounds the growth of an error (at least 1); `metric_tolerance` is relative, as in the
+    verdict. Raises UsageError when the two are of different models, dtypes or devices, when they
+    have no node in common, and for a factor or tolerance that is not a finite number.
+    """
+    require_finite("the factor", factor, at_least=1.0)
+    require_finite("the metric tolerance", metric_tolerance, at_least=0.0)
+    now = baseline_of(report)
+    _refuse_mismatch(now, baseline)
+    common = baseline.nodes.keys() & now.nodes.keys()
+    if not common:
+        what = "the report and the baseline have no node in common, so nothing was compared"
+        raise UsageError(what, mend=_UPDATE)
+    decisions = {decision.node: decision for decision in report.plan.decisions}
+    findings = (
+        *worse_checks(report, now, baseline),
+        *worse_metrics(now, baseline, metric_tolerance),
+        *added_casts(now, baseline),
+        *newly_fp32(decisions, now, baseline),
+        *replaced(report, now, baseline),
+        *worse_errors(now, baseline, factor),
+    )
+    measured = any(_measured(baseline.nodes[node]) for node in common)
+    status: VerdictStatus = "fail" if findings else "pass"
+    if not findings and (report.verdict.status != "pass" or not measured):
+        status = "inconclusive"
+    return GateResult(status, findings, tuple(_notes(report, now, baseline)), len(common))
+
+
+def _refuse_mismatch(now: Baseline, before: Baseline) -> None:
+    for what, mine, theirs in (
+        ("model", now.model.name, before.model.name),
+        ("model class", now.model.model_class, before.model.model_class),
+        ("dtype", now.dtype, before.dtype),
+        ("device", now.device, before.device),
+    ):
+        if mine != theirs:
+            message = f"the report's {what} is {mine}, the baseline's is {theirs}"
+            raise UsageError(message, mend=_UPDATE)
+
+
+def _measured(node: BaselineNode) -> bool:
+    return node.local_rel_l2 is not None or node.accumulated_rel_l2 is not None
+
+
+def _notes(report: RunReport, now: Baseline, before: Baseline) -> Iterator[str]:
+    if report.verdict.status == "inconclusive":
+        yield "the report's own verdict is inconclusive"
+    if not any(_measured(node) for node in before.nodes.values()):
+        yield "the baseline holds no node errors, so none were compared"
+    if now.rules != before.rules:
+        yield f"rules were {', '.join(before.rules)}, are {', '.join(now.rules)}"
+    for name, reason in undecided(report).items():
+        if before.checks.get(name) == "pass":
+            yield f"{name} passed in the baseline and has no answer now: {reason}"
+    steps = before.training_steps, now.training_steps
+    if None not in steps and steps[0] != steps[1]:
+        yield f"training steps were {steps[0]}, are {steps[1]}"
+    for what, names in (
+        ("gone", sorted(before.nodes.keys() - now.nodes.keys())),
+        ("new", sorted(now.nodes.keys() - before.nodes.keys())),
+    ):
+        if names:
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            yield f"{len(names)} node(s) {what}: {', '.join(names[:3])}{rest}"
+
+
+def by_layer(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
+    """Findings on nodes, one a layer and kind: the worst, and how many there are; others singly."""
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in findings:
+        key = (finding.kind, finding.layer) if finding.kind in _ON_NODES else (finding.subject,)
+        groups.setdefault((finding.kind, *key), []).append(finding)
+    return [(max(group, key=_severity), len(group)) for group in groups.values()]
+
+
+def _severity(finding: Finding) -> float:
+    """The error now, NaN being the largest; the same for all findings that hold no error."""
+    if not isinstance(finding.after, float):
+        return 0.0
+    return math.inf if math.isnan(finding.after) else finding.after
+
+
+def _shown(value: float | str | None) -> str:
+    return "-" if value is None else quantity(value)
+
+
+def render(console: Console, result: GateResult) -> None:
+    """Print the result: status, what got worse by layer with the worst node, then the notes."""
+    colour = {"pass": "green", "fail": "red", "inconclusive": "yellow"}[result.status]
+    console.print(
+        Text.assemble(
+            (f" {result.status.upper()} ", f"bold reverse {colour}"),
+            f"  gate: {count(result.compared, 'node')} compared with the baseline, ",
+            f"{count(len(result.findings), 'finding')}",
+        )
+    )
+    for finding, number in by_layer(result.findings):
+        where = layer_name(finding.layer) if finding.kind in _ON_NODES else finding.subject
+        node = f" in {short(finding.subject)}" if finding.kind in _ON_NODES else ""
+        more = f", worst of {number} findings" if number > 1 else ""
+        change = f"{_shown(finding.before)} -> {_shown(finding.after)}{node}{more}"
+        body = Text(f"{change}\n{short(finding.reason, 300)}")
+        console.print(Text.assemble((f"{finding.kind}  ", "red"), (short(where), "bold")))
+        console.print(Padding(body, (0, 0, 0, 2), expand=False))
+    for note in result.notes:
+        console.print(Text(f"note: {short(note, 300)}", style="dim"))

@@ -1,0 +1,176 @@
+"""The ways in which a run is worse than its baseline: one generator of findings a way.
+
+Both sides come in the form of a baseline, so they are rounded alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from amp_convert.gate.baseline import Baseline
+from amp_convert.plan.plan import Decision
+from amp_convert.report import RunReport
+from amp_convert.verdict.thresholds import metric_holds, metric_limit, rounding_unit
+
+# Checks on training, which is a draw: measured, and still unchecked, they ran and cannot tell.
+_DRAWS = tuple(f"training.{name}" for name in ("gradients", "weights", "loss", "metric", "seeds"))
+
+
+class FindingKind(StrEnum):
+    """What got worse."""
+
+    VERDICT = "verdict"
+    CHECK = "check"
+    METRIC = "metric"
+    CASTS = "casts"
+    NEWLY_FP32 = "newly-fp32"
+    ERROR = "error"
+    UNMEASURED = "unmeasured"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that got worse: `subject` is the node, layer, metric, check or graph."""
+
+    kind: FindingKind
+    subject: str
+    layer: str
+    before: float | str | None
+    after: float | str | None
+    reason: str
+
+
+def worse_checks(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Finding]:
+    failed = [check.name for check in report.verdict.checks if check.status == "fail"]
+    if failed or report.verdict.status == "fail":
+        reason = f"the report's own verdict is fail: {', '.join(failed)}"
+        yield Finding(FindingKind.VERDICT, report.model.name, "", None, "fail", reason)
+    reasons = {check.name: check.reason for check in report.verdict.checks}
+    open_questions = undecided(report)
+    for name, was in sorted(before.checks.items()):
+        status = now.checks.get(name, "gone")
+        if name in open_questions:
+            continue
+        if was != "unchecked" and status in ("unchecked", "gone"):
+            reason = f"ran in the baseline and no longer does: {reasons.get(name, 'gone')}"
+            yield Finding(FindingKind.CHECK, name, "", was, status, reason)
+        elif was == "pass" and status == "fail":
+            reason = f"passed in the baseline: {reasons[name]}"
+            yield Finding(FindingKind.CHECK, name, "", was, status, reason)
+
+
+def undecided(report: RunReport) -> dict[str, str]:
+    """The checks that ran and have no answer, and why: another draw may have one. Where the verdict
+    needs one, it is inconclusive, and so is the gate."""
+    return {
+        check.name: check.reason
+        for check in report.verdict.checks
+        if check.status == "unchecked" and check.value is not None and check.name.startswith(_DRAWS)
+    }
+
+
+def worse_metrics(now: Baseline, before: Baseline, tolerance: float) -> Iterator[Finding]:
+    for name, was in sorted(before.metrics.items()):
+        metric = now.metrics.get(name)
+        if metric is None:
+            if f"metrics.{name}" not in before.checks:  # else the check that is gone says so
+                reason = "in the baseline, and gone now"
+                yield Finding(FindingKind.METRIC, name, "", was.mixed, None, reason)
+            continue
+        lower = was.lower_is_better
+        if metric.lower_is_better != lower:
+            reason = "lower_is_better was changed, so the values cannot be compared"
+            yield Finding(FindingKind.METRIC, name, "", was.mixed, metric.mixed, reason)
+            continue
+        limit = metric_limit(was.mixed, tolerance, lower_is_better=lower)
+        if not metric_holds(metric.mixed, limit, lower_is_better=lower):
+            reason = f"worse than {limit:.4g}, the limit; FP32 went from {was.fp32:.4g} to "
+            reason += f"{metric.fp32:.4g}"
+            yield Finding(FindingKind.METRIC, name, "", was.mixed, metric.mixed, reason)
+
+
+def added_casts(now: Baseline, before: Baseline) -> Iterator[Finding]:
+    if now.casts > before.casts:
+        reason = f"{now.casts - before.casts} cast(s) more than in the baseline"
+        yield Finding(FindingKind.CASTS, "eval graph", "", before.casts, now.casts, reason)
+
+
+def newly_fp32(
+    decisions: dict[str, Decision], now: Baseline, before: Baseline
+) -> Iterator[Finding]:
+    for node, was in sorted(before.nodes.items()):
+        if was.low and node in now.nodes and not now.nodes[node].low:
+            yield _in_fp32(node, was.dtype, decisions[node])
+
+
+def _in_fp32(subject: str, before: str, decision: Decision) -> Finding:
+    measured = f", measured: {decision.evidence}" if decision.evidence else ""
+    reason = f"{decision.rule}: {decision.reason} ({decision.source}{measured})"
+    kind, after = FindingKind.NEWLY_FP32, decision.dtype
+    return Finding(kind, subject, decision.layer, before, after, reason)
+
+
+def replaced(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Finding]:
+    """Low nodes that are gone, with FP32 ones in their layer instead.
+
+    Node by node they are merely gone and new, so a layer that can no longer be captured, or an op
+    that a new torch calls by another name, would slip through. In a layer that is still partly low,
+    only a new node with multiply-adds counts: the rest may be an edit of the model.
+    """
+    by_layer: dict[str, list[Decision]] = {}
+    for decision in report.plan.decisions:
+        if decision.node in now.nodes:
+            by_layer.setdefault(decision.layer, []).append(decision)
+    gone = {
+        node.layer: node.dtype
+        for name, node in sorted(before.nodes.items())
+        if node.low and name not in now.nodes
+    }
+    for layer, dtype in gone.items():
+        eager = [part for part in report.plan.uncaptured if _covers(part.layer, layer)]
+        here = by_layer.get(layer, [])
+        new = [d for d in here if not d.low and d.node not in before.nodes]
+        if eager and not here:
+            reason = f"no longer captured, stays eager FP32: {eager[0].reason}"
+            yield Finding(FindingKind.NEWLY_FP32, layer, layer, dtype, "float32", reason)
+        elif new:
+            heaviest = max(new, key=lambda decision: decision.macs)
+            if heaviest.macs > 0 or not any(decision.low for decision in here):
+                yield _in_fp32(heaviest.node, dtype, heaviest)
+
+
+def _covers(outer: str, layer: str) -> bool:
+    return outer == layer or layer.startswith(f"{outer}.")
+
+
+def worse_errors(now: Baseline, before: Baseline, factor: float) -> Iterator[Finding]:
+    floor = rounding_unit(now.dtype)
+    for name, was in sorted(before.nodes.items()):
+        node = now.nodes.get(name)
+        if node is None:
+            continue
+        pairs = (
+            ("local", was.local_rel_l2, node.local_rel_l2),
+            ("accumulated", was.accumulated_rel_l2, node.accumulated_rel_l2),
+        )
+        for which, old, new in pairs:
+            if new is None:
+                # What a node in FP32 no longer has is said by the finding that it is in FP32.
+                if old is not None and node.low >= was.low:
+                    reason = f"its {which} error is no longer measured"
+                    yield Finding(FindingKind.UNMEASURED, name, node.layer, old, new, reason)
+            elif growth := _growth(old, new, factor, floor):
+                reason = f"its {which} error {growth}"
+                yield Finding(FindingKind.ERROR, name, node.layer, old, new, reason)
+
+
+def _growth(old: float | None, new: float, factor: float, floor: float) -> str:
+    """How an error is worse than it was; empty when it is not."""
+    if math.isnan(new):
+        return "is NaN"
+    if old is None or math.isnan(old) or max(new, floor) <= factor * max(old, floor):
+        return ""
+    return f"grew {max(new, floor) / max(old, floor):.3g} times, limit {factor:g}"

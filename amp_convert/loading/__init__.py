@@ -1,0 +1,1 @@
+"""The user's settings and model file -> `Settings` and a `Case`."""

@@ -1,0 +1,1 @@
+"""`ConvertedModel` -> an ONNX file with the precision of the plan."""

@@ -1,0 +1,310 @@
+"""A captured graph, converted or not -> an ONNX model in memory that remembers its FX nodes.
+
+PyTorch's own exporter writes the ONNX. What it is given is the graph of the frozen model, whose
+weights are in the plan's dtype already, so nothing is left for it to decide about precision:
+
+1. The eval graph is copied, and each copied node gets a mark: its name. What ONNX asks for beyond
+   PyTorch is added: a normalisation has one dtype for its input, scale and bias, where the CPU's
+   kernels keep FP32 parameters beside a low input; and with low borders, the inputs and outputs
+   are cast. Outputs that only write the model's state are left out, since a file keeps none.
+2. Constants are folded, and the result is traced by `torch.export` once more. The trace carries the
+   marks over to the nodes that it makes, as it does through the exporter's own decompositions.
+3. `torch.onnx.export` translates, without its optimiser: that would fuse across the borders
+   between precisions. `passes` tidies up instead.
+4. The marks are translated into metadata that stay with the file (see `labels`).
+
+What step 3 has decomposed also gives the FP32 model's own ONNX model (see `fp32_twin`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.fx import traceback as fx_traceback
+
+from amp_convert.capture.export import CapturedGraph, collector_paused
+from amp_convert.capture.graph_call import GraphRunner, Source
+from amp_convert.capture.regions import Region
+from amp_convert.core import device as devices
+from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.core.number_formats import from_name
+from amp_convert.onnx_file import fp32_twin as onnx_twin
+from amp_convert.onnx_file import labels as onnx_labels
+from amp_convert.onnx_file import passes as onnx_passes
+from amp_convert.onnx_file.labels import FX_KEY, MARK
+from amp_convert.onnx_file.ports import (
+    example_tensors,
+    input_names,
+    is_fp32_output,
+    output_names,
+    tensor_outputs,
+)
+from amp_convert.plan.plan import Decision
+from amp_convert.rewrite.converted_model import fold_weights, hold
+from amp_convert.rewrite.fold_constants import Folded
+from amp_convert.rewrite.insert_casts import Rewritten
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+aten = torch.ops.aten
+
+_ONE_DTYPE = {
+    aten.layer_norm.default, aten.native_layer_norm.default,
+    aten.group_norm.default, aten.native_group_norm.default,
+}  # fmt: skip
+
+
+def unconverted(graph: CapturedGraph) -> Rewritten:
+    """A captured graph as it is, in the form that a conversion has."""
+    nodes = {node.name: node for node in graph.graph_module.graph.nodes}
+    return Rewritten(
+        captured=graph,
+        graph_module=graph.graph_module,
+        values=nodes,
+        origins={name: name for name in nodes},
+        casts=(),
+        decisions={},
+    )
+
+
+@dataclass(frozen=True)
+class OnnxProgram:
+    """An ONNX model in memory; `fp32` makes that of the FP32 model, whose file nobody reads but
+    for comparison: it has no labels."""
+
+    model: ir.Model
+    fp32: Callable[[], ir.Model]
+
+
+def build(
+    region: Region, rewritten: Rewritten, opset: int, border: torch.dtype | None = None
+) -> OnnxProgram:
+    """The eval graph `rewritten` of `region`, which is the whole model, as ONNX.
+
+    With `border`, FP32 inputs and outputs have that dtype instead. Inputs and outputs are named as
+    in the model. Raises UnsupportedModelError when an operator has no translation.
+    """
+    fitted = _fitted(region, rewritten, border)
+    folded = fold_weights(region, fitted)
+    with _exporting(region):
+        exported = _translated(region, _traced(region, folded, border), opset)
+    model, program = exported.model, exported.exported_program
+    assert program is not None
+    onnx_labels.tie(model, onnx_labels.marks_of(program.graph, folded.graph_module.graph))
+    _finish(region, model)
+    onnx_labels.annotate(model, onnx_labels.labels_of(rewritten))
+
+    def twin() -> ir.Model:
+        weights = fold_weights(region, fitted, wide=True).tensors
+        with _exporting(region):
+            found = _translated(region, onnx_twin.widen(program, weights), opset).model
+        _finish(region, found)
+        return found
+
+    def fp32() -> ir.Model:
+        if onnx_twin.has_twin(region, rewritten):
+            with contextlib.suppress(Exception):  # whatever it is, the original can be exported
+                return twin()
+        return fp32_model(region, opset)
+
+    return OnnxProgram(model, fp32)
+
+
+def fp32_model(region: Region, opset: int) -> ir.Model:
+    """The captured eval graph of `region` as it is, as ONNX."""
+    return build(region, unconverted(region.graphs["eval"]), opset).model
+
+
+def _finish(region: Region, model: ir.Model) -> None:
+    onnx_passes.tidy(model, FX_KEY)
+    onnx_passes.name_borders(model, input_names(region), output_names(region))
+
+
+# --- step 1 --------------------------------------------------------------------------------------
+
+
+def _fitted(region: Region, rewritten: Rewritten, border: torch.dtype | None) -> Rewritten:
+    """A copy of the graph that ONNX can express, every node marked with its name."""
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    results: Any = graph.graph_copy(rewritten.graph_module.graph, copied)
+    for old, new in copied.items():
+        new.meta["custom"] = {MARK: old.name}
+    for old, new in copied.items():
+        if new.target in _ONE_DTYPE:
+            _cast_parameters(new, rewritten.decisions.get(rewritten.origins.get(old.name, "")))
+    if border is not None:
+        _widen_inputs(region, graph)
+    kept = [results[i] for i in tensor_outputs(region)]
+    if border is not None:
+        kept = [_cast(graph, n, border) if is_fp32_output(region, i) else n
+                for n, i in zip(kept, tensor_outputs(region), strict=True)]  # fmt: skip
+    graph.output(tuple(kept))
+    module = fx.GraphModule(rewritten.graph_module, graph)
+    return dataclasses.replace(rewritten, graph_module=module)
+
+
+def _cast_parameters(norm: fx.Node, decision: Decision | None) -> None:
+    """Cast scale and bias of a low normalisation to the dtype of its input."""
+    if decision is None or not decision.low:
+        return
+    for parameter in [n for n in norm.args[1:] if isinstance(n, fx.Node)]:
+        with norm.graph.inserting_before(norm):
+            cast = _cast(norm.graph, parameter, from_name(decision.dtype))
+        norm.replace_input_with(parameter, cast)
+
+
+def _widen_inputs(region: Region, graph: fx.Graph) -> None:
+    """Cast each FP32 input of the original to FP32, which it will not be."""
+    placeholders = graph.find_nodes(op="placeholder")
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    specs = region.graphs["eval"].signature.inputs
+    users = [n for n, spec in zip(placeholders, specs, strict=True) if spec.source is Source.USER]
+    for node, leaf in zip(users, region.graphs["eval"].signature.user_inputs, strict=True):
+        if leaf.dtype == torch.float32:
+            with graph.inserting_before(first):
+                wide = _cast(graph, node, torch.float32)
+            node.replace_all_uses_with(wide, lambda user, wide=wide: user is not wide)
+
+
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+    cast.meta["custom"] = {MARK: cast.name}
+    return cast
+
+
+# --- step 2 --------------------------------------------------------------------------------------
+
+
+class _Flat(nn.Module):
+    """The folded graph as a module of its own, called with the user's tensors alone."""
+
+    def __init__(self, folded: Folded) -> None:
+        super().__init__()
+        hold(self, folded.tensors)
+        self.__dict__["_runner"] = GraphRunner(folded.graph_module, folded.signature, {}, self)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        runner: GraphRunner = self.__dict__["_runner"]
+        given = iter(tensors)
+        leaves = [next(given) if leaf.shape is not None else leaf.value
+                  for leaf in runner.signature.user_inputs]  # fmt: skip
+        users = iter(leaves)
+        inputs = [
+            next(users) if spec.source is Source.USER else tensor
+            for spec, tensor in zip(runner.signature.inputs, runner.tensors(), strict=True)
+        ]
+        return _MarkedRun(runner.graph_module).run(*inputs, enable_io_processing=False)
+
+
+class _MarkedRun(fx.Interpreter):
+    """Runs a graph so that what is traced meanwhile inherits the marks."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        with fx_traceback.set_current_meta(n):
+            return super().run_node(n)
+
+
+def _traced(
+    region: Region, folded: Folded, border: torch.dtype | None
+) -> torch.export.ExportedProgram:
+    tensors = example_tensors(region)
+    if border is not None:
+        tensors = [t.to(border) if t.dtype == torch.float32 else t for t in tensors]
+    shapes = [
+        {d: torch.export.Dim.AUTO for d, size in enumerate(leaf.shape) if size is None}
+        for leaf in folded.signature.user_inputs
+        if leaf.shape is not None
+    ]
+    with fx_traceback.preserve_node_meta():
+        return torch.export.export(
+            _Flat(folded), tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
+        )
+
+
+# --- step 3 --------------------------------------------------------------------------------------
+
+
+def _translated(
+    region: Region, program: torch.export.ExportedProgram, opset: int
+) -> torch.onnx.ONNXProgram:
+    """What PyTorch's exporter makes of a program, its constants folded."""
+    try:
+        exported = torch.onnx.export(
+            program, dynamo=True, optimize=False, verbose=False, opset_version=opset
+        )
+    except Exception as error:
+        raise _untranslated(region, error) from error
+    assert exported is not None
+    if exported.model.opset_imports[""] != opset:
+        raise UnsupportedModelError(
+            f"this model cannot be written for ONNX opset {opset}",
+            mend=f"Ask for opset {exported.model.opset_imports['']}.",
+        )
+    exported.rename_axes(_axes(exported.model.graph.inputs, input_names(region)))
+    onnx_passes.fold_constants(exported.model)
+    return exported
+
+
+@contextlib.contextmanager
+def _exporting(region: Region) -> Iterator[None]:
+    """No gradients, no draws from the user's generators, no warnings about the exporter's own
+    affairs, and no garbage collection."""
+    generators = devices.preserved_rng(devices.of_model(region.module))
+    with collector_paused(), _quiet(), torch.no_grad(), generators:
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings about the exporter's own affairs."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _untranslated(region: Region, error: Exception) -> UnsupportedModelError:
+    """What the exporter says, with the layer and line of the operator that it stumbles over."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    lines = str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__]
+    where = ""
+    # Its words: Error when translating node %name : [...] = call_function[target=torch.ops.OP](
+    stumbled = r"translating node %(\w+) .*?\[target=torch\.ops\.([\w.]+)\]"
+    if found := re.search(stumbled, " ".join(map(str, causes))):
+        info = region.graphs["eval"].nodes.get(found[1])
+        if info is not None and info.op == found[2]:
+            where = f"{info.layer} {info.location}".strip()
+        if lines[0].startswith("No ONNX function"):
+            lines[0] = f"the operator {found[2]} has no translation to ONNX"
+    return UnsupportedModelError(
+        f"this model cannot be written as ONNX: {lines[0]}",
+        where=where,
+        mend="Write that part of the model with other operators.",
+    )
+
+
+def _axes(inputs: Sequence[ir.Value], names: Sequence[str]) -> dict[str | ir.SymbolicDim, str]:
+    """Names for the sizes that may vary: "batch", or one a size where inputs need not agree."""
+    first: dict[str | ir.SymbolicDim, str] = {}
+    for value, name in zip(inputs, names, strict=True):
+        for size in value.shape or ():
+            if not isinstance(size, int) and size.value is not None:
+                first.setdefault(str(size.value), f"{name}_batch")
+    return dict.fromkeys(first, "batch") if len(first) == 1 else first

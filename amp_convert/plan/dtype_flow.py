@@ -1,0 +1,226 @@
+"""Dtypes through a graph: given each node's precision, what is cast and what comes out.
+
+Walks the graph once, in order. At each node it knows the dtypes that arrive, decides by the node's
+`Precision` which of them are cast, and asks the operator itself (on fake tensors of the recorded
+shapes, so nothing is computed) which dtypes leave. Only FP32 and low values are ever cast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture.regions import Value
+from amp_convert.core.number_formats import castable
+from amp_convert.core.op_facts import casts_result, kept_arguments
+
+aten = torch.ops.aten
+
+
+class Precision(StrEnum):
+    """How a node's floating point inputs are brought to one dtype.
+
+    ORIGINAL: to what the FP32 model has there. LOW: FP32 becomes the low dtype, except where the
+    operator keeps its parameters. FULL: low becomes FP32. WIDEST: to the widest that arrives.
+    AS_IS: nothing is cast.
+    """
+
+    ORIGINAL = "original"
+    LOW = "low"
+    FULL = "full"
+    WIDEST = "widest"
+    AS_IS = "as-is"
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One node's casts. `inputs` has an entry a tensor argument: the dtype to cast it to, or None;
+    `computes` the dtypes that the operator then gets.
+
+    `output` is the dtype to cast the result to, or None; `result` the dtypes that consumers see, in
+    the structure of the node's value.
+    """
+
+    inputs: tuple[torch.dtype | None, ...]
+    computes: tuple[torch.dtype, ...]
+    output: torch.dtype | None
+    result: Any
+
+
+class NoKernelError(Exception):
+    """An operator refuses the dtypes that its precision would give it: the node's name, and what
+    the operator said."""
+
+    def __init__(self, node: str, cause: Exception) -> None:
+        self.node = node
+        self.cause = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        super().__init__(f"{node}: {self.cause}")
+
+
+_WITH_STATISTICS = {aten.native_layer_norm.default, aten.native_group_norm.default}
+
+
+def tensor_arguments(node: fx.Node, values: Mapping[str, Any]) -> Iterator[tuple[str, fx.Node]]:
+    """(schema argument name, producer) of each tensor argument, in the order of `Flow.inputs`."""
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema else [""] * len(node.args)
+    pairs = [*zip(names, node.args, strict=False), *node.kwargs.items()]
+    for name, argument in pairs:
+        for leaf in pytree.tree_leaves(argument):
+            if isinstance(leaf, fx.Node) and isinstance(values.get(leaf.name), Value):
+                yield name, leaf
+
+
+def propagate(
+    graph: fx.Graph,
+    values: Mapping[str, Any],
+    precision: Mapping[str, Precision],
+    low: torch.dtype,
+    device: str,
+) -> dict[str, Flow]:
+    """The `Flow` of every call in `graph`, by FX name.
+
+    `values` are the recorded values of the FP32 run, `precision` has the nodes that are decided
+    about (the others get ORIGINAL). Raises NoKernelError when an operator refuses.
+    """
+    walk = _Walk(values, low, device)
+    return {
+        node.name: walk.visit(node, precision.get(node.name, Precision.ORIGINAL))
+        for node in graph.nodes
+        if node.op == "call_function"
+    }
+
+
+class _Walk:
+    def __init__(self, values: Mapping[str, Any], low: torch.dtype, device: str) -> None:
+        self._values, self._low, self._device = values, low, device
+        self._dtypes: dict[str, Any] = {}
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._known: dict[Any, Any] = {}
+
+    def visit(self, node: fx.Node, precision: Precision) -> Flow:
+        arguments = list(tensor_arguments(node, self._values))
+        arriving = [self._dtype(producer) for _, producer in arguments]
+        wanted = list(self._wanted(node, precision, arguments, arriving))
+        inputs = tuple(
+            want if want != have else None for want, have in zip(wanted, arriving, strict=True)
+        )
+        result = self._result(node, arguments, wanted)
+        output = None
+        if precision is Precision.LOW and casts_result(node.target):
+            output, result = self._low, self._low
+        self._dtypes[node.name] = result
+        return Flow(inputs, tuple(wanted), output, result)
+
+    def _dtype(self, node: fx.Node) -> torch.dtype:
+        return self._dtypes.get(node.name, self._values[node.name].dtype)  # type: ignore[no-any-return]
+
+    def _wanted(
+        self,
+        node: fx.Node,
+        precision: Precision,
+        arguments: list[tuple[str, fx.Node]],
+        arriving: list[torch.dtype],
+    ) -> Iterator[torch.dtype]:
+        kept = kept_arguments(node.target, self._device)
+        for (name, producer), have in zip(arguments, arriving, strict=True):
+            original = self._values[producer.name].dtype
+            if not castable(have) or precision is Precision.AS_IS:
+                yield have
+            elif precision is Precision.FULL:
+                yield torch.float32
+            elif precision is Precision.WIDEST:
+                yield torch.float32 if torch.float32 in arriving else have
+            elif precision is Precision.LOW and original == torch.float32 and name not in kept:
+                yield self._low
+            else:
+                yield original
+
+    def _result(
+        self, node: fx.Node, arguments: list[tuple[str, fx.Node]], dtypes: list[torch.dtype]
+    ) -> Any:
+        originals = [self._values[producer.name].dtype for _, producer in arguments]
+        if node.target is operator.getitem:
+            return _dtype_tree(self._dtypes[node.args[0].name])[node.args[1]]  # type: ignore[union-attr,index]
+        if dtypes == originals:
+            return _dtype_tree(self._values[node.name])
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return _dtype_tree(self._values[node.name])
+        # A tensor without dimensions gives way to one with, whatever their dtypes.
+        ranked = tuple(bool(self._values[producer.name].shape) for _, producer in arguments)
+        constants = pytree.tree_map_only(fx.Node, lambda _: None, (node.args, node.kwargs))
+        key = (node.target, tuple(dtypes), ranked, repr(constants))
+        if key not in self._known:
+            self._known[key] = self._ask(node, dtypes)
+        result, original = self._known[key], _dtype_tree(self._values[node.name])
+        if "batch_norm" in node.target.name() or node.target in _WITH_STATISTICS:
+            # Fake kernels call the saved statistics low; the real ones keep them in FP32.
+            return (result[0], *original[1:])
+        if isinstance(original, tuple) and isinstance(result, tuple):
+            # What was not asked for is None, where a fake kernel has a tensor for everything.
+            return tuple(
+                r if o is not None else None for r, o in zip(result, original, strict=True)
+            )
+        return result
+
+    def _ask(self, node: fx.Node, given: list[torch.dtype]) -> Any:
+        dtypes = iter(given)
+
+        def stand_in(leaf: Any) -> Any:
+            if not isinstance(leaf, fx.Node):
+                return leaf
+            value = self._values.get(leaf.name)
+            if not isinstance(value, Value):
+                return value
+            return torch.empty_strided(
+                value.shape, value.stride, dtype=next(dtypes), device=value.device
+            )
+
+        try:
+            with self._fake, torch.no_grad(), _unlogged():
+                args, kwargs = pytree.tree_map(stand_in, (node.args, node.kwargs))
+                return pytree.tree_map(_leaf_dtype, node.target(*args, **kwargs))  # type: ignore[operator]
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            # The values decide about the shape; the dtype is that of what is selected.
+            floats = [d for d in given if d.is_floating_point]
+            dtype = functools.reduce(torch.promote_types, floats)
+            original = _dtype_tree(self._values[node.name])
+            return pytree.tree_map(
+                lambda d: dtype if d is not None and d.is_floating_point else d, original
+            )
+        except Exception as error:  # whatever the operator raises, it does not take these dtypes
+            raise NoKernelError(node.name, error) from error
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """A refusal is an answer here; PyTorch would log it as a failure."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
+
+
+def _leaf_dtype(leaf: Any) -> torch.dtype | None:
+    return leaf.dtype if isinstance(leaf, torch.Tensor) else None
+
+
+def _dtype_tree(value: Any) -> Any:
+    return pytree.tree_map_only(Value, lambda v: v.dtype, value)

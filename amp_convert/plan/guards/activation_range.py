@@ -1,0 +1,60 @@
+"""Activations that leave the low dtype's range, above or below."""
+
+from __future__ import annotations
+
+import torch
+
+from amp_convert.core.number_formats import name_of
+from amp_convert.plan.guards.site import Finding, Site
+from amp_convert.rules.rule_set import Guards
+
+
+class ActivationRange:
+    """The calibrated absolute maximum of the node's result and of its inputs, times head room,
+    must stay under the dtype's largest number.
+
+    A power grows faster than its input: there the head room is raised to the exponent, so that it
+    is that of the input. Of a mask only the largest value counts: the others are clamped.
+    """
+
+    name = "activation-range"
+
+    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+        if limits.activation_headroom is False:
+            return None
+        largest = torch.finfo(dtype).max
+        exponents = {"aten.square": 2.0, "aten.pow": site.scalars.get("exponent", 1.0)}
+        growth = min(max(abs(exponents.get(site.op, 1.0)), 1.0), 100.0)
+        headroom = limits.activation_headroom
+        seen = [("its result", site.result, headroom**growth, site.masked)]
+        seen += [("an input", o.range, headroom, o.mask) for o in site.activations]
+        for what, range_, headroom, mask in seen:
+            if range_ is None:
+                continue
+            size = range_.maximum if mask else range_.abs_max
+            if not size * headroom <= largest:
+                reason = (
+                    f"{what} comes too near to the largest {name_of(dtype)} number, "
+                    f"{largest:.5g} (head room {headroom:g})"
+                )
+                return Finding(self.name, reason, site.measured(range_))
+        return None
+
+
+class ActivationFloor:
+    """A value that is nowhere as large as the dtype's smallest normal number loses digits, or
+    vanishes. Only FP16 has this trap: BF16 has FP32's exponents.
+    """
+
+    name = "activation-floor"
+
+    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+        if limits.activation_floor is False or dtype != torch.float16:
+            return None
+        seen = [("its result", site.result)]
+        seen += [("an input", operand.range) for operand in site.activations]
+        for what, range_ in seen:
+            if range_ is not None and 0 < range_.abs_max < limits.activation_floor:
+                reason = f"{what} is nowhere above {limits.activation_floor:.3g}: float16 loses it"
+                return Finding(self.name, reason, site.measured(range_))
+        return None

@@ -1,0 +1,62 @@
+"""Number arguments that do not survive the cast: masks of -1e9, factors of 1e-8."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from amp_convert.core.number_formats import name_of
+from amp_convert.plan.guards.site import Finding, Site, ops
+from amp_convert.rules.rule_set import Guards
+
+# Their number arguments meet tensor values. Those of others are sizes, or used by the kernel in
+# FP32: the eps of a normalisation, the scale of an attention, the exponent of a power.
+_OPERATORS = ops(
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "true_divide",
+    "masked_fill",
+    "where",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "maximum",
+    "minimum",
+    "fill",
+    "threshold",
+    "hardtanh",
+    "full_like",
+    "index_fill",
+    "constant_pad_nd",
+    "pad",
+    "fmod",
+    "remainder",
+)
+_OTHER = ("alpha", "dim", "lambd")
+
+
+class Constants:
+    """A constant must be finite in the low dtype where it is finite, and no smaller than the
+    dtype's smallest normal number (which matters to FP16 only)."""
+
+    name = "constant"
+
+    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+        if limits.smallest_constant is False or site.op not in _OPERATORS:
+            return None
+        for argument, value in site.scalars.items():
+            if argument in _OTHER or not math.isfinite(value):
+                continue
+            if value < 0 and site.masked:
+                continue
+            if abs(value) > torch.finfo(dtype).max:
+                reason = f"its constant {argument} is beyond the range of {name_of(dtype)}"
+                return Finding(self.name, reason, f"{argument} = {value:g}")
+            if dtype == torch.float16 and 0 < abs(value) < limits.smallest_constant:
+                reason = f"its constant {argument} is too small for {name_of(dtype)}"
+                return Finding(self.name, reason, f"{argument} = {value:g}")
+        return None

@@ -1,0 +1,26 @@
+"""Running sums and products, whose every element carries on what came before."""
+
+from __future__ import annotations
+
+import torch
+
+from amp_convert.plan.guards.site import Finding, Site, ops
+from amp_convert.rules.rule_set import Guards
+
+CUMULATIVE = ops("cumsum", "cumprod", "logcumsumexp", "cumulative_trapezoid")
+
+
+class Cumulative:
+    """A cumulative operator may run over at most `cumulative_length` elements."""
+
+    name = "cumulative"
+
+    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+        if limits.cumulative_length is False or site.op not in CUMULATIVE or not site.shape:
+            return None
+        axis = site.axes[0] if site.axes else -1
+        length = site.shape[axis]
+        if length <= limits.cumulative_length:
+            return None
+        reason = "it adds up one element after the other, and each keeps the errors before it"
+        return Finding(self.name, reason, f"{length} elements")

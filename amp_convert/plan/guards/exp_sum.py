@@ -1,0 +1,39 @@
+"""An exponential that feeds a sum: its largest terms decide, and they carry the largest error."""
+
+from __future__ import annotations
+
+import torch
+
+from amp_convert.core.number_formats import unit_roundoff
+from amp_convert.plan.guards.site import Finding, Site, ops
+from amp_convert.rules.rule_set import Guards
+
+EXPONENTIALS = ops("exp", "exp2", "expm1")
+SUMS = ops("sum", "mean", "cumsum", "matmul", "bmm", "mm", "logsumexp", "einsum")
+
+
+class ExpSum:
+    """Where `exp` feeds a sum, the maximum of its exponent may be `exp_growth` in magnitude: so
+    much larger is the error of the largest term than that of its exponent, both relative.
+
+    Fires on the exponential and on the nodes that compute its exponent.
+    """
+
+    name = "exp-sum"
+
+    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+        if limits.exp_growth is False:
+            return None
+        exponents = [c.operand for c in site.reaches if c.op in EXPONENTIALS and c.summed]
+        if site.op in EXPONENTIALS and any(consumer.op in SUMS for consumer in site.feeds):
+            exponents += [operand.range for operand in site.operands]
+        for exponent in exponents:
+            if exponent is None:
+                continue
+            if not abs(exponent.maximum) <= limits.exp_growth:
+                error = abs(exponent.maximum) * unit_roundoff(dtype)
+                reason = (
+                    f"an exponential feeds a sum, whose largest term would be off by {error:.1%}"
+                )
+                return Finding(self.name, reason, f"max {exponent.maximum:.5g}")
+        return None

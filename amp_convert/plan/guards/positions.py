@@ -1,0 +1,58 @@
+"""Positions and angles: values whose absolute error counts, however large they are.
+
+A position beyond the dtype's last exact integer falls on its neighbour; an angle is rounded in
+proportion to its size, and a sine shows all of that. Rotary embeddings and timestep embeddings
+meet both.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from amp_convert.core.number_formats import name_of, unit_roundoff
+from amp_convert.plan.guards.site import Finding, Site, ops
+from amp_convert.rules.rule_set import Guards
+
+PERIODIC = ops("sin", "cos", "tan", "polar", "sinc")
+
+
+class Positions:
+    """Integers that were counted (made from integer tensors or ranges, or held in a buffer) must
+    stay exact: their rounding may not exceed `position_error` steps."""
+
+    name = "positions"
+
+    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+        if limits.position_error is False:
+            return None
+        seen = [operand.range for operand in site.operands if not operand.mask]
+        seen += [] if site.masked else [site.result]
+        for range_ in seen:
+            if range_ is None or not range_.integral:
+                continue
+            if not range_.abs_max * unit_roundoff(dtype) <= limits.position_error:
+                reason = f"it counts beyond {name_of(dtype)}'s exact integers"
+                return Finding(self.name, reason, site.measured(range_))
+        return None
+
+
+class Angles:
+    """What becomes the angle of a sine or cosine may be rounded by `angle_error` radians at most:
+    the largest angle times the dtype's unit roundoff."""
+
+    name = "angles"
+
+    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+        if limits.angle_error is False:
+            return None
+        angles = [c.operand for c in site.reaches if c.op in PERIODIC and c.argument != "abs"]
+        if site.op in PERIODIC:
+            angles += [operand.range for operand in site.operands if operand.argument != "abs"]
+        for angle in angles:
+            if angle is not None and not angle.abs_max * unit_roundoff(dtype) <= limits.angle_error:
+                reason = (
+                    "it computes angles, which would be off by "
+                    f"{angle.abs_max * unit_roundoff(dtype):.2g} radians"
+                )
+                return Finding(self.name, reason, site.measured(angle))
+        return None

@@ -1,0 +1,339 @@
+"""Captured + Rules + RangeStats -> `Plan`: a precision and a reason for every node. Pure.
+
+For each graph of each region:
+
+1. A node without an FP32 input has nothing to decide. A `.to()` in the model's own code stays as it
+   is, and what comes after a `.to(float32)` counts as following a denied node.
+2. Every other node gets a category: from the user's override of its node, layer or module, else
+   from its op's rule, else none ("unknown"): such a node stays FP32 and is counted. An override to
+   allow or deny pins the node itself; it does not flood.
+3. The graph is painted (see `coloring`) or, with `painting = "autocast"`, each node judged alone.
+4. Low products that leave the range are scaled where that is possible (see `rescaling`).
+5. Guards look at the nodes that came out low (see `guards`). Those that fire, and those whose
+   kernel refuses the low dtype, are pinned to FP32, and the graph is painted again until nothing
+   changes.
+6. Dtypes are propagated (see `dtype_flow`), which fixes each cast, and it is all written down (see
+   `decision_writer`).
+
+Nothing here touches a graph, and equal inputs give equal plans.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture.regions import Captured, Region, Value
+from amp_convert.core.number_formats import name_of
+from amp_convert.core.op_facts import casts_result
+from amp_convert.plan import guards as guarding
+from amp_convert.plan.coloring import Painted, paint
+from amp_convert.plan.decision_writer import Settled, Verdict, Writer
+from amp_convert.plan.dtype_flow import NoKernelError, Precision, propagate, tensor_arguments
+from amp_convert.plan.evidence import Evidence
+from amp_convert.plan.guards import Site
+from amp_convert.plan.node_context import Sites
+from amp_convert.plan.plan import Casts, Decision, Plan
+from amp_convert.plan.rescaling import UNSCALED, Rescaler, Scaling
+from amp_convert.profile.calibrate import Range, RangeStats
+from amp_convert.rules.rule_set import Category, Painting, Place, Rules, Target
+
+aten = torch.ops.aten
+
+
+def make_plan(
+    captured: Captured,
+    rules: Rules,
+    stats: RangeStats,
+    dtype: torch.dtype,
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> Plan:
+    """Decide the precision of every node of every captured graph; `dtype` is the low one.
+
+    `refused` maps operators (with overload) that turned out to have no kernel for their planned
+    dtypes to what they said; they stay FP32.
+    """
+    decisions: dict[str, list[Decision]] = {"eval": [], "train": []}
+    casts = {"eval": Casts(), "train": Casts()}
+    for region in captured.regions:
+        for mode in region.graphs:
+            device = captured.device.type
+            planner = _GraphPlanner(region, mode, rules, stats, dtype, device, refused)
+            found, count = planner.plan()
+            decisions[mode] += found
+            casts[mode] += count
+    return Plan(
+        dtype=name_of(dtype),
+        device=captured.device.type,
+        rules=rules.files,
+        painting=rules.painting.value,
+        calibration_batches=stats.batches,
+        eval=tuple(decisions["eval"]),
+        train=tuple(decisions["train"]),
+        eval_casts=casts["eval"],
+        train_casts=casts["train"],
+        uncaptured=captured.uncaptured,
+        unmatched_rules=_unmatched(captured, rules),
+    )
+
+
+def _unmatched(captured: Captured, rules: Rules) -> tuple[str, ...]:
+    """The user's node, layer and module rules that no node answers to: misspelt, perhaps."""
+    matched = {
+        index
+        for region in captured.regions
+        for graph in region.graphs.values()
+        for info in graph.nodes.values()
+        for index in rules.overrides(node=info.identity, layer=info.layer, modules=info.modules)
+    }
+    return tuple(
+        f"{rule.name} ({rule.source})"
+        for index, rule in enumerate(rules.rules)
+        if rule.target is not Target.OP and not rule.preset and index not in matched
+    )
+
+
+_UNKNOWN = Verdict(None, "unknown op", "no rule names this op, so it stays in FP32", "")
+_EXPLICIT = Verdict(
+    Category.DENY, "explicit cast", "the model's own code asks for this dtype", "model",
+    explicit=True,
+)  # fmt: skip
+# An op rule cannot see arguments.
+_ACCUMULATING = Verdict(
+    Category.DENY, "accumulating write", "it adds up values that fall on one place", "planner"
+)
+_CASTS = (aten.to.dtype, aten._to_copy.default)
+# It reads raw memory, and a cast may lay the same values out differently.
+_NEVER_CAST = (aten.as_strided.default,)
+
+
+class _GraphPlanner:
+    """Plans one graph. `_nodes` holds the FX nodes that there is something to decide about."""
+
+    def __init__(
+        self,
+        region: Region,
+        mode: str,
+        rules: Rules,
+        stats: RangeStats,
+        dtype: torch.dtype,
+        device: str,
+        refused: Mapping[str, str],
+    ) -> None:
+        self._refused = refused
+        self._region, self._mode, self._rules = region, mode, rules
+        self._dtype, self._device = dtype, device
+        captured = region.graphs[mode]
+        self._graph = captured.graph_module.graph
+        self._infos, self._values = captured.nodes, region.traces[mode].values
+        self._evidence = Evidence(region, mode, stats, dtype)
+        self._nodes = [n for n in self._graph.nodes if self._is_concerned(n)]
+        self._index = {node.name: i for i, node in enumerate(self._nodes)}
+        self._verdicts = {n.name: self._judge(n) for n in self._nodes}
+        self._ops = {name: info.short_op for name, info in self._infos.items()}
+        kinds = rules.rewrites
+        if mode == "train":  # see `rescaling`
+            kinds = replace(kinds, rescale_layers=False)
+        self._rescaler = Rescaler(self._graph, self._values, self._ops, self._evidence, kinds)
+        self._scalings: dict[str, Scaling] = {}
+        self._sites = self._found_sites()
+        self._painted = Painted(frozenset(), {})
+
+    def plan(self) -> tuple[list[Decision], Casts]:
+        """Paint, guard and propagate until nothing changes; then write the decisions down."""
+        while True:
+            precision = self._precisions()
+            self._rescale(precision)
+            if self._apply_guards(precision):
+                continue
+            try:
+                flows = propagate(self._graph, self._values, precision, self._dtype, self._device)
+            except NoKernelError as refusal:
+                reason = f"it has no {name_of(self._dtype)} kernel"
+                self._pin(refusal.node, "no kernel", reason, refusal.cause)
+                continue
+            settled = Settled(
+                self._verdicts, self._index, self._painted, self._scalings, self._sites, flows
+            )
+            writer = Writer(
+                self._region, self._mode, settled, self._evidence, self._rules.painting,
+                self._dtype, self._device,
+            )  # fmt: skip
+            return writer.decisions(), writer.casts()
+
+    # --- categories ------------------------------------------------------------------------------
+
+    def _is_concerned(self, node: fx.Node) -> bool:
+        """Whether the node makes a tensor from an FP32 tensor. What picks from a tuple goes with
+        the node that made the tuple."""
+        if (
+            node.op != "call_function"
+            or node.target is operator.getitem
+            or not any(
+                isinstance(leaf, Value) for leaf in pytree.tree_leaves(self._values[node.name])
+            )
+        ):
+            return False
+        return any(
+            self._values[producer.name].dtype == torch.float32
+            for _, producer in tensor_arguments(node, self._values)
+        )
+
+    def _judge(self, node: fx.Node) -> Verdict:
+        info = self._infos[node.name]
+        place = Place(name_of(self._dtype), self._device, self._mode)
+        rule = self._rules.match_override(
+            place, node=info.identity, layer=info.layer, modules=info.modules
+        )
+        result = self._values[node.name]
+        if node.target in _CASTS and isinstance(result, Value) and "dtype" in _arguments(node):
+            return _EXPLICIT
+        by_op = self._rules.match_op(place, info.op)
+        own = by_op.category if by_op is not None else None
+        if rule is None:
+            rule = by_op
+            if rule is not None and rule.category is Category.INFER and self._accumulates(node):
+                return _ACCUMULATING
+        if rule is None:
+            return _UNKNOWN
+        if info.op in self._refused and rule.category is not Category.DENY:
+            return Verdict(
+                Category.DENY, "no kernel", f"no {place.dtype} kernel for it on {place.device}",
+                "measured",
+                pinned=True, evidence=self._refused[info.op], own=own,
+            )  # fmt: skip
+        pinned = rule.target is not Target.OP and rule.category in (Category.ALLOW, Category.DENY)
+        return Verdict(rule.category, rule.name, rule.reason, rule.source, pinned=pinned, own=own)
+
+    def _accumulates(self, node: fx.Node) -> bool:
+        """Whether the node is an `index_put` that adds to what is there: in FP16, 4096 values that
+        fall on one place leave an error of 1e-2. Autocast's own painting does as autocast does."""
+        if self._rules.painting is Painting.AUTOCAST or "index_put" not in str(node.target):
+            return False
+        return True in (*node.args[3:4], *node.kwargs.values())
+
+    # --- painting --------------------------------------------------------------------------------
+
+    def _precisions(self) -> dict[str, Precision]:
+        if self._rules.painting is Painting.AUTOCAST:
+            alone = {
+                Category.ALLOW: Precision.LOW,
+                Category.DENY: Precision.FULL,
+                Category.INFER: Precision.WIDEST,
+                Category.CLEAR: Precision.AS_IS,
+                None: Precision.FULL,
+            }
+            return {
+                name: Precision.AS_IS if verdict.explicit else alone[verdict.category]
+                for name, verdict in self._verdicts.items()
+            }
+        index = self._index
+        pinned = {n for n, v in self._verdicts.items() if v.pinned and v.category is Category.DENY}
+        categories = {
+            index[name]: v.own if name in pinned and v.own is not Category.ALLOW else v.category
+            for name, v in self._verdicts.items()
+        }
+        for name in pinned:
+            if self._verdicts[name].own is Category.ALLOW:
+                categories[index[name]] = None
+        edges = [
+            (index[producer], index[node.name])
+            for node in self._nodes
+            for producer in self._producers(node)
+            if producer in index
+        ]
+        self._painted = paint(categories, edges, {index[name] for name in pinned})
+        precision = {}
+        for node in self._nodes:
+            if self._verdicts[node.name].explicit or node.target in _NEVER_CAST:
+                precision[node.name] = Precision.AS_IS
+            elif index[node.name] in self._painted.low:
+                precision[node.name] = Precision.LOW
+            else:
+                precision[node.name] = Precision.ORIGINAL
+        for node in self._nodes:
+            # A lookup delivers low values only where nobody wants them back in FP32.
+            if casts_result(node.target) and any(
+                precision.get(user.name) is not Precision.LOW for user in node.users
+            ):
+                precision[node.name] = Precision.ORIGINAL
+        return precision
+
+    def _producers(self, node: fx.Node) -> list[str]:
+        """Names of the nodes whose FP32 results this one reads, seen through tuple access."""
+        found = []
+        for _, producer in tensor_arguments(node, self._values):
+            if self._values[producer.name].dtype == torch.float32:
+                while producer.target is operator.getitem:
+                    producer = producer.args[0]  # type: ignore[assignment]
+                found.append(producer.name)
+        return found
+
+    # --- rewrites --------------------------------------------------------------------------------
+
+    def _rescale(self, precision: Mapping[str, Precision]) -> None:
+        """Find the regions that are held scaled; the guards then see what they hold."""
+        found = self._rescaler.find(
+            lambda node: precision.get(node.name) is Precision.LOW, self._dtype
+        )
+        if found != self._scalings:
+            self._scalings = found
+            self._sites = self._found_sites()
+
+    # --- guards ----------------------------------------------------------------------------------
+
+    def _apply_guards(self, precision: Mapping[str, Precision]) -> bool:
+        """Pin the low nodes on which a guard fires; whether there were any."""
+        fired = False
+        for node in self._nodes:
+            if precision[node.name] is Precision.LOW and not self._verdicts[node.name].pinned:
+                finding = guarding.first_finding(self._site(node), self._rules.guards, self._dtype)
+                if finding is not None:
+                    fired = True
+                    self._pin(node.name, f"guard {finding.guard}", finding.reason, finding.evidence)
+        return fired
+
+    def _site(self, node: fx.Node) -> Site:
+        """The node's site, with its arguments as the mixed graph has them."""
+        site, scaling = self._sites.of(node), self._scalings.get(node.name, UNSCALED)
+        names = [name for name, _ in tensor_arguments(node, self._values)]
+        factors = {names[i]: factor for i, factor in scaling.operands.items()}
+        operands = [
+            replace(o, range=o.range.scaled(factors[o.argument]))
+            if o.range is not None and o.argument in factors
+            else o
+            for o in site.operands
+        ]
+        numbers = {name: n * scaling.number for name, n in site.scalars.items()}
+        return replace(site, operands=operands, scalars=numbers)
+
+    def _found_sites(self) -> Sites:
+        return Sites(
+            self._graph, self._values, self._ops, self._held_range,
+            self._evidence.growth, self._evidence.weight, self._device, self._evidence.batches,
+            masks=self._rules.rewrites.clamp_masks,
+        )  # fmt: skip
+
+    def _held_range(self, node: fx.Node) -> Range | None:
+        """The range of a value as the mixed graph holds it."""
+        seen, scaling = self._evidence.range(node), self._scalings.get(node.name, UNSCALED)
+        return seen.scaled(scaling.result) if seen is not None else None
+
+    def _pin(self, name: str, rule: str, reason: str, evidence: str = "") -> None:
+        was = self._verdicts[name]
+        self._verdicts[name] = Verdict(
+            Category.DENY, rule, reason, "measured" if evidence else was.source,
+            pinned=True, evidence=evidence, own=was.own,
+        )  # fmt: skip
+
+
+def _arguments(node: fx.Node) -> set[str]:
+    """The names of the schema arguments that a call gives."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {*names[: len(node.args)], *node.kwargs}

@@ -1,0 +1,1 @@
+"""`Captured` and calibration batches -> `RangeStats`: what values every node takes."""

@@ -1,0 +1,1 @@
+"""What the reports say, section by section, apart from how they look."""

@@ -1,0 +1,271 @@
+"""The audit: which layers stay FP32 and why, without converting anything.
+
+A row is one layer and one reason: its nodes with the same rule, reason and evidence. Nodes that
+there was nothing to decide about (no floating point tensor) are in no row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from amp_convert.capture.regions import Uncaptured
+from amp_convert.plan.plan import Decision, Plan
+from amp_convert.report import text as fmt
+from amp_convert.report.folder import write_folder
+from amp_convert.report.model import SCHEMA_VERSION, ModelInfo, Section
+from amp_convert.report.sections.grouping import (
+    layer_name,
+    layer_patterns,
+    layers_text,
+    ops_text,
+    pattern_of,
+    stays_fp32,
+)
+from amp_convert.report.sections.summary import coverage_gaps
+from amp_convert.report.writers.csv_report import csv_text
+from amp_convert.report.writers.json_report import json_text
+from amp_convert.report.writers.markdown import code, escape, table
+from amp_convert.report.writers.terminal import (
+    gap_section,
+    heading,
+    indented,
+    reason_text,
+    rule_text,
+    short,
+)
+
+_MAX_ROWS = 60
+_PROSE = 300
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """Nodes of one layer that stay FP32 for one reason.
+
+    `module` is the class of the layer, `ops` its operators with their counts, `macs_share` the
+    fraction of the model's multiply-adds, `dtype` that of the nodes' results, `source` the line of
+    the rules file, `location` the line of the user's file.
+    """
+
+    layer: str
+    module: str
+    ops: tuple[tuple[str, int], ...]
+    nodes: int
+    macs_share: float
+    dtype: str
+    rule: str
+    reason: str
+    evidence: str
+    source: str
+    location: str
+
+
+class AuditTotals(Section):
+    """What the plan adds up to; shares are fractions of 1."""
+
+    nodes: int
+    fp32_nodes: int
+    layers: int
+    fp32_layers: int
+    share_nodes_low: float
+    share_macs_low: float
+    casts: int
+    borders: int
+
+
+class AuditReport(Section):
+    """The whole audit, as `amp-convert audit --json` prints it."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    amp_convert: str
+    model: ModelInfo
+    dtype: str
+    device: str
+    rules: tuple[str, ...]
+    totals: AuditTotals
+    rows: tuple[AuditRow, ...]
+    unknown_ops: dict[str, int]
+    uncaptured: tuple[Uncaptured, ...]
+    unmatched_rules: tuple[str, ...]
+
+
+def audit_report(plan: Plan, model: ModelInfo, version: str) -> AuditReport:
+    """The audit of `plan`; `version` is amp-convert's."""
+    decided = [decision for decision in plan.eval if decision.decided]
+    kept = [decision for decision in decided if stays_fp32(decision)]
+    return AuditReport(
+        amp_convert=version,
+        model=model,
+        dtype=plan.dtype,
+        device=plan.device,
+        rules=plan.rules,
+        totals=AuditTotals(
+            nodes=len(decided),
+            fp32_nodes=len(kept),
+            layers=len({decision.layer for decision in decided}),
+            fp32_layers=len({decision.layer for decision in kept}),
+            share_nodes_low=plan.share_nodes_low(),
+            share_macs_low=plan.share_macs_low(),
+            casts=plan.eval_casts.activations + plan.eval_casts.weights,
+            borders=plan.eval_casts.borders,
+        ),
+        rows=tuple(audit_rows(plan)),
+        unknown_ops=plan.unknown_ops(),
+        uncaptured=plan.uncaptured,
+        unmatched_rules=plan.unmatched_rules,
+    )
+
+
+def audit_rows(plan: Plan) -> list[AuditRow]:
+    """The rows, in the order in which the layers run."""
+    total = sum(decision.macs for decision in plan.eval)
+    groups: dict[tuple[str, ...], list[Decision]] = {}
+    for decision in plan.eval:
+        if stays_fp32(decision):
+            key = (decision.layer, decision.rule, decision.reason, decision.evidence)
+            groups.setdefault(key, []).append(decision)
+    return [_row(members, total) for members in groups.values()]
+
+
+def _row(members: list[Decision], total_macs: int) -> AuditRow:
+    first = members[0]
+    macs = sum(member.macs for member in members)
+    return AuditRow(
+        layer=first.layer,
+        module=first.module,
+        ops=tuple(Counter(member.op for member in members).most_common()),
+        nodes=len(members),
+        macs_share=macs / total_macs if total_macs else 0.0,
+        dtype=", ".join(dict.fromkeys(member.dtype for member in members)),
+        rule=first.rule,
+        reason=first.reason,
+        evidence=first.evidence,
+        source=first.source,
+        location=first.location,
+    )
+
+
+def totals_text(report: AuditReport) -> str:
+    """One sentence: how much of the model stays FP32."""
+    totals = report.totals
+    if not totals.fp32_nodes:
+        nodes = f"{fmt.count(totals.nodes, 'node')} in {fmt.count(totals.layers, 'layer')}"
+        return f"No node stays FP32 ({nodes})"
+    return (
+        f"{totals.fp32_nodes:,} of {fmt.count(totals.nodes, 'node')} in {totals.fp32_layers:,}"
+        f" of {fmt.count(totals.layers, 'layer')} stay FP32,"
+        f" with {fmt.percent(sum(row.macs_share for row in report.rows))} of the multiply-adds"
+    )
+
+
+def render_audit(console: Console, report: AuditReport, folder: Path | None = None) -> None:
+    """Print the audit; `folder` is where it was written, None when it was not."""
+    where = f"{report.dtype} on {report.device}, rules {', '.join(report.rules)}"
+    console.print(heading(f"Audit of {short(report.model.name)}", short(where, 80)))
+    console.print(Text(totals_text(report)))
+    console.print()
+    rows = _merged(report.rows)
+    if rows:
+        console.print(indented(_rows_table(rows[:_MAX_ROWS])))
+        rest = len(rows) - _MAX_ROWS
+        if rest > 0:
+            console.print(Text(f"  ... and {fmt.count(rest, 'more row')}; --out writes them all"))
+        console.print()
+    if gaps := coverage_gaps(report.unknown_ops, report.uncaptured, report.unmatched_rules):
+        console.print(gap_section("Not covered", gaps))
+        console.print()
+    if folder is not None:
+        console.print(Text(f"Audit: {folder}/audit.md"), soft_wrap=True)
+
+
+def _merged(rows: Iterable[AuditRow]) -> list[list[AuditRow]]:
+    """Rows that give one reason for layers which differ only in an index, together."""
+    groups: dict[tuple[str, ...], list[AuditRow]] = {}
+    for row in rows:
+        key = (pattern_of(row.layer), row.rule, row.reason, row.source)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def _rows_table(groups: Sequence[list[AuditRow]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("nodes", justify="right", no_wrap=True)
+    table.add_column("mul-adds", justify="right", no_wrap=True)
+    table.add_column("layer, what, why", overflow="fold")
+    for rows in groups:
+        nodes = sum(row.nodes for row in rows)
+        share = sum(row.macs_share for row in rows)
+        table.add_row(f"{nodes:,}", fmt.percent(share), _row_text(rows))
+    return table
+
+
+def _row_text(rows: Sequence[AuditRow]) -> Text:
+    row = rows[0]
+    ops: Counter[str] = Counter()
+    for each in rows:
+        ops.update(dict(each.ops))
+    evidence = dict.fromkeys(each.evidence for each in rows if each.evidence)
+    shown = next(iter(evidence), "")
+    if len(evidence) > 1:
+        shown += f", the first of {len(evidence)}"
+    return reason_text(
+        layers_text(layer_patterns(each.layer for each in rows)) + "\n",
+        f"{ops_text(ops.most_common())}: {short(row.reason, _PROSE)}\n",
+        rule_text(row.rule, row.source),
+        shown,
+        row.location,
+    )
+
+
+def audit_csv(report: AuditReport) -> str:
+    """The text of audit.csv: one row an `AuditRow`, one column a field."""
+    rows = ([_csv_value(value) for value in astuple(row)] for row in report.rows)
+    return csv_text([field.name for field in fields(AuditRow)], rows)
+
+
+def _csv_value(value: str | float | tuple[tuple[str, int], ...]) -> str | float:
+    return ops_text(value, limit=len(value)) if isinstance(value, tuple) else value
+
+
+def audit_markdown(report: AuditReport) -> str:
+    """The text of audit.md."""
+    rows = [
+        [
+            code(layer_name(row.layer)),
+            f"{row.nodes:,}",
+            fmt.percent(row.macs_share),
+            escape(ops_text(row.ops)),
+            escape(row.reason),
+            escape(row.evidence),
+            f"{code(row.rule)} {code(row.source)}",
+            code(row.location),
+        ]
+        for row in report.rows
+    ]
+    columns = ["layer", "nodes", "multiply-adds", "ops", "reason", "evidence", "rule", "place"]
+    gaps = coverage_gaps(report.unknown_ops, report.uncaptured, report.unmatched_rules)
+    lines = [f"# Audit: {escape(report.model.name)} in {report.dtype} on {report.device}"]
+    lines += ["", f"{totals_text(report)}. Rules: {', '.join(map(code, report.rules))}."]
+    lines += ["", *table(columns, rows, numbers="12")] if rows else []
+    if gaps:
+        lines += ["", "## Not covered", ""]
+        lines += [f"- {escape(gap.what)}: {escape(gap.reason)}" for gap in gaps]
+    return "\n".join(lines) + "\n"
+
+
+def write_audit(out: Path, report: AuditReport) -> None:
+    """Write audit.json, audit.csv and audit.md. Raises UsageError as `write_folder`."""
+    files = {
+        "audit.json": json_text(report),
+        "audit.csv": audit_csv(report),
+        "audit.md": audit_markdown(report),
+    }
+    write_folder(out, files)

@@ -1,0 +1,245 @@
+"""What a reader wants first, drawn from a `RunReport` once so that every writer says the same.
+
+Worst layers: each layer is represented by its node of largest accumulated error, NaN counting as
+the largest and ties going to the node that runs first.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from amp_convert.capture.regions import Uncaptured
+from amp_convert.report import text as fmt
+from amp_convert.report.model import RunReport, Unchecked
+from amp_convert.report.sections.grouping import layer_name
+from amp_convert.validate.inference.results import Divergence, NodeDivergence, OutputError
+from amp_convert.validate.training.results import LOSS, TrainingParity
+
+ARMS = ("fp32", "autocast", "mixed", "frozen")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity, one formatted value an arm; an empty value does not apply."""
+
+    quantity: str
+    fp32: str = ""
+    autocast: str = ""
+    mixed: str = ""
+    frozen: str = ""
+
+
+@dataclass(frozen=True)
+class WorstLayer:
+    """A layer and the error of its worst node. Errors are relative L2, None where not measured."""
+
+    layer: str
+    node: str
+    op: str
+    dtype: str
+    location: str
+    local: float | None
+    accumulated: float
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Something that the run did not check or cover, and why."""
+
+    what: str
+    reason: str
+
+
+def severity(value: float | None) -> float:
+    """Sort key of an error: NaN is worse than infinity, not measured is below everything."""
+    if value is None:
+        return -1.0
+    if math.isnan(value):
+        return math.inf
+    return min(value, sys.float_info.max)
+
+
+def worst_output(outputs: Sequence[OutputError]) -> OutputError | None:
+    """The floating point output of largest relative error; None when there is none."""
+    floating = [output for output in outputs if "float" in output.dtype]
+    return max(floating, key=lambda output: severity(output.rel_l2), default=None)
+
+
+def comparison(report: RunReport) -> list[Comparison]:
+    """Headline figures, one row a quantity: output error, metrics, time, peak memory."""
+    inference = report.inference
+    if inference is None:
+        return []
+    return [*_error_rows(inference), *_metric_rows(inference), *_cost_rows(inference)]
+
+
+def _error_rows(inference: Divergence) -> list[Comparison]:
+    mixed = worst_output(inference.outputs)
+    if mixed is None:
+        return []
+    autocast = worst_output(inference.autocast_outputs)
+    floating = sum("float" in output.dtype for output in inference.outputs)
+    return [
+        Comparison(
+            f"output error, worst of {floating}" if floating > 1 else "output error",
+            fp32="0",
+            autocast=fmt.error(autocast.rel_l2) if autocast else "",
+            mixed=fmt.error(mixed.rel_l2),
+        )
+    ]
+
+
+def _metric_rows(inference: Divergence) -> list[Comparison]:
+    return [
+        Comparison(
+            fmt.printable(metric.name) + (" (lower is better)" if metric.lower_is_better else ""),
+            fp32=fmt.number(metric.fp32),
+            autocast=fmt.number(metric.autocast),
+            mixed=fmt.number(metric.mixed),
+        )
+        for metric in inference.metrics
+    ]
+
+
+def _cost_rows(inference: Divergence) -> list[Comparison]:
+    times = {cost.arm: fmt.milliseconds(cost.milliseconds) for cost in inference.costs}
+    peaks = {cost.arm: fmt.mebibytes(cost.peak_bytes) for cost in inference.costs}
+    rows = (("time per forward", times), ("peak memory", peaks))
+    return [
+        Comparison(name, *(values.get(arm, "") for arm in ARMS))
+        for name, values in rows
+        if any(values.values())
+    ]
+
+
+def worst_layers(report: RunReport, limit: int = 10) -> list[WorstLayer]:
+    """The `limit` layers of largest accumulated error, worst first."""
+    locations = {decision.node: decision.location for decision in report.plan.decisions}
+    worst: dict[str, NodeDivergence] = {}
+    for row in report.inference.nodes if report.inference else ():
+        if row.accumulated_rel_l2 is None:
+            continue
+        held = worst.get(row.layer)
+        if held is None or severity(row.accumulated_rel_l2) > severity(held.accumulated_rel_l2):
+            worst[row.layer] = row
+    ranked = sorted(worst.values(), key=lambda row: -severity(row.accumulated_rel_l2))
+    return [
+        WorstLayer(
+            row.layer,
+            row.node,
+            row.op,
+            row.dtype,
+            locations.get(row.node, ""),
+            row.local_rel_l2,
+            row.accumulated_rel_l2,
+        )
+        for row in ranked[:limit]
+        if row.accumulated_rel_l2 is not None and row.accumulated_rel_l2 != 0
+    ]
+
+
+def verdict_sentence(report: RunReport) -> str:
+    """One clause under the verdict: how many checks passed, which failed."""
+    checks = report.verdict.checks
+    counts = Counter(check.status for check in checks)
+    parts = [f"{counts['pass']} of {fmt.count(len(checks), 'check')} passed"]
+    if counts["fail"]:
+        parts.append(f"{counts['fail']} failed")
+    if counts["unchecked"]:
+        parts.append(f"{counts['unchecked']} not checked")
+    return ", ".join(parts)
+
+
+def precision_text(report: RunReport) -> str:
+    """ "41 of 55 nodes (74.5 %), 99.1 % of the multiply-adds"."""
+    plan = report.plan
+    nodes = f"{plan.low_nodes:,} of {fmt.count(plan.nodes, 'node')}"
+    share = fmt.percent(plan.share_nodes_low)
+    return f"{nodes} ({share}), {fmt.percent(plan.share_macs_low)} of the multiply-adds"
+
+
+def casts_text(report: RunReport) -> str:
+    """ "3 inserted, at 4 borders between precisions"."""
+    borders = fmt.count(report.plan.borders, "border")
+    return f"{report.plan.casts:,} inserted, at {borders} between precisions"
+
+
+def tolerance(report: RunReport) -> float | None:
+    """What the relative L2 error of an output was held to; None where it was not held to any."""
+    for check in report.verdict.checks:
+        if check.name == "outputs.rel_l2" and isinstance(check.threshold, float):
+            return check.threshold
+    return None
+
+
+def gaps(report: RunReport) -> list[Gap]:
+    """Everything that was not checked or is not covered; what shares a reason is one entry."""
+    checks = report.verdict.checks
+    found = [
+        Gap(check.name, check.reason)
+        for check in checks
+        # The parts that were not captured are listed one by one below.
+        if check.status == "unchecked" and check.name != "capture.whole"
+    ]
+    if isinstance(report.training, Unchecked) and all(c.name != "training" for c in checks):
+        found.append(Gap("training", report.training.reason))
+    if isinstance(report.training, TrainingParity):
+        found += _training_gaps(report.training)
+    if isinstance(report.onnx, Unchecked) and all(c.name != "onnx" for c in checks):
+        found.append(Gap("onnx", report.onnx.reason))
+    for cost in report.inference.costs if report.inference else ():
+        if cost.note and (cost.milliseconds is None or cost.peak_bytes is None):
+            found.append(Gap(f"cost of the {cost.arm} arm", cost.note))
+    plan = report.plan
+    found += coverage_gaps(plan.unknown_ops, plan.uncaptured, plan.unmatched_rules)
+    return _merged(found)
+
+
+def _training_gaps(parity: TrainingParity) -> list[Gap]:
+    """What was not looked at in training; checks that could not run are not repeated here."""
+    found = [
+        Gap(f"training of the {arm.arm} arm", arm.note)
+        for arm in parity.run.arms
+        if arm.note and arm.arm not in ("fp32", "mixed")
+    ]
+    fp32 = parity.run.arm("fp32")
+    if fp32 is not None and set(fp32.metrics) == {LOSS}:
+        reason = "the model file gives no metrics, so training is judged by its loss alone"
+        found.append(Gap("metrics after training", reason))
+    if parity.noninferiority is None and not parity.pairs:
+        reason = "one pair was trained; --seeds tests whether mixed is worse over several"
+        found.append(Gap("training over seeds", reason))
+    return found
+
+
+def _merged(gaps: Iterable[Gap]) -> list[Gap]:
+    """One entry a reason."""
+    named: dict[str, list[str]] = {}
+    for gap in gaps:
+        named.setdefault(fmt.printable(gap.reason), []).append(fmt.printable(gap.what))
+    return [Gap(", ".join(dict.fromkeys(names)), reason) for reason, names in named.items()]
+
+
+def coverage_gaps(
+    unknown_ops: dict[str, int], uncaptured: Iterable[Uncaptured], unmatched_rules: Iterable[str]
+) -> list[Gap]:
+    """Ops in no rule and parts of the model that could not be captured, which both stay FP32; and
+    the user's rules that name nothing in this model."""
+    found = [
+        Gap(f"{op}, {fmt.count(number, 'node')}", f"{op} is in no rule, so it stays float32")
+        for op, number in sorted(unknown_ops.items(), key=lambda item: -item[1])
+    ]
+    for part in uncaptured:
+        place = f" ({part.location})" if part.location else ""
+        found.append(
+            Gap(layer_name(part.layer), f"not captured, stays eager float32: {part.reason}{place}")
+        )
+    found += [
+        Gap(f"rule {rule}", "it matches nothing in this model, so it decided nothing")
+        for rule in unmatched_rules
+    ]
+    return _merged(found)

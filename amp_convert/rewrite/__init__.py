@@ -1,0 +1,1 @@
+"""`Captured` and `Plan` -> `ConvertedModel`: the graphs with casts."""

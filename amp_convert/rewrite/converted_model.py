@@ -1,0 +1,247 @@
+"""The converted model: an `nn.Module` that takes and returns what the original does.
+
+It has the original's parameters, buffers and submodules as its own (shared, not copied, as with
+`torch.compile`), so `state_dict()` has the original's keys, optimizers update FP32 master weights,
+and `.train()` and `.eval()` switch between two graphs over that one set of weights.
+
+A model that could be captured only in parts runs as it is, with the `forward` of each captured part
+replaced while it runs.
+
+`freeze()` gives a module for inference only: whatever the eval graph computes from weights alone,
+the casts first of all, is computed once and stored, so weights are kept in low precision and no
+call pays for casting them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.regions import Captured, Region, RegionCall
+from amp_convert.core import device as devices
+from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.plan.plan import Plan
+from amp_convert.plan.planner import make_plan
+from amp_convert.profile.calibrate import RangeStats
+from amp_convert.rewrite.fold_constants import Folded, fold
+from amp_convert.rewrite.insert_casts import Rewritten, rewrite
+from amp_convert.rules.rule_set import Rules
+from amp_convert.validate.inference.lockstep import KernelError, try_kernels
+
+
+def convert_captured(
+    captured: Captured, rules: Rules, stats: RangeStats, dtype: torch.dtype
+) -> ConvertedModel:
+    """Plan, rewrite, and run each graph once on the example inputs to see that its kernels exist.
+
+    An operator whose kernel refuses its planned dtypes is kept in FP32, with what it said as the
+    evidence, and the model is planned anew.
+    """
+    refused: dict[str, str] = {}
+    while True:
+        plan = make_plan(captured, rules, stats, dtype, refused)
+        converted = ConvertedModel(captured, plan)
+        try:
+            converted.try_kernels()
+        except KernelError as error:
+            if error.info is None or error.info.op in refused:
+                raise
+            refused[error.info.op] = error.cause
+        else:
+            return converted
+
+
+_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+class ConvertedModel(nn.Module):
+    """A model in mixed precision. `plan` says what was decided, and why.
+
+    Its submodules are the original's own, so `.train()` and `.eval()` reach those too.
+    """
+
+    captured: Captured
+    plan: Plan
+    rewritten: Mapping[str, Mapping[str, Rewritten]]
+
+    def __init__(self, captured: Captured, plan: Plan) -> None:
+        super().__init__()
+        original = captured.model
+        for name in _STATE:
+            self.__dict__[name] = original.__dict__[name]
+        # Not through nn.Module: none of these is a submodule.
+        self.__dict__["captured"], self.__dict__["plan"] = captured, plan
+        self.__dict__["rewritten"] = {
+            region.path: {mode: rewrite(region, mode, plan) for mode in region.graphs}
+            for region in captured.regions
+        }
+        self.__dict__["_parts"] = {
+            region.path: _Part(region, self.rewritten[region.path]) for region in captured.regions
+        }
+        self.training = original.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the original does, in the original's dtypes."""
+        if self.captured.is_whole:
+            return self.__dict__["_parts"][""](self.training, args, kwargs)
+        with self._replaced():
+            return self.captured.model(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> ConvertedModel:
+        """Switch to the train graph, or to the eval graph; the original follows."""
+        super().train(mode)
+        self.captured.model.training = mode
+        return self
+
+    def freeze(self) -> FrozenModel:
+        """A copy for inference, weights stored in low precision; this model is left as it is."""
+        return FrozenModel(self)
+
+    def try_kernels(self) -> None:
+        """Run every graph once on its example inputs. Raises KernelError for the first operator
+        that refuses its dtypes."""
+        device = self.captured.device
+        with torch.no_grad(), devices.preserved_rng(device):
+            for region in self.captured.regions:
+                for rewritten in self.rewritten[region.path].values():
+                    runner = _runner(rewritten, region.module)
+                    try_kernels(rewritten, runner.inputs(region.args, region.kwargs))
+
+    def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
+        """What each region receives when this model is called with these inputs, in eval mode."""
+        with self._replaced():
+            return self.captured.calls(args, kwargs)
+
+    @contextlib.contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """The original with converted parts, in this model's mode, while this is open."""
+        model = self.captured.model
+        was_training, model.training = model.training, self.training
+        regions = self.captured.regions
+        try:
+            for region in regions:
+                part = self.__dict__["_parts"][region.path]
+                region.module.__dict__["forward"] = part.as_forward(region.module)
+            yield
+        finally:
+            model.training = was_training
+            for region in regions:
+                region.module.__dict__.pop("forward", None)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "captured" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["captured"].model, name)
+
+
+class _Part:
+    """The rewritten graphs of one captured part."""
+
+    def __init__(self, region: Region, rewritten: Mapping[str, Rewritten]) -> None:
+        self._runners = {mode: _runner(r, region.module) for mode, r in rewritten.items()}
+        self._why_no_train = region.train_failure
+
+    def __call__(self, training: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        runner = self._runners.get("train" if training else "eval")
+        if runner is None:
+            raise UnsupportedModelError(
+                f"this model was captured for inference only: {self._why_no_train}",
+                mend="Call .eval() on it, or make its forward pass exportable in training mode.",
+            )
+        return runner(*args, **kwargs)
+
+    def as_forward(self, module: nn.Module) -> Callable[..., Any]:
+        """A `forward` for the part's module, which follows that module's mode."""
+        return lambda *args, **kwargs: self(module.training, args, kwargs)
+
+
+class FrozenModel(nn.Module):
+    """A converted model for inference: weights in low precision, nothing left to cast.
+
+    Its tensors are its own, named as the original's were. It stays in eval mode.
+    """
+
+    plan: Plan
+
+    def __init__(self, converted: ConvertedModel) -> None:
+        super().__init__()
+        captured = converted.captured
+        self.__dict__["plan"] = converted.plan
+        folded = {
+            r.path: fold_weights(r, converted.rewritten[r.path]["eval"]) for r in captured.regions
+        }
+        if captured.is_whole:
+            hold(self, folded[""].tensors)
+            runner = GraphRunner(folded[""].graph_module, folded[""].signature, {}, self)
+            self.__dict__["_callee"] = runner
+        else:
+            # What was not captured runs as it is, on a copy of its own.
+            model = copy.deepcopy(captured.model)
+            for path, part in folded.items():
+                module = model.get_submodule(path)
+                hold(module, part.tensors)
+                module.__dict__["forward"] = GraphRunner(
+                    part.graph_module, part.signature, {}, module
+                )
+            for name in _STATE:
+                self.__dict__[name] = model.__dict__[name]
+            model.training = False
+            self.__dict__["_callee"] = model
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the original does, in the original's dtypes; no gradients."""
+        with torch.no_grad():
+            return self.__dict__["_callee"](*args, **kwargs)
+
+    def train(self, mode: bool = True) -> FrozenModel:
+        """Refuse training mode: raises UnsupportedModelError when `mode` is true."""
+        if mode:
+            raise UnsupportedModelError(
+                "a frozen model is for inference only", mend="Train the converted model instead."
+            )
+        super().train(False)
+        return self
+
+
+def hold(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Store copies of `tensors` in `module` under their dotted names, in place of what is there."""
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        owner = module
+        for part in filter(None, path.split(".")):
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner._parameters.pop(key, None)
+        owner._buffers.pop(key, None)
+        if tensor.requires_grad:
+            # matmul takes another path for a weight that requires grad, even under no_grad: only
+            # the same flag gives the bits that were validated.
+            owner.register_parameter(key, nn.Parameter(tensor.detach().clone()))
+        else:
+            owner.register_buffer(key, tensor.clone())
+
+
+def _runner(rewritten: Rewritten, owner: nn.Module) -> GraphRunner:
+    captured = rewritten.captured
+    return GraphRunner(rewritten.graph_module, captured.signature, captured.constants, owner)
+
+
+def fold_weights(region: Region, rewritten: Rewritten, *, wide: bool = False) -> Folded:
+    """The graph for inference, with the weights that the region's module has now; `wide` as in
+    `fold`."""
+    runner = _runner(rewritten, region.module)
+    names = [n.name for n in rewritten.graph_module.graph.nodes if n.op == "placeholder"]
+    held = runner.tensors()
+    tensors = {n: t for n, t in zip(names, held, strict=True) if t is not None}
+    return fold(rewritten, tensors, wide=wide)

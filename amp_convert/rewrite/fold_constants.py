@@ -1,0 +1,199 @@
+"""Constant folding for inference: what depends on weights alone is computed once.
+
+Two things happen to the eval graph:
+
+1. A lookup whose result is cast (`cast(embedding(table, ids))`) becomes a lookup in a cast table:
+   the same bits, since a lookup computes nothing.
+2. Every value that is computed from parameters, buffers and constants alone, and that something
+   else reads, becomes a stored tensor. Views are left in the graph: storing them would only cost
+   memory.
+
+Buffers that the graph itself changes are state, not constants, and stay as they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from amp_convert.capture.graph_call import InputSpec, Signature, Source
+from amp_convert.core.number_formats import LOW_DTYPES, name_of, widened
+from amp_convert.rewrite.insert_casts import Rewritten
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A graph whose constants are inputs, and those constants by the names in its signature."""
+
+    graph_module: fx.GraphModule
+    signature: Signature
+    tensors: Mapping[str, torch.Tensor]
+
+
+def fold(
+    rewritten: Rewritten, tensors: Mapping[str, torch.Tensor], *, wide: bool = False
+) -> Folded:
+    """Fold the eval graph; `tensors` holds every non-user input by placeholder name.
+
+    With `wide`, what is stored has not been rounded: casts to a low dtype are to FP32 there, in the
+    same places and by the same names.
+    """
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(rewritten.graph_module.graph, copied))
+    for node in list(graph.nodes):
+        _cast_table(graph, node)
+    return _Folder(graph, rewritten, tensors, wide=wide).run()
+
+
+def _cast_table(graph: fx.Graph, cast: fx.Node) -> None:
+    """Rule 1."""
+    if not _is_cast(cast):
+        return
+    lookup = cast.args[0]
+    if not isinstance(lookup, fx.Node) or lookup.target is not aten.embedding.default:
+        return
+    weight = lookup.args[0]
+    assert isinstance(weight, fx.Node)
+    if len(lookup.users) != 1 or cast.kwargs["dtype"] not in LOW_DTYPES:
+        return
+    if weight.op != "placeholder":  # its table is low already
+        return
+    with graph.inserting_before(lookup):
+        table = graph.call_function(aten._to_copy.default, (weight,), dict(cast.kwargs))
+    lookup.args = (table, *lookup.args[1:])
+    cast.replace_all_uses_with(lookup)
+    graph.erase_node(cast)
+
+
+class _Folder:
+    """Rule 2. `_known` holds the value of each constant node that was needed so far."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        rewritten: Rewritten,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        wide: bool,
+    ) -> None:
+        self._graph, self._root, self._wide = graph, rewritten.graph_module, wide
+        self._signature = rewritten.captured.signature
+        self._placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        self._specs = dict(zip(self._placeholders, self._signature.inputs, strict=True))
+        originals = [n.name for n in rewritten.graph_module.graph.nodes if n.op == "placeholder"]
+        self._known = {
+            node: tensors[name]
+            for node, name in zip(self._placeholders, originals, strict=True)
+            if name in tensors
+        }
+        self._constant = self._constants()
+
+    def run(self) -> Folded:
+        specs: list[InputSpec] = []
+        tensors: dict[str, torch.Tensor] = {}
+        for placeholder, spec in self._specs.items():
+            if placeholder not in self._constant:
+                specs.append(spec)
+                if placeholder in self._known:  # a buffer that the graph changes
+                    tensors[spec.target] = self._known[placeholder]
+        first = next(n for n in self._graph.nodes if n.op != "placeholder")
+        held: dict[object, fx.Node] = {}
+        # All values come first: replacing a weight takes it away from those computed from it.
+        found = [
+            (node, self._key(node), self._value(node), self._weight_name(node))
+            for node in self._frontier()
+        ]
+        for node, key, value, weight in found:
+            if key not in held:
+                name = weight if weight not in tensors else f"{weight}_{_dtype_name(node, value)}"
+                with self._graph.inserting_before(first):
+                    held[key] = self._graph.placeholder(f"folded_{len(specs)}")
+                specs.append(InputSpec(Source.BUFFER, name))
+                tensors[name] = value
+            node.replace_all_uses_with(held[key])
+        self._graph.eliminate_dead_code()
+        for placeholder in self._placeholders:
+            if placeholder in self._constant:
+                self._graph.erase_node(placeholder)
+        self._graph.lint()
+        module = fx.GraphModule(self._root, self._graph)
+        return Folded(module, replace(self._signature, inputs=tuple(specs)), tensors)
+
+    @staticmethod
+    def _key(node: fx.Node) -> object:
+        """Equal for two casts of one weight to one dtype, which are one tensor."""
+        return (node.args[0], node.kwargs["dtype"]) if _is_cast(node) else node
+
+    def _constants(self) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        for node in self._graph.nodes:
+            if node.op == "placeholder":
+                spec = self._specs[node]
+                if spec.source is not Source.USER and not spec.mutated:
+                    found.add(node)
+            elif node.op == "call_function" and node.all_input_nodes:
+                pure = node.target is operator.getitem or (
+                    isinstance(node.target, torch._ops.OpOverload)
+                    and torch.Tag.nondeterministic_seeded not in node.target.tags
+                )
+                if pure and all(n in found for n in node.all_input_nodes):
+                    found.add(node)
+        return found
+
+    def _frontier(self) -> list[fx.Node]:
+        """Constant nodes to store: those read by what is not constant, views looked through."""
+        frontier: dict[fx.Node, None] = {}
+
+        def need(node: fx.Node) -> None:
+            if _is_view(node):
+                for source in node.all_input_nodes:
+                    need(source)
+            else:
+                frontier[node] = None
+
+        for node in self._graph.nodes:
+            if node not in self._constant:
+                for source in node.all_input_nodes:
+                    if source in self._constant:
+                        need(source)
+        return list(frontier)
+
+    def _value(self, node: fx.Node) -> torch.Tensor:
+        if node not in self._known:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+            if self._wide:
+                args, kwargs = widened((args, kwargs))
+            with torch.no_grad():
+                self._known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._known[node]
+
+    def _weight_name(self, node: fx.Node) -> str:
+        """The weight's own name where the value is that weight, cast or not."""
+        source = node.args[0] if _is_cast(node) else node
+        spec = self._specs.get(source) if isinstance(source, fx.Node) else None
+        return spec.target if spec is not None else f"folded.{node.name}"
+
+
+def _is_cast(node: fx.Node) -> bool:
+    return node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}
+
+
+def _dtype_name(node: fx.Node, value: torch.Tensor) -> str:
+    """The dtype that the graph gives the value, which is not its own when that is wide."""
+    dtype = node.kwargs["dtype"] if _is_cast(node) else value.dtype
+    assert isinstance(dtype, torch.dtype)
+    return name_of(dtype)
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or node.target is aten.reshape.default:
+        return node.target is aten.reshape.default
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)

@@ -1,0 +1,1 @@
+"""Rules files -> `Rules`: which precision category an operator, layer or node gets, and why."""

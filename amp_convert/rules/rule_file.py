@@ -1,0 +1,366 @@
+"""One rules file: its words, its schema, and where in the text each thing stands.
+
+Each error names file, line, the wrong word and the nearest right one. tomllib gives no lines; they
+come from the text with strings and comments blanked out, where what looks like a key is one.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+import tomllib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from amp_convert.core.errors import UsageError
+
+
+class Category(StrEnum):
+    """What a rule says about an op; each `Painting` gives the four words their exact effect."""
+
+    ALLOW = "allow"
+    INFER = "infer"
+    DENY = "deny"
+    CLEAR = "clear"
+
+
+class Painting(StrEnum):
+    """How categories become precisions.
+
+    GRAPPLER colours the graph as TensorFlow does: *allow* seeds the low-precision region, *deny*
+    stays FP32 and floods forward, *infer* and *clear* join their neighbours. AUTOCAST judges each
+    node alone, as PyTorch does: *allow* casts FP32 inputs low, *deny* low ones to FP32, *infer* all
+    to the widest float dtype among them, *clear* leaves them.
+    """
+
+    GRAPPLER = "grappler"
+    AUTOCAST = "autocast"
+
+
+class Target(StrEnum):
+    """What a rule's pattern is compared with."""
+
+    OP = "op"
+    LAYER = "layer"
+    MODULE = "module"
+    NODE = "node"
+
+
+Limit = float | Literal[False]
+"""A guard's limit; False switches the guard off."""
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Limits on measured values, the `[guards]` table.
+
+    activation_headroom: the calibrated absolute maximum times this must stay under the largest
+    finite value of the low dtype. weight_headroom: the same for a weight. The next four concern
+    FP16 alone. activation_floor: a value must somewhere be as large as this. weight_tiny_share:
+    above this share (0 to 1) of nonzero values that would become subnormal or zero, a weight stays
+    FP32. smallest_constant, smallest_eps: a constant, or one that keeps a denominator from zero,
+    must be as large as this.
+
+    The next four bound a rounding, as the largest magnitude times the dtype's unit roundoff.
+    position_error: of an integer position, in steps. angle_error: of an angle, in radians.
+    logit_error: of the input of a softmax or an exponential. cancellation_error: of what a
+    difference reads, relative to its result. exp_growth is the largest exponent in a sum of
+    exponentials, and so the factor by which its relative rounding error grows. rounding_growth
+    bounds what trials measure: the relative L2 error of a result when what it reads is rounded, in
+    units of the dtype's roundoff. cumulative_length and reduction_depth bound the elements that one
+    result depends on.
+    """
+
+    activation_headroom: Limit = 2.0
+    activation_floor: Limit = 2.0**-14
+    weight_headroom: Limit = 1.0
+    weight_tiny_share: Limit = 0.5
+    smallest_constant: Limit = 2.0**-14
+    smallest_eps: Limit = 2.0**-14
+    position_error: Limit = 1.0
+    angle_error: Limit = 0.01
+    logit_error: Limit = 0.25
+    cancellation_error: Limit = 0.05
+    exp_growth: Limit = 16.0
+    rounding_growth: Limit = 20.0
+    cumulative_length: Limit = 64.0
+    reduction_depth: Limit = 131072.0
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """Changes beyond casts that a plan may ask for, the `[rewrites]` table.
+
+    clamp_masks: what a softmax reads as a mask is raised to half of the low dtype's lowest number,
+    where its exponential is zero all the same; -inf stays -inf. scale_scores: attention scores that
+    are too large are scaled by a power of two before the product, instead of after it.
+    rescale_layers: a layer whose result is too large is scaled by a power of two that the next
+    layers take back.
+    """
+
+    clamp_masks: bool = False
+    scale_scores: bool = False
+    rescale_layers: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One `[[rule]]`. `dtype`, `device` and `mode` ("eval" or "train") of None mean any; `source`
+    is "file.toml:line", and `preset` says whether that file is one of ours."""
+
+    target: Target
+    pattern: str
+    category: Category
+    reason: str
+    dtype: str | None
+    device: str | None
+    mode: str | None
+    source: str
+    preset: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short form for reports, such as "op aten.linear"."""
+        return f"{self.target} {self.pattern}"
+
+
+@dataclass(frozen=True)
+class RuleFile:
+    """One file, checked. `shown` is its path as errors name it; `guards` those it sets."""
+
+    shown: str
+    extends: tuple[str, ...]
+    extends_at: str
+    painting: Painting | None
+    guards: dict[str, Limit]
+    rewrites: dict[str, bool]
+    rules: tuple[Rule, ...]
+
+
+def parse_rule_file(text: str, shown: str, *, preset: bool = False) -> RuleFile:
+    """Check `text` as a rules file; `shown` is what errors call it. Raises UsageError.
+
+    Ops of presets are not looked up: they exist in the pinned torch, an older one may lack a few.
+    """
+    source = _Source(shown, text)
+    document = _toml(source)
+    _known_keys("top-level key", document, _TOP, source.at_key)
+    painting = document.get("painting")
+    if painting is not None:
+        painting = Painting(_choice("painting", painting, source.at_key("painting")))
+    tables = document.get("rule", [])
+    if not isinstance(tables, list) or len(tables) != len(source.headers):
+        mend = "Write every rule under its own [[rule]] line."
+        raise UsageError("`rule` is not a list of tables", where=source.at_key("rule"), mend=mend)
+    headed = zip(tables, source.headers, strict=True)
+    rules = [replace(_rule(source, table, line), preset=preset) for table, line in headed]
+    for rule, line in zip(rules, source.headers, strict=True):
+        if rule.target is Target.OP and not preset:
+            _check_op(rule.pattern, source.at_key("op", line))
+    return RuleFile(
+        shown=shown,
+        extends=_extends(source, document.get("extends", [])),
+        extends_at=source.at_key("extends"),
+        painting=painting,
+        guards=_guards(source, document.get("guards", {})),
+        rewrites=_rewrites(source, document.get("rewrites", {})),
+        rules=tuple(rules),
+    )
+
+
+def is_glob(pattern: str) -> bool:
+    """Whether an op or layer pattern has to be matched, not compared."""
+    return any(c in pattern for c in "*?[")
+
+
+def unknown(
+    kind: str, word: str, known: Collection[str], where: str, near: str | None = None
+) -> UsageError:
+    """The error for a word that is not in `known`; `near` is what to seek the nearest of."""
+    close = get_close_matches(near or word, sorted(known), n=1)
+    if close and len(known) > 2:
+        mend = f"Did you mean {str(close[0])!r}?"
+    elif len(known) <= 9:
+        mend = f"Known: {', '.join(sorted(known))}."
+    else:
+        mend = "Write it as in torch.ops, such as 'aten.linear'."
+    return UsageError(f"unknown {kind} {word!r}", where=where, mend=mend)
+
+
+_TOP = ("extends", "painting", "guards", "rewrites", "rule")
+_RULE_KEYS = (*Target, "category", "reason", "dtype", "device", "mode")
+_CHOICES: dict[str, Collection[str]] = {
+    "painting": tuple(Painting),
+    "category": tuple(Category),
+    "dtype": ("float16", "bfloat16"),
+    "device": ("cpu", "cuda"),
+    "mode": ("eval", "train"),
+}
+_OPAQUE = re.compile(
+    r'"""(?:\\.|[^\\])*?"{3,5}' r"|'''.*?'{3,5}" r'|"(?:\\.|[^"\\\n])*"' r"|'[^'\n]*'" r"|#[^\n]*",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The text of a file, and the lines where its headers and keys stand."""
+
+    shown: str
+    text: str
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return _OPAQUE.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), self.text).split("\n")
+
+    @cached_property
+    def headers(self) -> list[int]:
+        header = re.compile(r"\s*\[\[\s*rule\s*\]\]")
+        return [n for n, line in enumerate(self.lines, 1) if header.match(line)]
+
+    def at(self, line: int) -> str:
+        return f"{self.shown}:{line}"
+
+    def at_key(self, key: str, start: int = 0) -> str:
+        """Where `key` or table `[key]` is written: in the table headed at line `start`, if any."""
+        sought = re.compile(rf"\s*\[*\s*{re.escape(key)}\s*[=.\]]")
+        for number, line in enumerate(self.lines[start:], start + 1):
+            if sought.match(line):
+                return self.at(number)
+            if start and line.lstrip().startswith("["):
+                break
+        return self.at(max(start, 1))
+
+
+def _toml(source: _Source) -> dict[str, Any]:
+    try:
+        return tomllib.loads(source.text)
+    except tomllib.TOMLDecodeError as error:
+        what, _, place = str(error).partition(" (at ")
+        found = re.search(r"line (\d+)", place)
+        where = source.at(int(found[1]) if found else len(source.lines))
+    except RecursionError:
+        what, where = "Too deeply nested", source.shown
+    raise UsageError(f"not TOML: {what.lower()}", where=where, mend="Mend the text there.")
+
+
+def _extends(source: _Source, value: Any) -> tuple[str, ...]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        mend = "Write a preset's name, a path, or a list of those."
+        raise UsageError("`extends` is not a name", where=source.at_key("extends"), mend=mend)
+    return tuple(names)
+
+
+def _guards(source: _Source, table: Any) -> dict[str, Limit]:
+    where = source.at_key("guards")
+    if table is False:
+        return {field.name: False for field in fields(Guards)}
+    if not isinstance(table, dict):
+        mend = "Write [guards], or guards = false."
+        raise UsageError("`guards` is not a table", where=where, mend=mend)
+    start = int(where.rpartition(":")[2])
+    _known_keys(
+        "guard", table, [f.name for f in fields(Guards)], partial(source.at_key, start=start)
+    )
+    for key, value in table.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not False and not (is_number and 0 < value < math.inf):
+            raise UsageError(
+                f"guard `{key}` has the value {value!r}",
+                where=source.at_key(key, start),
+                mend="Write a number above 0, or false to switch it off.",
+            )
+    return {key: value and float(value) for key, value in table.items()}
+
+
+def _rewrites(source: _Source, table: Any) -> dict[str, bool]:
+    where = source.at_key("rewrites")
+    if not isinstance(table, dict):
+        raise UsageError("`rewrites` is not a table", where=where, mend="Write [rewrites].")
+    at = partial(source.at_key, start=int(where.rpartition(":")[2]))
+    _known_keys("rewrite", table, [f.name for f in fields(Rewrites)], at)
+    for key, value in table.items():
+        if not isinstance(value, bool):
+            what = f"rewrite `{key}` has the value {value!r}"
+            raise UsageError(what, where=at(key), mend="Write true or false.")
+    return table
+
+
+def _rule(source: _Source, table: dict[str, Any], line: int) -> Rule:
+    where = partial(source.at_key, start=line)
+    _known_keys("key in a rule", table, _RULE_KEYS, where)
+    for key, value in table.items():
+        if not isinstance(value, str) or not value.strip():
+            mend = "Write a string that is not empty."
+            raise UsageError(f"`{key}` is not a text", where=where(key), mend=mend)
+        if key in _CHOICES:
+            _choice(key, value, where(key))
+    targets = [t for t in Target if t in table]
+    if len(targets) != 1:
+        mend = "Give it one of op, layer, module or node."
+        raise UsageError(f"a rule has {len(targets)} targets", where=source.at(line), mend=mend)
+    for key in ("category", "reason"):
+        if key not in table:
+            mend = f"Add a line `{key} = ...`."
+            raise UsageError(f"a rule has no `{key}`", where=source.at(line), mend=mend)
+    return Rule(
+        target=targets[0],
+        pattern=table[targets[0]],
+        category=Category(table["category"]),
+        reason=" ".join(table["reason"].split()),
+        dtype=table.get("dtype"),
+        device=table.get("device"),
+        mode=table.get("mode"),
+        source=f"{Path(source.shown).name}:{line}",
+    )
+
+
+def _check_op(pattern: str, where: str) -> None:
+    # Other libraries register their ops when the model is imported: not yet.
+    if pattern.partition(".")[0] not in ("aten", "operator", "torch", pattern) or pattern == "*":
+        return
+    known = _op_names()
+    if pattern in known or (is_glob(pattern) and any(fnmatchcase(n, pattern) for n in known)):
+        return
+    op = ".".join(pattern.split(".")[:2])
+    if op in known:
+        raise unknown("overload", pattern, [n for n in known if n.startswith(f"{op}.")], where)
+    word = pattern.replace("::", ".").removeprefix("torch.ops.")
+    if not word.startswith(("aten.", "operator.")):
+        word = f"aten.{word.rpartition('.')[2]}"
+    raise unknown("op", pattern, known, where, near=word)
+
+
+@lru_cache(maxsize=1)
+def _op_names() -> frozenset[str]:
+    """Every ATen op, with and without overload, and Python's operators, which graphs hold too."""
+    import torch
+
+    names = {f"operator.{name}" for name in operator.__all__}
+    for full in torch._C._dispatch_get_all_op_names():
+        if full.startswith("aten::"):
+            base, _, overload = full.removeprefix("aten::").partition(".")
+            names |= {f"aten.{base}", f"aten.{base}.{overload or 'default'}"}
+    return frozenset(names)
+
+
+def _known_keys(
+    kind: str, table: dict[str, Any], known: Collection[str], where: Callable[[str], str]
+) -> None:
+    for key in table:
+        if key not in known:
+            raise unknown(kind, key, known, where(key))
+
+
+def _choice(key: str, value: Any, where: str) -> str:
+    if value not in _CHOICES[key]:
+        raise unknown(key, str(value), _CHOICES[key], where)
+    return str(value)

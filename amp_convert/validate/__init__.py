@@ -1,0 +1,1 @@
+"""The converted model held against its FP32 original."""

@@ -1,0 +1,1 @@
+"""Inference: `ConvertedModel` and batches -> `Divergence`."""

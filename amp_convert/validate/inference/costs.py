@@ -1,0 +1,104 @@
+"""Time and peak memory of one forward pass of each arm, side by side.
+
+The arms take turns, so that a machine whose speed drifts slows all of them alike; the median over
+the turns counts. Memory, weights included, is measured in a pass of its own, since counting costs
+time. The frozen arm is what one would deploy, the mixed arm what one would train.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from amp_convert.capture.graph_call import in_mode
+from amp_convert.core import device as devices
+from amp_convert.core.number_formats import from_name
+from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.validate.inference.results import ArmCost
+
+TURNS = 5
+BUDGET_SECONDS = 20.0
+"""Past this no further turn is started; the first one always runs."""
+
+
+def measure(
+    converted: ConvertedModel, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[ArmCost, ...]:
+    """Costs of the FP32 original, native autocast, the converted and the frozen model, in eval
+    mode.
+    """
+    device = converted.captured.device
+    frozen = converted.freeze()
+    original = converted.captured.model
+    models = {"fp32": original, "autocast": original, "mixed": converted, "frozen": frozen}
+    arms = _arms(models, converted, args, kwargs)
+    notes = dict.fromkeys(arms, "")
+    peaks: dict[str, int] = {}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    with (
+        in_mode(original, training=False),
+        in_mode(converted, training=False),
+        torch.no_grad(),
+        devices.preserved_rng(device),
+    ):
+        for name, run in list(arms.items()):
+            try:
+                # This also warms the arm up.
+                peaks[name] = _resident_bytes(models[name]) + devices.peak_bytes(run)
+            except Exception as error:  # noqa: BLE001  autocast breaks some models: a result
+                notes[name] = f"failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
+                del arms[name]
+        begin = time.perf_counter()
+        for turn in range(TURNS):
+            if turn and time.perf_counter() - begin > BUDGET_SECONDS:
+                break
+            for name, run in arms.items():
+                times[name].append(devices.milliseconds(run, device))
+    return tuple(
+        ArmCost(
+            arm=name,
+            milliseconds=statistics.median(taken) if taken else None,
+            peak_bytes=peaks.get(name),
+            note=notes[name] or f"median of {len(taken)} forward passes; memory with the weights",
+        )
+        for name, taken in times.items()
+    )
+
+
+def _resident_bytes(model: nn.Module) -> int:
+    """The bytes of a model's parameters and buffers, each storage counted once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+def _arms(
+    models: Mapping[str, nn.Module],
+    converted: ConvertedModel,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Callable[[], Any]]:
+    original = models["fp32"]
+    device, low = converted.captured.device, from_name(converted.plan.dtype)
+
+    def fp32() -> None:
+        with devices.exact_fp32(device):
+            original(*args, **kwargs)
+
+    def autocast() -> None:
+        with torch.autocast(device.type, dtype=low):
+            original(*args, **kwargs)
+
+    return {
+        "fp32": fp32,
+        "autocast": autocast,
+        "mixed": lambda: models["mixed"](*args, **kwargs),
+        "frozen": lambda: models["frozen"](*args, **kwargs),
+    }

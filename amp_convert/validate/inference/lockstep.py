@@ -1,0 +1,219 @@
+"""The FP32 graph and its mixed-precision rewrite, run side by side, node by node.
+
+At each node three results meet: the reference (the FP32 operator on FP32 values), the accumulated
+one (the mixed operator on the mixed graph's own values) and the local one (the mixed operator on
+the reference's values, cast as planned). A value is dropped after its last reader in its own graph,
+so memory stays near that of two forward passes. Operators that draw random numbers draw the same
+ones in all three.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture.graph_call import Source
+from amp_convert.capture.node_info import NodeInfo
+from amp_convert.core import device as devices
+from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.core.number_formats import is_float_tensor
+from amp_convert.rewrite.insert_casts import Rewritten, held, planned_numbers
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node's results; `local` is None where the mixed node is the FP32 node."""
+
+    node: fx.Node
+    reference: Any
+    accumulated: Any
+    local: Any
+
+
+def run(
+    rewritten: Rewritten,
+    reference_inputs: Sequence[Any],
+    mixed_inputs: Sequence[Any],
+    visit: Callable[[Step], None],
+    wants_local: Callable[[fx.Node], bool],
+    device: torch.device,
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Run both graphs on their flat inputs, calling `visit` after each node of the FP32 graph.
+
+    Returns the flat outputs of both. `wants_local` says for which nodes to compute a local result.
+    """
+    return _Lockstep(rewritten, visit, wants_local, device).run(reference_inputs, mixed_inputs)
+
+
+class KernelError(UnsupportedModelError):
+    """An operator refuses the dtypes that the plan gives it. `info` is the node, if it is known."""
+
+    def __init__(self, info: NodeInfo | None, cause: Exception) -> None:
+        self.info = info
+        self.cause = str(cause).strip().splitlines()[0] if str(cause).strip() else repr(cause)
+        op = info.short_op if info else "a cast"
+        super().__init__(
+            f"{op} refuses the dtypes that the plan gives it: {self.cause}",
+            where=" ".join(filter(None, (info.layer, info.location))) if info else "",
+            mend=f'Keep it in FP32 by a rule: op = "{op}", category = "deny".',
+        )
+
+
+class Arm:
+    """One graph being executed, a node at a time; keeps only values that still have a reader."""
+
+    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self._module = graph_module
+        self.values: dict[fx.Node, Any] = {}
+        self._readers = Counter({n: len(n.users) for n in graph_module.graph.nodes})
+        self._spent: list[fx.Node] = []
+        self._inputs = iter(inputs)
+
+    def execute(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.values[node] = next(self._inputs)
+        elif node.op == "get_attr":
+            self.values[node] = operator.attrgetter(str(node.target))(self._module)
+        elif node.op == "call_function":
+            args, kwargs = self.arguments(node)
+            self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        else:
+            self.values[node] = self.arguments(node)[0][0]
+        self._spent.append(node)
+
+    def arguments(self, node: fx.Node) -> tuple[Any, Any]:
+        return fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+
+    def free(self) -> None:
+        """Drop what the nodes executed since the last call have read for the last time."""
+        for node in self._spent:
+            for source in node.all_input_nodes:
+                self._readers[source] -= 1
+                if not self._readers[source]:
+                    del self.values[source]
+            if not node.users and node.op != "output":
+                del self.values[node]
+        self._spent.clear()
+
+
+class _Lockstep:
+    def __init__(
+        self,
+        rewritten: Rewritten,
+        visit: Callable[[Step], None],
+        wants_local: Callable[[fx.Node], bool],
+        device: torch.device,
+    ) -> None:
+        self._rewritten, self._visit, self._device = rewritten, visit, device
+        self._wants_local = wants_local
+        self._reference_graph = rewritten.captured.graph_module.graph
+        specs = rewritten.captured.signature.inputs
+        placeholders = self._reference_graph.find_nodes(op="placeholder")
+        self._weights = {
+            n for n, s in zip(placeholders, specs, strict=True) if s.source is not Source.USER
+        }
+
+    def run(
+        self, reference_inputs: Sequence[Any], mixed_inputs: Sequence[Any]
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        reference = Arm(self._rewritten.captured.graph_module, reference_inputs)
+        mixed = Arm(self._rewritten.graph_module, mixed_inputs)
+        pending = iter(self._rewritten.graph_module.graph.nodes)
+        for node in self._reference_graph.nodes:
+            state = devices.rng_state(self._device) if _is_random(node) else None
+            reference.execute(node)
+            self._rewind(state)
+            holder = self._advance(mixed, pending, node)
+            if node.op == "call_function":
+                local = None
+                if self._wants_local(node):
+                    self._rewind(state)
+                    local = self._local(node, reference, mixed)
+                self._visit(Step(node, reference.values[node], mixed.values[holder], local))
+            if node.op != "output":
+                reference.free()
+                mixed.free()
+        return reference.values[node], mixed.values[holder]
+
+    def _rewind(self, state: Any) -> None:
+        if state is not None:
+            devices.set_rng_state(self._device, state)
+
+    def _advance(self, mixed: Arm, pending: Iterator[fx.Node], node: fx.Node) -> fx.Node:
+        """Execute the mixed graph up to the node that holds the value of `node`."""
+        holder = self._rewritten.values.get(node.name)
+        candidate = node
+        for candidate in pending:
+            execute(mixed, candidate, self._rewritten)
+            if candidate is holder:
+                break
+        return candidate
+
+    def _local(self, node: fx.Node, reference: Arm, mixed: Arm) -> Any:
+        """The mixed operator on the reference's values, cast to the dtypes that it gets in the mix.
+
+        A weight's cast copy is the mixed arm's own: it is the same tensor.
+        """
+        holder = self._rewritten.values[node.name]
+        decisions = self._rewritten.decisions
+        decision, scales = decisions[node.name], iter(decisions[node.name].input_scales)
+        delivered_low = holder.target is not node.target
+        call = holder.all_input_nodes[0] if delivered_low else holder
+
+        def stand_in(source: fx.Node, twin: Any) -> Any:
+            value = reference.values[source]
+            if not isinstance(value, torch.Tensor):
+                return value
+            scale = next(scales, 1.0)
+            if source in self._weights:
+                return twin
+            if source.name in decisions:
+                scale *= decisions[source.name].scale
+            if is_float_tensor(value) and is_float_tensor(twin) and value.dtype != twin.dtype:
+                return held(value, replace(decision, scale=scale)).to(twin.dtype)
+            return value if scale == 1 else value * scale
+
+        twins = [mixed.values[n] for n in _leaves(call)]
+        made = iter([stand_in(s, t) for s, t in zip(_leaves(node), twins, strict=True)])
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(made))
+        args, kwargs = planned_numbers((args, kwargs), decision)
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        return result.to(holder.kwargs["dtype"]) if delivered_low else result
+
+
+def execute(arm: Arm, node: fx.Node, rewritten: Rewritten) -> None:
+    """Execute one node of a rewritten graph; KernelError names the node that refuses its dtypes."""
+    try:
+        arm.execute(node)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        info = rewritten.captured.nodes.get(rewritten.origins.get(node.name, ""))
+        raise KernelError(info, error) from error
+
+
+def try_kernels(rewritten: Rewritten, inputs: Sequence[Any]) -> None:
+    """Run a rewritten graph once, for no other purpose than to see that every kernel takes its
+    dtypes. Raises KernelError for the first that does not."""
+    arm = Arm(rewritten.graph_module, inputs)
+    for node in rewritten.graph_module.graph.nodes:
+        execute(arm, node, rewritten)
+        arm.free()
+
+
+def _leaves(node: fx.Node) -> list[fx.Node]:
+    return [n for n in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, fx.Node)]
+
+
+def _is_random(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        torch.Tag.nondeterministic_seeded in target.tags
+    )

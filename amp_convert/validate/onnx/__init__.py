@@ -1,0 +1,1 @@
+"""ONNX Runtime: `ConvertedModel` and its file -> `OnnxParity`."""

@@ -1,0 +1,137 @@
+"""Single nodes of an ONNX graph, each run by ONNX Runtime as a model of its own.
+
+The results have the dtypes that the file gives them. Where ONNX Runtime has no kernel for a low
+dtype, the node runs in FP32 and the results are rounded. Equal nodes share a session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from amp_convert.core.number_formats import LOW_DTYPES
+from amp_convert.validate.onnx.sessions import Session
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+_FP32 = 1  # ONNX's numbers
+_LOW = {10: torch.float16, 16: torch.bfloat16}
+
+
+def reads(node: ir.Node) -> list[ir.Value]:
+    """What a node reads, each value once; what its subgraphs take from outside comes last."""
+    import onnx_ir as ir
+
+    found = dict.fromkeys(value for value in node.inputs if value is not None)
+    inner: set[ir.Value] = set()
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graph = attribute.as_graph()
+            inner.update(graph.inputs, graph.initializers.values())
+            for each in ir.traversal.RecursiveGraphIterator(graph):
+                inner.update(each.outputs)
+                found |= dict.fromkeys(value for value in each.inputs if value is not None)
+            found |= dict.fromkeys(graph.outputs)
+    return [value for value in found if value not in inner]
+
+
+def is_low(value: ir.Value | None) -> bool:
+    """Whether a value's dtype is a low one."""
+    return value is not None and value.dtype is not None and int(value.dtype) in _LOW
+
+
+def constant(tensor: ir.TensorProtocol) -> torch.Tensor:
+    """A stored tensor; BF16, which NumPy does not have, by its bits."""
+    array = np.array(tensor.numpy())
+    if int(tensor.dtype) == 16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+class Kernels:
+    """Runs single nodes. Raises what ONNX Runtime raises for one that it cannot run at all."""
+
+    def __init__(self, opsets: Mapping[str, int]) -> None:
+        self._opsets = dict(opsets)
+        self._sessions: dict[bytes, tuple[Session, bool]] = {}
+
+    def run(
+        self, node: ir.Node, given: Callable[[ir.Value], torch.Tensor]
+    ) -> dict[ir.Value, torch.Tensor]:
+        """The results of `node`, where `given` has its inputs."""
+        tensors = [given(value) for value in reads(node)]
+        session, is_wide = self._session(node, [number(t.dtype) for t in tensors])
+        if is_wide:
+            tensors = [t.float() if t.dtype in LOW_DTYPES else t for t in tensors]
+        outputs = [value for value in node.outputs if value.name]
+        results = zip(outputs, session.run(tensors), strict=True)
+        if not is_wide:
+            return dict(results)
+        return {v: t.to(_LOW.get(int(v.dtype or 0), t.dtype)) for v, t in results}
+
+    def _session(self, node: ir.Node, inputs: Sequence[int]) -> tuple[Session, bool]:
+        key = self._model(node, inputs).SerializeToString(deterministic=True)
+        if key not in self._sessions:
+            try:
+                self._sessions[key] = Session(key), False
+            except Exception:  # noqa: BLE001  there is no kernel: its errors have no common class
+                wide = self._model(node, [_FP32 if i in _LOW else i for i in inputs], wide=True)
+                self._sessions[key] = Session(wide.SerializeToString()), True
+        return self._sessions[key]
+
+    def _model(
+        self, node: ir.Node, inputs: Sequence[int], *, wide: bool = False
+    ) -> onnx.ModelProto:
+        """A model of `node` alone; `inputs` are the dtypes of what it reads."""
+        import onnx_ir as ir
+        from onnx import helper
+
+        proto = ir.serde.serialize_node(node)
+        for field in ("name", "doc_string", "metadata_props"):
+            proto.ClearField(field)
+        names = {value.name or "": f"in_{i}" for i, value in enumerate(node.inputs) if value}
+        read = [names.get(value.name or "", value.name or "") for value in reads(node)]
+        made = [f"out_{i}" if value.name else "" for i, value in enumerate(node.outputs)]
+        proto.input[:] = [names.get(name, "") for name in proto.input]
+        proto.output[:] = made
+        if wide:
+            _widen(proto)
+        results = [
+            (name, _FP32 if wide and int(value.dtype or 0) in _LOW else int(value.dtype or 0))
+            for name, value in zip(made, node.outputs, strict=True)
+            if name
+        ]
+        graph = helper.make_graph(
+            [proto],
+            "node",
+            [helper.make_tensor_value_info(*v, None) for v in zip(read, inputs, strict=True)],
+            [helper.make_tensor_value_info(*v, None) for v in results],
+        )
+        opsets = [helper.make_opsetid(domain, version) for domain, version in self._opsets.items()]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def number(dtype: torch.dtype) -> int:
+    """ONNX's number of a dtype."""
+    from onnx import helper
+
+    if dtype == torch.bfloat16:
+        return 16
+    return int(helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=dtype).numpy().dtype))
+
+
+def _widen(proto: Any) -> None:
+    """Have FP32 where the node's attributes name a low dtype."""
+    from onnx import AttributeProto, numpy_helper
+
+    for attribute in proto.attribute:
+        if attribute.name in ("to", "dtype") and attribute.i in _LOW:
+            attribute.i = _FP32
+        elif attribute.type == AttributeProto.TENSOR and attribute.t.data_type in _LOW:
+            array = numpy_helper.to_array(attribute.t).astype(np.float32)
+            attribute.t.CopyFrom(numpy_helper.from_array(array))

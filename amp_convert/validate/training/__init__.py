@@ -1,0 +1,1 @@
+"""Training: `ConvertedModel` and a recipe -> `TrainingParity`."""

@@ -1,0 +1,245 @@
+"""A folder that holds the state of a long run: kept whole, or not replaced.
+
+A state is nested dicts, lists and tuples of plain values and tensors. The tensors go to one
+safetensors file, everything else to checkpoint.json, which names that file:
+
+1. The tensors are written under a new name and synced to the disk.
+2. checkpoint.json is written under another name, synced, and renamed into place. That is the moment
+   at which the new state counts: before it, the old one is whole.
+3. What no longer belongs to the state is deleted.
+
+A run that is killed at any moment therefore leaves the old state or the new one. Nothing in the
+folder can run code when it is read: it holds no pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from amp_convert.core.errors import UsageError
+
+INDEX = "checkpoint.json"
+_VERSION = 1
+_KIND = "amp-convert checkpoint"
+_OURS = re.compile(r"state-\d+-[0-9a-f]{8}\.safetensors(\.part)?|checkpoint\.json(\.part)?")
+_WITHOUT = "Leave --checkpoint out, or use an optimizer of plain state."
+_ELSEWHERE = "Give another folder, or delete this one to begin anew."
+
+
+def check(folder: Path) -> None:
+    """Find out before any work that `save` will be able to write to `folder`, which is made.
+
+    Raises UsageError where it cannot, and where the folder holds something else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(e.name for e in folder.iterdir() if not _OURS.fullmatch(e.name))
+        if foreign:
+            what = f"the folder {folder} is no checkpoint: it holds {foreign[0]}"
+            raise UsageError(what, mend="Give a new or empty folder.")
+        probe = folder / f"{INDEX}.part"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write the checkpoint {folder}: {_said(error)}") from error
+
+
+def save(folder: Path, state: Mapping[str, Any], *, fingerprint: Mapping[str, Any]) -> None:
+    """Replace the state in `folder`; `fingerprint` is what a run must agree with to go on from it.
+
+    Both hold plain values, `state` tensors as well. Raises UsageError where the state cannot be
+    written, as on a full disk, or holds something else; then the old one is as it was.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    content = _packed(state, tensors, "state")
+    file = folder / f"state-{len(tensors)}-{secrets.token_hex(4)}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_tensors(file, tensors)
+        index = {
+            "kind": _KIND,
+            "version": _VERSION,
+            "fingerprint": dict(fingerprint),
+            "tensors": file.name,
+            "sha256": _sha256(file),
+            "state": content,
+        }
+        _replace(folder / INDEX, json.dumps(index, allow_nan=False).encode())
+    except (OSError, SafetensorError) as error:
+        _remove(file)
+        _remove(folder / f"{INDEX}.part")
+        what = f"the checkpoint {folder} cannot be written: {_said(error)}"
+        raise UsageError(what, mend="Make room, or give another folder.") from error
+    _remove_others(folder, file.name)
+
+
+def load(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state in `folder`, tensors on the CPU; None where there is none.
+
+    Raises UsageError for one of another run, naming the first entry of `fingerprint` that differs,
+    and for one that is damaged.
+    """
+    path = folder / INDEX
+    try:
+        index: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {_said(error)}") from error
+    except ValueError as error:
+        raise _damaged(path, "it is not JSON") from error
+    if not isinstance(index, dict) or index.get("kind") != _KIND:
+        raise _damaged(path, "it is no checkpoint")
+    if index.get("version") != _VERSION:
+        what = f"{path} has version {index.get('version')}; this amp-convert reads {_VERSION}"
+        raise UsageError(what, mend=_ELSEWHERE)
+    try:
+        stored, name, digest = index["fingerprint"], index["tensors"], index["sha256"]
+        _refuse_other_run(folder, stored, json.loads(json.dumps(dict(fingerprint))))
+        if not _OURS.fullmatch(name):  # or a crafted file could name any path
+            raise _damaged(path, f"it names {name!r}")
+        file = folder / name
+        if _sha256(file) != digest:
+            raise _damaged(path, f"{name} is not what was written")
+        found: dict[str, Any] = _unpacked(index["state"], load_file(file))
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, _said(error)) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, "an entry is missing or of the wrong kind") from error
+    return found
+
+
+def remove(folder: Path) -> None:
+    """Delete the state in `folder`, and the folder where nothing else is in it."""
+    _remove(folder / INDEX)  # first: what is left without it counts for nothing
+    _remove_others(folder, "")
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _refuse_other_run(folder: Path, stored: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    for name in dict.fromkeys((*stored, *mine)):
+        there, here = stored.get(name), mine.get(name)
+        if there != here:
+            what = f"the checkpoint {folder} is of another run: {name} was {there}, is {here}"
+            raise UsageError(what, mend=_ELSEWHERE)
+
+
+# --- state to JSON and tensors, and back. A dict with the one key "$..." is one of ours. ---
+
+
+def _packed(value: Any, tensors: dict[str, torch.Tensor], place: str) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": str(value)}
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        if value.layout is not torch.strided or value.dtype is torch.complex128:
+            what = f"{place} is a {value.layout} tensor of {value.dtype}"
+            raise UsageError(f"{what}, which a checkpoint cannot hold", mend=_WITHOUT)
+        # Apart from all others: safetensors stores no memory twice, and no view.
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"$tensor": name}
+    if isinstance(value, list | tuple):
+        items = [_packed(item, tensors, f"{place}[{i}]") for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if isinstance(value, Mapping):
+        keys = [_packed_key(key, place) for key in value]
+        items = [_packed(item, tensors, f"{place}.{key}") for key, item in value.items()]
+        return {"$dict": list(map(list, zip(keys, items, strict=True)))}
+    kind = type(value).__name__
+    what = f"{place} is a {kind}, which a checkpoint cannot hold"
+    raise UsageError(what, mend=_WITHOUT)
+
+
+def _packed_key(key: Any, place: str) -> Any:
+    if isinstance(key, str | int):
+        return key
+    what = f"{place} has a key of type {type(key).__name__}, which a checkpoint cannot hold"
+    raise UsageError(what, mend=_WITHOUT)
+
+
+def _unpacked(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    [(mark, held)] = value.items()
+    if mark == "$tensor":
+        return tensors[held]
+    if mark == "$float":
+        return float(held)
+    if mark == "$tuple":
+        return tuple(_unpacked(item, tensors) for item in held)
+    if mark != "$dict":
+        raise ValueError(mark)
+    return {key: _unpacked(item, tensors) for key, item in held}
+
+
+# --- files ---
+
+
+def _write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    part = file.with_name(f"{file.name}.part")
+    try:
+        save_file(tensors, part)
+        with part.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        part.rename(file)
+    finally:
+        _remove(part)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.replace(path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+                os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _remove_others(folder: Path, keep: str) -> None:
+    with contextlib.suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.name not in (keep, INDEX) and _OURS.fullmatch(entry.name):
+                _remove(entry)
+
+
+def _damaged(path: Path, why: str) -> UsageError:
+    return UsageError(f"the checkpoint {path} is damaged: {why}", mend=_ELSEWHERE)
+
+
+def _said(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else "") or str(error)

@@ -1,0 +1,359 @@
+"""ConvertedModel -> `TrainingParity`: the mixed model trained beside its FP32 original.
+
+1. One step, without an update: the gradients of both models (see `compare_gradients`), at the loss
+   scale that training starts with; where that overflows and the scale is dynamic, at the one it
+   finds.
+2. A paired run of N steps from the first seed, with native autocast and FP32 noise: see
+   `paired_run`.
+3. Where more seeds are asked for: a pair a seed, FP32 and mixed alone, until the test of
+   `noninferiority` has its answer.
+
+After every few steps the state can go to a checkpoint. A run that was killed begins again from the
+last one and ends in the same bits: weights, optimizer, loss scale and random states are stored, the
+batches are drawn anew from their seed, and whatever else decides about the bits (versions, threads,
+settings, the plan) has to be as it was. A checkpoint that cannot be written, on a full disk say, is
+said at once and costs nothing else: the old one stays whole, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amp_convert import __version__
+from amp_convert.core import device as devices
+from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
+from amp_convert.loading.user_code import placed
+from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.validate.training import checkpoint
+from amp_convert.validate.training.arm import Arm, LossScaling, Recipe
+from amp_convert.validate.training.compare_gradients import compare_gradients
+from amp_convert.validate.training.data import Data
+from amp_convert.validate.training.gradient_results import GradientParity
+from amp_convert.validate.training.noninferiority import (
+    Margin,
+    Noninferiority,
+    judge_pairs,
+    require_test,
+)
+from amp_convert.validate.training.paired_run import ALL_ARMS, PAIR, Race, training
+from amp_convert.validate.training.results import (
+    LOSS,
+    TRAIN_LOSS,
+    PairedRun,
+    SeedPair,
+    TrainingArm,
+    TrainingParity,
+)
+
+DEFAULT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a training comparison is run.
+
+    `steps` None takes up to `DEFAULT_STEPS`, or as many as there are batches for. `seeds` is how
+    many pairs may be trained, from seed 0 on; more than 1 needs a `margin`. `metric` is the one
+    that is judged over seeds; None takes the first of the user's. `identity` is what a checkpoint
+    must agree with, besides these options.
+    """
+
+    steps: int | None = None
+    seeds: int = 1
+    margin: Margin | None = None
+    metric: str | None = None
+    lower_is_better: frozenset[str] = frozenset()
+    checkpoint: Path | None = None
+    checkpoint_every: int = 25
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_test(self.seeds, has_margin=self.margin is not None)
+
+
+def compare_training(
+    converted: ConvertedModel,
+    recipe: Recipe,
+    data: Data,
+    options: Options,
+    *,
+    tick: Callable[[], None] = lambda: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,  # noqa: ARG005
+) -> TrainingParity:
+    """Train both models and measure; the model is afterwards as it was.
+
+    `tick` is called after each step; once `should_stop` says so, no further step is begun, and what
+    there is becomes the result. `say` is told what a user should know at once, such as a checkpoint
+    that cannot be written. Raises UnsupportedModelError for a model without a train graph,
+    ModelError for whatever is wrong with the user's batches, loss, optimizer or FP32 training, and
+    UsageError for a checkpoint that belongs to another run.
+    """
+    low = any(decision.low for decision in converted.plan.train)
+    if not low:  # nothing can underflow, and plain training is what it is compared with
+        recipe = dataclasses.replace(recipe, scaling=LossScaling("none"))
+    return _Comparison(converted, recipe, data, options, tick, should_stop, say).run()
+
+
+class _Comparison:
+    def __init__(
+        self,
+        converted: ConvertedModel,
+        recipe: Recipe,
+        data: Data,
+        options: Options,
+        tick: Callable[[], None],
+        should_stop: Callable[[], bool],
+        say: Callable[[str], None],
+    ) -> None:
+        self._converted, self._model = converted, converted.captured.model
+        self._recipe, self._data, self._options = recipe, data, options
+        self._tick, self._should_stop, self._say = tick, should_stop, say
+        self._steps = options.steps or DEFAULT_STEPS
+        self._metric = ""
+        self._interrupted = False
+        self._answer: Noninferiority | None = None
+        self._first: PairedRun | None = None
+        self._ended = ""
+        self._unsaved = 0
+        self._words: dict[str, str] = {}
+        self._pairs: list[SeedPair] = []
+
+    def run(self) -> TrainingParity:
+        resumed = self._resume()
+        begin = resumed["seed"] if resumed else 0
+        with training(self._model, self._converted):
+            gradients = self._gradients()
+            for seed in range(begin, self._options.seeds):
+                if self._train_seed(seed, resumed if seed == begin else None):
+                    break
+        return self._parity(gradients)
+
+    def _train_seed(self, seed: int, resumed: Mapping[str, Any] | None) -> bool:
+        """Train the arms of a seed; whether it was the last one needed, or possible."""
+        race = self._race(seed, ALL_ARMS if seed == 0 else PAIR)
+        if seed == 0:
+            self._metric = race.name_metric(self._options.metric)
+        self._words = self._words or _words(race.arms["fp32"])
+        if resumed:
+            race.load(resumed["race"])
+        self._ended = self._train(race)
+        done = race.result(interrupted=self._interrupted)
+        self._keep_first(done)
+        # A pair that came to grief is one: it is judged by how.
+        if not race.ended and race.steps < self._steps:
+            return True
+        self._pairs.append(self._pair(done))
+        return self._decided()
+
+    def _race(self, seed: int, names: Sequence[str]) -> Race:
+        return Race(
+            self._model, self._converted, self._recipe, self._data, seed, names, self._steps
+        )
+
+    def _gradients(self) -> GradientParity:
+        """The gradients of one step from the first seed's weights, at a scale that they bear."""
+        race = self._race(0, ["fp32"])
+        args, kwargs, target = race.first_batch()
+        scaling = self._recipe.scaling
+        with race.arms["fp32"].installed(), placed("batch 0 of train_batches(0)"):
+            return compare_gradients(
+                self._converted,
+                args,
+                kwargs,
+                target,
+                self._recipe.loss,
+                scale=scaling.initial if scaling.kind != "none" else 1.0,
+                backoff=scaling.backoff_factor if scaling.kind == "dynamic" else None,
+                path=self._recipe.path,
+            )
+
+    def _train(self, race: Race) -> str:
+        """Train to the end of the seed; says why there are fewer steps, if there are."""
+        of_seed = f" of seed {race.seed}" if race.seed else ""
+        while race.steps < self._steps:
+            if self._should_stop():
+                return self._interrupt(race) + of_seed
+            try:
+                stepped = race.step()
+            except AmpConvertError:
+                if not self._should_stop():  # Ctrl-C reaches the user's own worker processes too
+                    raise
+                return self._interrupt(race) + of_seed
+            if not stepped:
+                if race.steps and self._options.steps is None and self._first is None:
+                    return ""  # as many as there are is what was asked for
+                many = f"batches for {race.steps} steps only, of {self._steps}"
+                return f"train_batches({race.seed}) has {many}"
+            self._tick()
+            if race.ended:
+                return race.ended + of_seed
+            self._unsaved += 1
+            if self._unsaved >= self._options.checkpoint_every and race.steps < self._steps:
+                self._save(race)
+        return ""
+
+    def _interrupt(self, race: Race) -> str:
+        self._interrupted = True
+        if self._save(race):
+            where = self._options.checkpoint
+            self._say(f"kept in {where}: the same command goes on from there")
+        return f"interrupted after {race.steps} of {self._steps} steps"
+
+    def _keep_first(self, run: PairedRun) -> None:
+        """Keep the first seed's run. Raises ModelError for a later one that is the same: pairs that
+        repeat each other would look like certainty."""
+        if self._first is None:
+            self._first = run
+            if self._options.steps is None and not self._interrupted:
+                self._steps = run.steps  # the other seeds make as many
+            return
+        digests = [arm.weights_sha256 for each in (self._first, run) if (arm := each.arm("fp32"))]
+        if run.steps and digests[0] == digests[1]:
+            raise ModelError(
+                f"FP32 training with seed {run.seed} ends in the very weights of seed 0",
+                where=os.path.basename(self._recipe.path),
+                mend="Let train_batches(seed) depend on its seed, or define initial_model(seed).",
+            )
+
+    # --- the metric over seeds ---
+
+    def _pair(self, run: PairedRun) -> SeedPair:
+        fp32, mixed = run.arm("fp32"), run.arm("mixed")
+        assert fp32 is not None
+        assert mixed is not None
+        return SeedPair(
+            run.seed,
+            fp32.metric(self._metric),
+            mixed.metric(self._metric),
+            run.failure,
+        )
+
+    def _decided(self) -> bool:
+        """Whether no further seed is needed."""
+        margin = self._options.margin
+        if self._options.seeds == 1 or margin is None:
+            return True
+        self._answer = judge_pairs(
+            [pair.fp32 for pair in self._pairs],
+            [math.nan if pair.failure else pair.mixed for pair in self._pairs],
+            margin,
+            lower_is_better=self._lower_is_better,
+        )
+        return self._answer.seeds_needed == 0
+
+    @property
+    def _lower_is_better(self) -> bool:
+        return self._metric in (LOSS, TRAIN_LOSS, *self._options.lower_is_better)
+
+    # --- checkpoints ---
+
+    @property
+    def _fingerprint(self) -> dict[str, Any]:
+        options, recipe = self._options, self._recipe
+        plan = hashlib.sha256(self._converted.plan.to_toml().encode()).hexdigest()
+        return {
+            "steps": options.steps or "as many as there are",
+            "seeds": options.seeds,
+            "margin": None if options.margin is None else options.margin.value,
+            "metric": options.metric,
+            "accumulate": recipe.accumulate,
+            "clip_norm": recipe.clip_norm,
+            "loss_scaling": str(recipe.scaling),
+            "dtype": self._converted.plan.dtype,
+            "plan": plan[:16],
+            "device": str(self._converted.captured.device),
+            "kernels": devices.kernels_of(self._converted.captured.device),
+            "amp_convert": __version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            **options.identity,
+        }
+
+    def _save(self, race: Race) -> bool:
+        """Write the checkpoint, where one is wanted; whether it is there."""
+        self._unsaved, folder = 0, self._options.checkpoint
+        if folder is None:
+            return False
+        try:
+            state = {
+                "seed": race.seed,
+                "race": race.state(),
+                "metric": self._metric,
+                "pairs": [dataclasses.asdict(pair) for pair in self._pairs],
+                "first": None if self._first is None else dataclasses.asdict(self._first),
+            }
+            checkpoint.save(folder, state, fingerprint=self._fingerprint)
+        except UsageError as error:
+            self._say(str(error))
+            return False
+        return True
+
+    def _resume(self) -> dict[str, Any] | None:
+        folder = self._options.checkpoint
+        state = checkpoint.load(folder, self._fingerprint) if folder is not None else None
+        if state is None:
+            return None
+        self._metric = state["metric"]
+        self._pairs = [SeedPair(**pair) for pair in state["pairs"]]
+        if state["first"]:
+            self._keep_first(_run_from(state["first"]))
+        if self._pairs:
+            self._decided()
+        steps = state["race"]["steps"]
+        of_seed = f" of seed {state['seed']}" if state["seed"] else ""
+        self._say(f"going on after step {steps}{of_seed}, from the checkpoint {folder}")
+        for _ in range(state["seed"] * self._steps + steps):
+            self._tick()
+        return state
+
+    # --- the result ---
+
+    def _parity(self, gradients: GradientParity) -> TrainingParity:
+        recipe, data, first = self._recipe, self._data, self._first
+        assert first is not None
+        return TrainingParity(
+            dtype=self._converted.plan.dtype,
+            steps=self._options.steps or first.steps,
+            ended=self._ended,
+            **self._words,
+            initial_weights="initial_model(seed)" if data.initial_model else "the model's own",
+            loss_scaling=str(recipe.scaling),
+            accumulate=recipe.accumulate,
+            clip_norm=recipe.clip_norm,
+            metric=self._metric,
+            lower_is_better=(LOSS, TRAIN_LOSS, *sorted(self._options.lower_is_better)),
+            gradients=gradients,
+            run=first,
+            pairs=tuple(self._pairs) if self._options.seeds > 1 else (),
+            noninferiority=self._answer,
+            interrupted=self._interrupted,
+        )
+
+
+def _words(arm: Arm) -> dict[str, str]:
+    """The optimizer and the schedule in words, before the first step."""
+    rates = sorted({float(group["lr"]) for group in arm.optimizer.param_groups if "lr" in group})
+    name, schedule = type(arm.optimizer).__name__, type(arm.scheduler).__name__
+    if rates:
+        name += f", learning rate {', '.join(f'{rate:g}' for rate in rates)}"
+    return {"optimizer": name, "schedule": "none" if arm.scheduler is None else schedule}
+
+
+def _run_from(stored: Mapping[str, Any]) -> PairedRun:
+    """A `PairedRun` from what `dataclasses.asdict` made of it."""
+
+    def tuples(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        return ((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())
+
+    arms = tuple(TrainingArm(**dict(tuples(arm))) for arm in stored["arms"])
+    return PairedRun(**{**stored, "arms": arms})

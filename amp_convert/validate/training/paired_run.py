@@ -1,0 +1,343 @@
+"""Several arms trained in step from one seed, on the same weights, batches and random numbers.
+
+The arms take turns at every step, so that a machine whose speed drifts slows all of them alike, and
+so that a run that is stopped has the same number of steps in each. Every arm starts from the random
+state that `torch.manual_seed(seed)` gives and keeps its own from then on; batches are drawn once,
+with a random state of their own, and each arm gets a copy.
+
+1. fp32: the eager model, with TF32 off. It goes first, so that a step that it fails is said before
+   any mixed one.
+2. mixed: the converted model.
+3. autocast: the eager model under native `torch.autocast`, loss included, as PyTorch advises.
+4. noise: fp32 from weights that were each moved to a neighbouring FP32 number, up or down by a
+   coin. How far it parts from fp32 says how chaotic the training is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture.graph_call import in_mode
+from amp_convert.core import device as devices
+from amp_convert.core.batches import Batch, batch_size
+from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
+from amp_convert.core.number_formats import from_name
+from amp_convert.core.tensor_errors import ErrorSums
+from amp_convert.loading.model_file import user_code
+from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.validate.training.arm import Arm, LossScaling, Recipe, Weights
+from amp_convert.validate.training.data import Data, Stream, initial_weights, seeded_rng
+from amp_convert.validate.training.gradient_step import cloned, real_gradient
+from amp_convert.validate.training.results import LOSS, TRAIN_LOSS, PairedRun, TrainingArm
+
+PAIR = ("fp32", "mixed")
+ALL_ARMS = (*PAIR, "autocast", "noise")
+
+
+class Race:
+    """The arms `names` of one model, from one seed. Open it with `training` around."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        converted: ConvertedModel | None,
+        recipe: Recipe,
+        data: Data,
+        seed: int,
+        names: Sequence[str],
+        at_most: int,
+    ) -> None:
+        self.seed, self.steps = seed, 0
+        self.random_parted: int | None = None
+        self.initial_metrics: dict[str, float] = {}
+        self._model, self._converted, self._recipe, self._data = model, converted, recipe, data
+        self.device = devices.of_model(model)
+        self.weights = Weights(model)
+        self.rng = seeded_rng(self.device, seed)
+        self.initial = initial_weights(self.weights, data, recipe.path, self.device, seed)
+        self._stream = Stream(data, seed, self.rng, self.device, recipe.accumulate)
+        self._at_most = at_most
+        self.arms = {name: self._arm(name) for name in names}
+
+    def _arm(self, name: str) -> Arm:
+        call: Callable[..., Any] = self._model
+        recipe, initial = self._recipe, self.initial
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        if name in ("fp32", "noise"):
+            recipe = dataclasses.replace(recipe, scaling=LossScaling("none"))
+        if name == "noise":
+            initial = nudged(initial, self.weights.parameters)
+        if name in ("mixed", "autocast"):
+            assert self._converted is not None
+            low = from_name(self._converted.plan.dtype)
+        if name == "mixed":
+            assert self._converted is not None
+            call = self._converted
+        elif name == "autocast":
+            context = functools.partial(_autocast, self.device, low)
+        return Arm(name, call, self.weights, initial, recipe, self.device, self.rng, context)
+
+    def first_batch(self) -> Batch:
+        """The first batch that training sees."""
+        stream = Stream(self._data, self.seed, self.rng, self.device, 1)
+        found = stream.draw(1)
+        assert found is not None  # user_batches refuses to give none
+        return found[0]
+
+    def step(self) -> bool:
+        """One step of every arm; False where the batches have run out."""
+        batches = self._stream.draw(self._at_most)
+        if batches is None:
+            return False
+        self.steps += 1
+        meter = self.steps == min(2, self._at_most)
+        for name, arm in list(self.arms.items()):
+            if arm.note:
+                continue
+            if name != "autocast":
+                with arm.given(f"step {self.steps} of train_batches({self.seed})"):
+                    arm.step(batches, meter=meter)
+                self._check(arm)
+                continue
+            try:
+                arm.step(batches, meter=meter)
+            except Exception as error:  # noqa: BLE001  autocast bans or breaks some models: a result
+                arm.note = _autocast_failure(error)
+                arm.clear()
+        states = [self.arms[name].rng for name in PAIR if name in self.arms]
+        if self.random_parted is None and not all(states[0].same(state) for state in states):
+            self.random_parted = self.steps
+        return True
+
+    def _check(self, arm: Arm) -> None:
+        """Note why an arm ends here, if it does."""
+        loss, scale = arm.losses[-1], arm.scaler.get_scale()
+        if not math.isfinite(loss):
+            arm.note = f"its loss is {loss} at step {self.steps}"
+        elif arm.scaler.is_enabled() and scale < 1:
+            arm.scales.append(scale)
+            arm.note = f"its loss scale is under 1 after step {self.steps}: {arm.scale_history}"
+
+    @property
+    def ended(self) -> str:
+        """Why the pair cannot go on; empty while it can."""
+        for name, title in (("fp32", "FP32"), ("mixed", "mixed")):
+            if name in self.arms and self.arms[name].note:
+                return f"the {title} arm stopped: {self.arms[name].note}"
+        return ""
+
+    def result(self, *, interrupted: bool = False) -> PairedRun:
+        """What the arms show after the steps that they made; runs the eval batches.
+
+        After a run that was `interrupted` an arm whose evaluation fails has no metrics: a Ctrl-C
+        reaches the user's own worker processes too.
+        """
+        moved = _distance(self.arms["fp32"].tensors, self.initial, self.weights)
+        rows = tuple(self._row(arm, moved, interrupted) for arm in self.arms.values())
+        return PairedRun(self.seed, self.steps, self.random_parted, rows, self.initial_metrics)
+
+    def _row(self, arm: Arm, moved: float, interrupted: bool) -> TrainingArm:
+        metrics: dict[str, float] = {}
+        try:
+            metrics = {} if arm.note else self.evaluate(arm)
+        except Exception as error:
+            if arm.name == "autocast":
+                arm.note = _autocast_failure(error)
+            elif not (interrupted and isinstance(error, AmpConvertError)):
+                raise
+        base = self.arms["fp32"].tensors
+        drift = _distance(arm.tensors, base, self.weights) / moved if moved else None
+        own = _distance(arm.tensors, self.initial, self.weights) / moved if moved else None
+        return TrainingArm(
+            arm=arm.name,
+            losses=tuple(arm.losses),
+            gradient_norms=tuple(arm.norms),
+            scales=tuple(arm.scales) if arm.scaler.is_enabled() else (),
+            skipped=tuple(arm.skipped),
+            drift=drift,
+            moved=own,
+            metrics=metrics,
+            milliseconds=arm.milliseconds,
+            peak_bytes=arm.peak_bytes,
+            weights_sha256=arm.sha256(),
+            note=arm.note,
+        )
+
+    def evaluate(self, arm: Arm) -> dict[str, float]:
+        """The metrics of an arm's weights, means over the eval batches weighted by batch size.
+
+        "loss" is the user's loss there, unless a metric has that name or it refuses those targets.
+        What a batch does not have, the arm does not have. Each arm's batches are drawn with the
+        random state that training began with. Raises ModelError for batches without a sample.
+        """
+        if self._data.eval_batches is None:
+            return {}
+        totals: dict[str, tuple[float, int]] = {}
+        samples = 0
+        with (
+            arm.installed(),
+            in_mode(self._model, training=False),
+            _mode_of(self._converted, training=False),
+            devices.preserved_rng(self.device),
+            torch.no_grad(),
+        ):
+            devices.set_rng_state(self.device, self.rng)
+            for batch in self._data.eval_batches():
+                size = batch_size(batch[0], batch[1])
+                samples += size
+                for name, value in self._scores(arm, batch).items():
+                    total, seen = totals.get(name, (0.0, 0))
+                    totals[name] = (total + value * size, seen + size)
+        if not samples:
+            where = os.path.basename(self._recipe.path)
+            raise ModelError("eval_batches() gives no sample", where=where, mend="Give some.")
+        return {name: total / samples for name, (total, seen) in totals.items() if seen == samples}
+
+    def name_metric(self, wanted: str | None) -> str:
+        """The metric that seeds are judged by: `wanted`, or the first of the user's, or a loss.
+
+        To be called before any step, so that no result can choose it; the initial weights are
+        evaluated. Raises UsageError when there is no such metric.
+        """
+        self.initial_metrics = self.evaluate(self.arms["fp32"])
+        known = (*self.initial_metrics, TRAIN_LOSS)
+        if wanted is not None and wanted not in known:
+            what = f"the model file has no metric {wanted}"
+            raise UsageError(what, mend=f"There are: {', '.join(known)}.")
+        return (
+            wanted or sorted(known, key=lambda name: (name == TRAIN_LOSS) + 0.5 * (name == LOSS))[0]
+        )
+
+    def _scores(self, arm: Arm, batch: Batch) -> dict[str, float]:
+        args, kwargs, target = cloned(batch)
+        found: dict[str, float] = {}
+        with arm.context():
+            with arm.given("a batch of eval_batches()"):
+                outputs = arm.call(*args, **kwargs)
+            with contextlib.suppress(ModelError), user_code("loss()", self._recipe.path):
+                # On copies: a loss may write to what it is given, and the metrics come next.
+                found["loss"] = float(self._recipe.loss(*cloned((outputs, target))))
+        wide = pytree.tree_map_only(torch.Tensor, _widened, outputs)
+        return {**found, **self._data.score(wide, target)}
+
+    def state(self) -> dict[str, Any]:
+        """What `load` goes on from."""
+        return {
+            "steps": self.steps,
+            "random_parted": self.random_parted,
+            "arms": {name: arm.state() for name, arm in self.arms.items()},
+            "last_batch": self._stream.digest(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; the batches up to there are drawn again, and compared."""
+        self.steps, self.random_parted = state["steps"], state["random_parted"]
+        for _ in range(self.steps):
+            self._stream.draw(self._at_most)
+        if self._stream.digest() != state["last_batch"]:
+            raise ModelError(
+                f"train_batches({self.seed}) gives other batches than when the checkpoint was made",
+                where=os.path.basename(self._recipe.path),
+                mend="Let it depend on its seed alone, or delete the checkpoint.",
+            )
+        for name, arm in self.arms.items():
+            arm.load(state["arms"][name])
+
+
+@contextlib.contextmanager
+def training(model: nn.Module, converted: ConvertedModel | None) -> Iterator[None]:
+    """Train mode, exact FP32, gradients on; the model and the random state are afterwards as they
+    were, whatever the user's code has done to them."""
+    device = devices.of_model(model)
+    weights = Weights(model)
+    before = weights.get()
+    copies = {name: tensor.detach().clone() for name, tensor in before.items()}
+    kept = {p: (p.grad, p.requires_grad) for p in weights.parameters.values()}
+    with (
+        in_mode(model, training=True),
+        _mode_of(converted, training=True),
+        devices.exact_fp32(device),
+        devices.preserved_rng(device),
+        devices.plain_mode(device),
+    ):
+        for parameter in kept:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for name, tensor in before.items():
+                tensor.detach().copy_(copies[name])
+            weights.put(before)
+            for parameter, (gradient, trained) in kept.items():
+                parameter.grad = gradient
+                parameter.requires_grad_(trained)
+
+
+@contextlib.contextmanager
+def _mode_of(converted: ConvertedModel | None, *, training: bool) -> Iterator[None]:
+    """The mode of the converted model, whose parts follow the original's."""
+    if converted is None:
+        yield
+        return
+    before, converted.training = converted.training, training
+    try:
+        yield
+    finally:
+        converted.training = before
+
+
+@contextlib.contextmanager
+def _autocast(device: torch.device, low: torch.dtype) -> Iterator[None]:
+    """Native autocast. It forgets its cast weights at its end, as it does when it is not nested in
+    another one (`plain_mode` is one): at the next step they would be those of this step."""
+    try:
+        with torch.autocast(device.type, dtype=low):
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def _autocast_failure(error: Exception) -> str:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"the original fails under torch.autocast: {first}"
+
+
+def nudged(
+    tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """The tensors with every FP32 parameter moved by one ULP, up or down by a coin."""
+    coin = torch.Generator().manual_seed(0)
+    moved = dict(tensors)
+    for name in parameters:
+        tensor = tensors[name]
+        if tensor.dtype == torch.float32:
+            up = torch.randint(2, tensor.shape, generator=coin, dtype=torch.bool).to(tensor.device)
+            ends = torch.where(up, math.inf, -math.inf).to(tensor.dtype)
+            moved[name] = torch.nextafter(tensor, ends)
+    return moved
+
+
+def _distance(
+    a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], weights: Weights
+) -> float:
+    """The L2 distance of two sets of weights, buffers left out, in FP64."""
+    sums = ErrorSums()
+    for name in weights.parameters:
+        if a[name].is_floating_point() or a[name].is_complex():
+            sums.add(real_gradient(b[name]), real_gradient(a[name]))
+    return math.sqrt(sums.difference) if sums.difference >= 0 else math.nan
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    low = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.float() if low else tensor

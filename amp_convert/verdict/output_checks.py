@@ -1,0 +1,193 @@
+"""The checks of a verdict on the model's outputs, mixed against FP32 and against native autocast.
+
+The worst output decides, and the check's reason names it. An output of no elements equals its
+reference but says nothing; when all are such, the checks are unchecked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from amp_convert.verdict.inference_checks import Check, CheckStatus, nothing_ran
+from amp_convert.verdict.thresholds import COSINE_SLACK, Thresholds, rounding_unit
+
+if TYPE_CHECKING:
+    from amp_convert.plan.plan import Plan
+    from amp_convert.validate.inference.results import Divergence, OutputError
+
+_NO_ELEMENT = "the model returned no element to compare"
+_NO_FLOAT = "the model returns no floating point output"
+
+
+def output_checks(plan: Plan, divergence: Divergence | None, limits: Thresholds) -> list[Check]:
+    """The checks of the converted model against FP32."""
+    rows = divergence.outputs if divergence else ()
+    return checks_of_outputs("outputs", rows, nothing_ran(plan, divergence), limits)
+
+
+def checks_of_outputs(
+    prefix: str, outputs: Sequence[OutputError], missing: str, limits: Thresholds
+) -> list[Check]:
+    """The checks of some outputs against FP32, named `prefix`.finite and so on; all are unchecked
+    where something is `missing`. `agreement` is there only where an output is integer or boolean,
+    and none of real numbers where all are.
+    """
+    # An output without elements equals its reference, but says nothing about the others.
+    rows = [row for row in outputs if row.elements > 0]
+    reason = missing or ("" if rows else _NO_ELEMENT)
+    if reason:
+        rows = []
+    whole = [row for row in rows if _is_discrete(row)]
+    real = [row for row in rows if not _is_discrete(row)]
+    # The cosine with a vector of zeros is undefined; the other three checks judge such an output.
+    pointed = [row for row in real if row.ref_abs_max != 0]
+    checks = [_finite_check(f"{prefix}.finite", rows, reason)]
+    if real or not whole:
+        flat = reason or "every FP32 output is zero"
+        checks += [
+            _rel_l2_check(f"{prefix}.rel_l2", real, reason, limits.output_rel_l2),
+            _cosine_check(f"{prefix}.cosine", pointed, flat, limits.cosine),
+            _max_abs_check(f"{prefix}.max_abs", real, reason, limits.output_max_abs),
+        ]
+    closed = [row for row in outputs if row.dtype == "object" and not row.elements]
+    if closed and not reason:
+        why = (
+            f"{_called(closed[0])} is an object that cannot be looked into: return tensors, or "
+            "register its class with torch.utils._pytree"
+        )
+        checks.append(Check(f"{prefix}.compared", "unchecked", None, None, why))
+    if whole:
+        checks.append(_agreement_check(f"{prefix}.agreement", whole, limits.agreement))
+    return checks
+
+
+def _is_discrete(row: OutputError) -> bool:
+    return row.dtype.startswith(("int", "uint", "bool", "object"))
+
+
+def _severity(error: float) -> float:
+    """Sort key of an error: NaN, and a size below 0, is the worst there is."""
+    return error if error >= 0 else math.inf
+
+
+def _within(error: float, limit: float) -> bool:
+    return 0 <= error <= limit
+
+
+def _worst(rows: Sequence[OutputError], error: Callable[[OutputError], float]) -> tuple[str, float]:
+    """Name and error of the output of largest error."""
+    row = max(rows, key=lambda candidate: _severity(error(candidate)))
+    return _called(row), error(row)
+
+
+def _called(row: OutputError) -> str:
+    # A single tensor has no path; "output" is what it is called for want of one.
+    return f"output {row.name}" if row.name not in ("", "output") else "the output"
+
+
+def _finite_check(name: str, rows: Sequence[OutputError], missing: str) -> Check:
+    if not rows:
+        return Check(name, "unchecked", None, 0.0, missing)
+    bad = max(rows, key=lambda row: row.nonfinite)
+    # Where FP32 is NaN there was nothing to compare with, so such an output is not vouched for.
+    blind = max(rows, key=lambda row: row.ref_nonfinite)
+    if bad.nonfinite == 0 and blind.ref_nonfinite > 0:
+        reason = f"{_called(blind)}: {blind.ref_nonfinite} of {blind.elements} elements are NaN or"
+        return Check(name, "unchecked", 0.0, 0.0, f"{reason} infinite in FP32 already")
+    if bad.nonfinite == 0:
+        return Check(name, "pass", 0.0, 0.0, "no output is NaN or infinite where FP32 is finite")
+    reason = f"{_called(bad)}: {bad.nonfinite} of {bad.elements} elements are NaN or infinite"
+    return Check(name, "fail", float(bad.nonfinite), 0.0, f"{reason} where FP32 is finite")
+
+
+def _rel_l2_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
+    if not rows:
+        return Check(name, "unchecked", None, limit, missing)
+    which, error = _worst(rows, lambda row: row.rel_l2)
+    tail = f"the smallest tolerance that would pass is {error:.3g}"
+    if not math.isfinite(error):
+        tail = "no tolerance would pass"
+    reason = f"{which}: relative L2 error {error:.3g} against FP32; {tail}"
+    return Check(name, "pass" if _within(error, limit) else "fail", error, limit, reason)
+
+
+def _cosine_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
+    if not rows:
+        return Check(name, "unchecked", None, limit, missing)
+
+    def distance(row: OutputError) -> float:
+        return max(0.0, 1 - row.cosine) if row.cosine <= 1 + COSINE_SLACK else math.nan
+
+    which, gap = _worst(rows, distance)
+    cosine = 1 - gap
+    reason = f"{which}: cosine {cosine:.6g} with FP32"
+    return Check(name, "pass" if cosine >= limit else "fail", cosine, limit, reason)
+
+
+def _max_abs_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
+    if not rows:
+        return Check(name, "unchecked", None, limit, missing)
+    which, share = _worst(rows, _max_abs_share)
+    reason = f"{which}: the largest error is {share:.3g} of the largest FP32 magnitude"
+    return Check(name, "pass" if _within(share, limit) else "fail", share, limit, reason)
+
+
+def _max_abs_share(row: OutputError) -> float:
+    if not math.isfinite(row.ref_abs_max):
+        return math.nan
+    if row.ref_abs_max == 0:
+        return 0.0 if row.max_abs_err == 0 else math.inf
+    return row.max_abs_err / row.ref_abs_max
+
+
+def _agreement_check(name: str, rows: Sequence[OutputError], limit: float) -> Check:
+    which, differing = _worst(rows, lambda row: row.mismatches / row.elements)
+    share = 1 - differing
+    reason = f"{which}: {share:.4%} of its elements equal FP32's"
+    status: CheckStatus = "pass" if limit <= share <= 1 else "fail"
+    return Check(name, status, share, limit, reason)
+
+
+def autocast_check(plan: Plan, divergence: Divergence | None, limits: Thresholds) -> Check:
+    """Errors under one rounding count as one: nobody can be three times better than that.
+
+    An output for which native autocast gave no finite error is unchecked: it overflowed as well.
+    """
+    name, factor = "outputs.vs_autocast", limits.autocast_factor
+    unit = rounding_unit(limits.dtype)
+    reason = nothing_ran(plan, divergence)
+    if divergence is None or reason:
+        return Check(name, "unchecked", None, factor, reason)
+    if not divergence.autocast_outputs:
+        why = divergence.autocast_reason or "no reason was given"
+        return Check(name, "unchecked", None, factor, f"native autocast did not run: {why}")
+    native = {
+        row.name: row.rel_l2
+        for row in divergence.autocast_outputs
+        if row.elements > 0 and math.isfinite(row.rel_l2)
+    }
+    rows = [row for row in divergence.outputs if row.elements > 0 and not _is_discrete(row)]
+    if not rows:
+        empty = any(not _is_discrete(row) for row in divergence.outputs)
+        reason = _NO_ELEMENT if empty else _NO_FLOAT
+        return Check(name, "unchecked", None, factor, reason)
+    known = [row for row in rows if row.name in native]
+
+    def ratio(row: OutputError) -> float:
+        return max(_severity(row.rel_l2), unit) / max(native[row.name], unit)
+
+    worst = max(known, key=ratio, default=None)
+    if worst is None or (ratio(worst) <= factor and len(known) < len(rows)):
+        first = next(row for row in rows if row.name not in native)
+        reason = f"native autocast gave no finite error for {_called(first)}"
+        return Check(name, "unchecked", None, factor, reason)
+    reason = (
+        f"{_called(worst)}: relative L2 error {worst.rel_l2:.3g}, "
+        f"native autocast's {native[worst.name]:.3g}"
+    )
+    if ratio(worst) <= factor:
+        return Check(name, "pass", ratio(worst), factor, reason)
+    reason += ": more than the dtype accounts for"
+    return Check(name, "fail", ratio(worst), factor, reason)

@@ -1,0 +1,201 @@
+"""The checks of a verdict on training: one function a check, pure.
+
+1. `training.steps`: were all steps made? Else the rest below speaks of a shorter run.
+2. `training.sound`: is there something to learn from, and is nothing wrong with the mixed arm
+   whatever its losses (see `PairedRun.failure`)? Judged in all seeds' runs, before all statistics.
+3. `training.random`: did both arms draw the same random numbers? Else dropout hit other elements,
+   and the arms are no pair.
+4. `training.gradients`: are the gradients of one step FP32's? All are there and finite, no layer
+   has lost many of its own to underflow, and all together are near to FP32's. Where FP32's own part
+   by as much once its weights are rounded, that last question has no answer on this batch.
+5. `training.weights`: have the weights of the first run moved as far as FP32's?
+6. After one run, `training.loss`: is the loss of its last quarter FP32's? And `training.metric`: is
+   the metric that was named before it, `TrainingParity.metric`, no worse?
+7. With several seeds, in place of these two, `training.seeds`: see `noninferiority`.
+8. `training.metrics.NAME`: is each other metric of the first run no worse?
+
+See `training_run_checks` for 5 to 8.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from amp_convert.verdict.inference_checks import Check
+from amp_convert.verdict.thresholds import Thresholds
+from amp_convert.verdict.training_run_checks import (
+    NOISE_FACTOR,
+    loss_check,
+    metric_check,
+    other_metric_checks,
+    seeds_check,
+    weights_check,
+)
+
+if TYPE_CHECKING:
+    from amp_convert.validate.training.gradient_results import GradientParity, LayerGradient
+    from amp_convert.validate.training.results import TrainingArm, TrainingParity
+
+MIN_STEPS = 5
+"""In fewer steps too little is learnt to see a difference in it."""
+
+# Gradients under this share of the largest of all are FP32's own rounding noise: attention over a
+# single key has some at 2**-28, where the exact ones are 0, and any cast wipes them out.
+_GRADIENT_NOISE = 2.0**-24
+
+
+def training_checks(
+    parity: TrainingParity | None, reason: str, limits: Thresholds
+) -> tuple[Check, ...]:
+    """All checks on training; one unchecked one with `reason` where there was none."""
+    if parity is None:
+        return (Check("training", "unchecked", None, None, reason),)
+    over_seeds = bool(parity.pairs) or parity.noninferiority is not None
+    return (
+        steps_check(parity),
+        sound_check(parity),
+        random_check(parity),
+        gradients_check(parity, limits),
+        weights_check(parity, limits),
+        *(() if over_seeds else (loss_check(parity, limits), metric_check(parity, limits))),
+        *((seeds_check(parity),) if over_seeds else ()),
+        *other_metric_checks(parity, limits),
+    )
+
+
+def steps_check(parity: TrainingParity) -> Check:
+    name, run, asked = "training.steps", parity.run, float(parity.steps)
+    lengths = (len(arm.losses) if (arm := run.arm(which)) else 0 for which in ("fp32", "mixed"))
+    made = min(run.steps, *lengths)
+    why = parity.ended
+    if not why and made < parity.steps:
+        why = f"{made} of {parity.steps} steps were made"
+    elif not why and made < MIN_STEPS:
+        why = f"too little is learnt in {made} steps: give --steps {MIN_STEPS} or more"
+    if why:
+        return Check(name, "unchecked", float(made), asked, why)
+    reason = f"both arms made {made} steps from the same weights on the same batches"
+    return Check(name, "pass", float(made), asked, reason)
+
+
+def sound_check(parity: TrainingParity) -> Check:
+    name, run = "training.sound", parity.run
+    failures = [f"seed {pair.seed}: {pair.failure}" for pair in parity.pairs if pair.failure]
+    if run.failure or failures:
+        count = float(max(len(failures), 1))
+        return Check(name, "fail", count, 0.0, f"the mixed arm: {run.failure or failures[0]}")
+    fp32, mixed = run.arm("fp32"), run.arm("mixed")
+    if fp32 is None or mixed is None or not mixed.losses:
+        return Check(name, "unchecked", None, 0.0, "no step was made")
+    if what := fp32.note or mixed.note or _broken(fp32):
+        return Check(name, "unchecked", None, 0.0, f"FP32 training itself failed: {what}")
+    if not _has_gradient(parity.gradients):
+        what = "FP32 has no gradient other than 0 at the first step, so nothing is learnt"
+        return Check(name, "unchecked", None, 0.0, what)
+    scale = f", loss scale {mixed.scales[-1]:g} at the end" if mixed.scales else ""
+    reason = f"every loss is finite, {len(mixed.skipped)} of {run.steps} steps left out{scale}"
+    return Check(name, "pass", 0.0, 0.0, reason)
+
+
+def _broken(fp32: TrainingArm) -> str:
+    """What FP32 itself has no number for, as a clause; empty if nothing."""
+    numbers = [("loss", loss) for loss in fp32.losses]
+    numbers += [(f"metric {name}", value) for name, value in fp32.metrics.items()]
+    if fp32.moved is not None and not math.isfinite(fp32.moved):
+        return "its weights are not finite after the last step"
+    return next(
+        (f"its {name} is {value}" for name, value in numbers if not math.isfinite(value)), ""
+    )
+
+
+def random_check(parity: TrainingParity) -> Check:
+    name, run = "training.random", parity.run
+    if not run.steps:
+        return Check(name, "unchecked", None, None, "no step was made")
+    if run.random_parted is None and parity.gradients.same_random_numbers:
+        reason = "both arms drew the same random numbers at every step"
+        return Check(name, "pass", 0.0, 0.0, reason)
+    first = run.random_parted or 1
+    reason = (
+        f"the arms drew other random numbers from step {first} on: where dropout hits other "
+        "elements, they differ by more than precision"
+    )
+    return Check(name, "unchecked", float(first), None, reason)
+
+
+def gradients_check(parity: TrainingParity, limits: Thresholds) -> Check:
+    name, limit, found = "training.gradients", limits.gradient_rel_l2, parity.gradients
+    difference, error = found.reference_rel_l2, found.total.rel_l2
+    if not 0 <= difference <= limits.fidelity_rel_l2:
+        reason = (
+            "the captured FP32 graph has not the eager model's gradients (relative L2 difference "
+            f"{difference:.3g})"
+        )
+        return Check(name, "fail", difference, limits.fidelity_rel_l2, reason)
+    if wrong := _wrong(found):
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        return Check(name, "fail", error, limit, f"{wrong[0]}{more}")
+    if error is None or not _has_gradient(found):
+        return Check(name, "unchecked", None, limit, "no parameter has a gradient other than 0")
+    layer, lost = _most_lost(found)
+    kept = 0 <= lost <= limits.gradient_zeroed
+    reason = (
+        f"the gradients of one step, at a loss scale of {found.scale:g}, differ from FP32's by "
+        f"{error:.3g} (relative L2 of all)"
+    )
+    if lost != 0:
+        reason += f", and {100 * lost:.3g} % of those of {layer or 'the top level'} are 0, which "
+        reason += "FP32's are not"
+    if 0 <= error <= limit and kept:
+        return Check(name, "pass", error, limit, reason)
+    if not found.same_random_numbers and math.isfinite(error + lost):
+        return Check(name, "unchecked", error, limit, f"{reason}; the random numbers differed")
+    if 0 <= error <= _gradient_noise(found, limits) and kept:
+        reason += f"; that is no more than {_NOISE[limit > 0]}"
+        return Check(name, "unchecked", error, limit, reason)
+    return Check(name, "fail", error, limit, reason)
+
+
+_NOISE = {
+    True: f"{NOISE_FACTOR:g} times what FP32's own differ by once its weights are rounded",
+    False: "what kernels that add in no fixed order make of FP32",
+}
+
+
+def _has_gradient(found: GradientParity) -> bool:
+    """Whether FP32 has any gradient other than 0."""
+    largest = found.total.ref_abs_max
+    return largest is not None and largest > 0
+
+
+def _wrong(found: GradientParity) -> list[str]:
+    """What is wrong with the gradients whatever the tolerance; that the arms drew other random
+    numbers is for `training.random` to say."""
+    wrong = [text for text in found.findings if "random numbers" not in text]
+    if not math.isfinite(found.loss_mixed):
+        wrong.append(f"the mixed loss is {found.loss_mixed}, FP32's is {found.loss_fp32:.4g}")
+    return wrong
+
+
+def _gradient_noise(found: GradientParity, limits: Thresholds) -> float:
+    """The error up to which this batch cannot tell. Where bits have to be the same,
+    `training.weights` is what they are required in."""
+    if limits.gradient_rel_l2 == 0:
+        return limits.fidelity_rel_l2
+    rounded = found.rounded_rel_l2
+    return 0.0 if rounded is None or not math.isfinite(rounded) else NOISE_FACTOR * rounded
+
+
+def _most_lost(found: GradientParity) -> tuple[str, float]:
+    """The layer that has lost the largest share of its gradients, and that share, NaN being the
+    largest; layers whose gradients are noise are left out."""
+    noise = _GRADIENT_NOISE * (found.total.ref_abs_max or 0.0)
+
+    def share(layer: LayerGradient) -> float:
+        lost = layer.zeroed_share or 0.0
+        return math.inf if math.isnan(lost) else lost
+
+    rows = [layer for layer in found.layers if not (layer.ref_abs_max or 0.0) < noise]
+    worst = max(rows, key=share, default=None)
+    return ("", 0.0) if worst is None else (worst.layer, worst.zeroed_share or 0.0)

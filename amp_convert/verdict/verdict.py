@@ -1,0 +1,163 @@
+"""Thresholds and evidence in, one verdict out: the only place that says pass, fail or unchecked.
+
+Every check answers one question and has a stable dotted name. It passes only on evidence: what was
+not measured is unchecked, and every comparison is written so that NaN fails it.
+
+1. `fidelity.eval`, `fidelity.train`: is the captured FP32 graph the eager model? And is it on every
+   batch (`fidelity.batches`)?
+2. `capture.whole`, `plan.low_precision`: was the whole model captured, and was any of it converted?
+3. `outputs.finite`, `.rel_l2`, `.cosine`, `.max_abs`, `.agreement` (integers and booleans): are the
+   outputs those of FP32? The worst output decides. A plan that converts nothing must be exact.
+4. `outputs.vs_autocast`: is the error that of half precision, or of our rewrite?
+5. `nodes.finite`: is every node finite that is finite in FP32? `frozen.identical`: is the model
+   that gets deployed the one that was judged?
+6. `metrics.NAME`: do the user's own metrics hold?
+7. `training.*`: does it train as FP32 does? See `training_checks`.
+8. `onnx.*`: does its ONNX file compute the same? See `onnx_checks`.
+
+The verdict fails when any check fails; it is inconclusive when a required check (see `is_required`)
+is unchecked; otherwise it passes. The checks that do not block stay in the list as unchecked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from amp_convert.core.errors import UsageError
+from amp_convert.verdict.inference_checks import (
+    Check,
+    CheckStatus,
+    capture_check,
+    fidelity_check,
+    frozen_check,
+    low_precision_check,
+    metric_checks,
+    nodes_check,
+    reference_check,
+)
+from amp_convert.verdict.onnx_checks import onnx_checks
+from amp_convert.verdict.output_checks import autocast_check, output_checks
+from amp_convert.verdict.thresholds import Thresholds
+from amp_convert.verdict.training_checks import training_checks
+
+if TYPE_CHECKING:
+    from amp_convert.capture.fidelity import Fidelity
+    from amp_convert.plan.plan import Plan
+    from amp_convert.validate.inference.results import Divergence
+    from amp_convert.validate.onnx.results import OnnxParity
+    from amp_convert.validate.training.results import TrainingParity
+
+__all__ = [
+    "EXIT_CODES",
+    "Check",
+    "CheckStatus",
+    "Thresholds",
+    "Verdict",
+    "VerdictStatus",
+    "is_required",
+    "judge",
+]
+
+VerdictStatus = Literal["pass", "fail", "inconclusive"]
+
+EXIT_CODES: dict[VerdictStatus, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All checks and what they add up to."""
+
+    status: VerdictStatus
+    checks: tuple[Check, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 fail, 3 inconclusive."""
+        return EXIT_CODES[self.status]
+
+
+def judge(
+    fidelity: Sequence[Fidelity],
+    plan: Plan,
+    divergence: Divergence | None,
+    thresholds: Thresholds,
+    *,
+    metrics_supplied: bool,
+    training: TrainingParity | None = None,
+    no_training: str = "training was not asked for",
+    onnx: OnnxParity | None = None,
+    no_onnx: str = "--onnx was not given",
+) -> Verdict:
+    """Hold the evidence against `thresholds`.
+
+    `divergence` is None when the graphs could not be run side by side, as on the meta device;
+    `training` and `onnx` when nothing was trained or exported, for the reason given.
+    `metrics_supplied` is whether the user's file gives metrics: they are then required. Raises
+    UsageError when `thresholds` are those of another dtype than the plan's.
+    """
+    if thresholds.dtype != plan.dtype:
+        raise UsageError(f"the thresholds are for {thresholds.dtype}, the plan for {plan.dtype}")
+    limits, training_limits = (
+        thresholds if any(decision.low for decision in decisions) else thresholds.exact()
+        for decisions in (plan.eval, plan.train)
+    )
+    checks = (
+        fidelity_check("eval", fidelity, limits),
+        fidelity_check("train", fidelity, limits),
+        reference_check(plan, divergence, limits),
+        capture_check(plan),
+        low_precision_check(plan),
+        *output_checks(plan, divergence, limits),
+        autocast_check(plan, divergence, limits),
+        nodes_check(plan, divergence),
+        frozen_check(divergence),
+        *metric_checks(divergence, limits),
+        *training_checks(training, no_training, training_limits),
+        *onnx_checks(onnx, no_onnx, limits),
+    )
+    return Verdict(_status(checks, metrics_supplied), checks)
+
+
+_MAY_STAY_OPEN = ("outputs.vs_autocast", "training.random", "training.gradients", "onnx.converted")
+
+
+def is_required(check: str, *, metrics_supplied: bool) -> bool:
+    """Whether a verdict may not pass while the check of this name is unchecked.
+
+    Not required are: `fidelity.train` and `training` (inference parity stands without them),
+    `capture.whole` (what was not captured runs in eager FP32, and the outputs cover it), and
+    `outputs.vs_autocast` (native autocast may not run a model that we can).
+
+    Once training has run, its checks are required, but for three that can fail and, unchecked,
+    leave the answer to the rest: `training.random` (a kernel may draw in another order for another
+    dtype, and dropout be as good), `training.gradients` (a batch may tell nothing about a model
+    that amplifies any rounding; many steps do), and `training.metrics.NAME` (one run says too
+    little about a metric that was not named before it). Where the user gives no metrics, none are
+    asked for. Of an ONNX file all checks are, but for `onnx.converted`: it says how closely two
+    runtimes agree, and the outputs of both are held against FP32 by checks of their own.
+    """
+    if check in ("metrics", "training.metrics", "onnx.metrics") or check.startswith("metrics."):
+        return metrics_supplied
+    if check in _MAY_STAY_OPEN:
+        return False
+    if check.startswith("training.metrics."):
+        return False
+    return check.startswith(("outputs.", "plan.", "training.", "onnx.")) or check in (
+        "fidelity.eval",
+        "fidelity.batches",
+        "nodes.finite",
+        "frozen.identical",
+    )
+
+
+def _status(checks: Iterable[Check], metrics_supplied: bool) -> VerdictStatus:
+    checks = tuple(checks)
+    if any(check.status == "fail" for check in checks):
+        return "fail"
+    open_questions = (
+        check.status != "pass" and is_required(check.name, metrics_supplied=metrics_supplied)
+        for check in checks
+    )
+    return "inconclusive" if any(open_questions) else "pass"

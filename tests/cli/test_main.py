@@ -1,0 +1,429 @@
+"""The main job on the command line: verdict, report folder, exit codes, rules and settings."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import xml.etree.ElementTree as ET
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from amp_convert import __version__
+from amp_convert.loading.settings import SETTINGS
+from tests.command import (
+    BRANCH,
+    CNN,
+    MLP,
+    OVERFLOWING,
+    Outcome,
+    amp,
+    net,
+    process,
+    write,
+)
+
+FILES = {"report.json", "layers.csv", "plan.toml", "report.md", "report.html", "junit.xml"}
+STAGES = [
+    "load the model ...",
+    "capture and check against eager FP32 ...",
+    "calibrate ...",
+    "plan and rewrite ...",
+    "compare with FP32 ...",
+    "measure time and memory ...",
+    "judge ...",
+]
+# The columns that the design promises, in its order.
+COLUMNS = (
+    "node,layer,op,dtype,rule,reason,source,local_rel_l2,accumulated_rel_l2,sqnr_db,cosine,"
+    "max_abs_err,max_ulp,nonfinite,overflow_fraction,underflow_fraction,"
+    "grad_rel_l2,grad_cosine,grad_underflow_fraction,"
+    "onnx_ops,onnx_ran,onnx_local_rel_l2,onnx_accumulated_rel_l2"
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """One run that passes, shared by the tests that only look at it, and its folder."""
+    folder = tmp_path_factory.mktemp("mlp")
+    write(folder, MLP)
+    return folder, amp(folder, "model.py")
+
+
+@pytest.fixture(scope="module")
+def report(done: tuple[Path, Outcome]) -> dict[str, Any]:
+    text = (done[0] / "reports/model/report.json").read_text(encoding="utf-8")
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def decisions(folder: Path, name: str = "model") -> dict[str, dict[str, Any]]:
+    text = (folder / "reports" / name / "report.json").read_text(encoding="utf-8")
+    return {row["node"]: row for row in json.loads(text)["plan"]["decisions"]}
+
+
+# What a run leaves behind
+
+
+def test_a_model_that_holds_passes(done: tuple[Path, Outcome]) -> None:
+    folder, outcome = done
+    assert outcome.code == 0
+    lines = [line.rstrip() for line in outcome.out.splitlines()]
+    assert lines[0] == " PASS   model  float16 on cpu"
+    assert lines[1] == "13 of 15 checks passed, 2 not checked; rules default.toml"
+    assert "  low precision  3 of 3 nodes (100 %), 100 % of the multiply-adds" in lines
+    assert lines[-1] == "Report: reports/model/report.html"
+    assert {entry.name for entry in folder.iterdir()} == {"model.py", "reports"}
+
+
+def test_progress_goes_to_stderr_and_the_result_to_stdout(done: tuple[Path, Outcome]) -> None:
+    outcome = done[1]
+    assert outcome.err.splitlines() == STAGES
+    assert not any(stage in outcome.out for stage in STAGES)
+
+
+def test_without_a_terminal_there_is_no_colour_and_no_long_line(done: tuple[Path, Outcome]) -> None:
+    outcome = done[1]
+    assert "\x1b" not in outcome.out + outcome.err
+    assert max(map(len, outcome.out.splitlines())) <= 80
+
+
+def test_the_folder_holds_the_six_files(done: tuple[Path, Outcome]) -> None:
+    assert {entry.name for entry in (done[0] / "reports/model").iterdir()} == FILES
+    assert [entry.name for entry in (done[0] / "reports").iterdir()] == ["model"]
+
+
+def test_the_report_follows_the_published_schema(report: dict[str, Any]) -> None:
+    schema = json.loads(files("amp_convert.report").joinpath("report.schema.json").read_bytes())
+    assert list(Draft202012Validator(schema).iter_errors(report)) == []
+    assert (report["schema_version"], report["amp_convert"]) == (1, __version__)
+    assert report["verdict"]["status"] == "pass"
+    assert report["inference"]["metrics"][0]["mixed"] == 1.0
+    assert (report["training"]["status"], report["onnx"]["status"]) == ("unchecked", "unchecked")
+
+
+def test_layers_csv_has_a_row_a_node(done: tuple[Path, Outcome], report: dict[str, Any]) -> None:
+    with (done[0] / "reports/model/layers.csv").open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    assert ",".join(reader.fieldnames or ()) == COLUMNS
+    assert [row["node"] for row in rows] == ["0/aten.linear#0", "1/aten.relu#0", "2/aten.linear#0"]
+    measured = {row["node"]: row for row in report["inference"]["nodes"]}
+    for row in rows:
+        assert 0 < float(row["accumulated_rel_l2"]) < 2e-3
+        assert float(row["local_rel_l2"]) == measured[row["node"]]["local_rel_l2"]
+
+
+def test_junit_has_a_test_a_check(done: tuple[Path, Outcome], report: dict[str, Any]) -> None:
+    suite = ET.parse(done[0] / "reports/model/junit.xml").getroot()[0]
+    checks = report["verdict"]["checks"]
+    assert [case.get("name") for case in suite] == [check["name"] for check in checks]
+    assert (suite.get("failures"), suite.get("skipped")) == ("0", "2")
+
+
+def test_batch_norm_is_captured_in_both_modes(tmp_path: Path) -> None:
+    write(tmp_path, CNN, "cnn.py")
+    outcome = amp(tmp_path, "cnn.py", "--json", "--dtype", "bfloat16")
+    assert (outcome.code, outcome.json["plan"]["dtype"]) == (0, "bfloat16")
+    assert [
+        (row["mode"], row["status"], row["outputs"], row["gradients"])
+        for row in outcome.json["fidelity"]
+    ] == [("eval", "identical", True, True), ("train", "identical", True, True)]
+    assert outcome.json["fidelity"][1]["buffers"] is True
+    assert {entry.name for entry in (tmp_path / "reports/cnn").iterdir()} == FILES
+
+
+def test_json_is_the_report_and_nothing_else(tmp_path: Path) -> None:
+    printing = net("print('from forward')\n        return self.a(x)")
+    write(tmp_path, "print('from the file')\n" + printing)
+    outcome = amp(tmp_path, "model.py", "--json", "--out", "here")
+    assert outcome.code == 0
+    assert outcome.out == (tmp_path / "here/report.json").read_text(encoding="utf-8")
+    assert outcome.json["verdict"]["status"] == "pass"
+    assert "from the file" in outcome.err
+    assert "from forward" in outcome.err
+    assert not (tmp_path / "reports").exists()
+
+
+def test_a_run_that_fails_leaves_the_old_report_whole(tmp_path: Path) -> None:
+    write(tmp_path, MLP)
+    assert amp(tmp_path, "model.py").code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "reports/model").iterdir()}
+    write(tmp_path, MLP.replace('return {"score": SCORE}', "return target.shape"))
+    assert amp(tmp_path, "model.py").error == (
+        "metrics() raised AttributeError: 'NoneType' object has no attribute 'shape' "
+        "(at model.py:25). Correct it there; --debug shows the traceback."
+    )
+    after = {path.name: path.read_bytes() for path in (tmp_path / "reports/model").iterdir()}
+    assert after == before
+    assert [entry.name for entry in (tmp_path / "reports").iterdir()] == ["model"]
+
+
+def test_an_interrupt_ends_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    interrupting = MLP.replace(
+        "    for seed in range(3):", "    raise KeyboardInterrupt\n    if 0:"
+    )
+    write(tmp_path, interrupting)
+    outcome = amp(tmp_path, "model.py")
+    assert (outcome.code, outcome.error) == (130, "interrupted")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.py"]
+
+
+# Exit codes
+
+
+def test_overflow_fails_with_1_and_still_writes_the_report(tmp_path: Path) -> None:
+    write(tmp_path, OVERFLOWING)
+    outcome = amp(tmp_path, "model.py", "--rules", "half")
+    assert outcome.code == 1
+    assert outcome.out.startswith(" FAIL   model  float16 on cpu\n")
+    lines = [line.strip() for line in outcome.out.splitlines()]
+    assert lines[lines.index("Failed checks") + 1] == "outputs.finite  28, limit 0"
+    text = (tmp_path / "reports/model/report.json").read_text(encoding="utf-8")
+    assert json.loads(text)["verdict"]["status"] == "fail"
+
+
+def test_the_guards_keep_the_same_model_from_overflowing(tmp_path: Path) -> None:
+    write(tmp_path, OVERFLOWING)
+    assert amp(tmp_path, "model.py").code == 0
+    assert decisions(tmp_path)["/aten.mul#0"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        ("return self.a(x) * 0", "every FP32 output is zero"),
+        (
+            "return self.a(x).masked_fill(torch.arange(8) > 5, float('-inf'))",
+            "8 of 32 elements are NaN or infinite in FP32 already",
+        ),
+    ],
+)
+def test_what_cannot_be_judged_is_inconclusive_with_3(
+    forward: str, why: str, tmp_path: Path
+) -> None:
+    write(tmp_path, net(forward))
+    outcome = amp(tmp_path, "model.py")
+    assert outcome.code == 3
+    assert outcome.out.startswith(" INCONCLUSIVE   model  float16 on cpu\n")
+    before, _, section = outcome.out.partition("Inconclusive, since these were not checked\n")
+    assert len(before.splitlines()) == 3
+    assert why in " ".join(section.partition("\n\n")[0].split())
+    assert (tmp_path / "reports/model/report.json").exists()
+
+
+def test_a_model_that_cannot_be_captured_is_unsupported_with_4(tmp_path: Path) -> None:
+    weight = net(BRANCH.replace("self.a(x)", "(x @ self.w)")).replace(
+        "self.a = nn.Linear(8, 8)", "self.w = nn.Parameter(torch.ones(8, 8))"
+    )
+    write(tmp_path, weight)
+    outcome = amp(tmp_path, "model.py")
+    assert outcome.code == 4
+    assert outcome.error.startswith("no part of the model can be captured: ")
+    assert outcome.error.endswith(
+        "(at model.py:10). Move control flow that depends on tensor values out of the model."
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.py"]
+
+
+# Rules
+
+
+def test_a_plan_given_back_gives_the_same_plan(done: tuple[Path, Outcome], tmp_path: Path) -> None:
+    folder = done[0]
+    plan = str(folder / "reports/model/plan.toml")
+    again = amp(folder, "model.py", "--rules", plan, "--out", str(tmp_path / "again"), "--json")
+    assert again.code == 0
+    chosen = ("dtype", "low", "input_dtypes", "output_dtype", "output_dtypes")
+    rows = {row["node"]: row for row in again.json["plan"]["decisions"]}
+    before = decisions(folder)
+    assert rows.keys() == before.keys()
+    assert {n: [row[c] for c in chosen] for n, row in rows.items()} == {
+        n: [row[c] for c in chosen] for n, row in before.items()
+    }
+    assert again.json["plan"]["casts"] == 6
+
+
+def test_an_edited_line_of_a_plan_changes_that_node_alone(
+    done: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    folder = done[0]
+    text = (folder / "reports/model/plan.toml").read_text(encoding="utf-8")
+    nodes = [rule["node"] for rule in tomllib.loads(text)["rule"]]
+    assert nodes[:3] == list(decisions(folder))
+    head, pin, tail = text.partition('node = "1/aten.relu#0"\ncategory = "allow"')
+    assert pin
+    write(tmp_path, head + pin.replace("allow", "deny") + tail, "mine.toml")
+    out = str(tmp_path / "edited")
+    outcome = amp(folder, "model.py", "--rules", f"{tmp_path}/mine.toml", "--out", out, "--json")
+    rows = outcome.json["plan"]["decisions"]
+    assert {row["node"]: (row["low"], row["dtype"]) for row in rows} == {
+        "0/aten.linear#0": (True, "float16"),
+        "1/aten.relu#0": (False, "float32"),
+        "2/aten.linear#0": (True, "float16"),
+    }
+    assert outcome.json["plan"]["casts"] == 8
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--rules", "half", "mine.toml"],
+        ["--rules", "half", "--rules", "mine.toml"],
+        ["--rules=half", "--rules=mine.toml"],
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_several_rules_and_the_later_wins(flags: list[str], first: bool, tmp_path: Path) -> None:
+    write(tmp_path, MLP)
+    write(tmp_path, RELU_IN_FP32, "mine.toml")
+    arguments = ["model.py", *flags] if first else [*flags, "model.py"]
+    outcome = amp(tmp_path, "audit", *arguments, "--json")
+    assert outcome.code == 0
+    assert outcome.json["rules"] == ["half.toml", "mine.toml"]
+    assert [row["layer"] for row in outcome.json["rows"]] == ["1"]
+
+
+RELU_IN_FP32 = '[[rule]]\nlayer = "1"\ncategory = "deny"\nreason = "because"\n'
+
+
+# Sources and settings
+
+
+def test_a_model_in_a_package(tmp_path: Path) -> None:
+    (tmp_path / "shapes").mkdir()
+    write(tmp_path, "", "shapes/__init__.py")
+    write(tmp_path, MLP.replace("build_model", "make"), "shapes/nets.py")
+    outcome = amp(tmp_path, "shapes.nets:make", "--json")
+    assert outcome.code == 0
+    assert outcome.json["model"]["name"] == "nets"
+    assert outcome.json["model"]["source"] == "shapes.nets:make"
+    assert (tmp_path / "reports/nets/report.json").exists()
+
+
+def test_settings_come_from_flags_then_from_pyproject(tmp_path: Path) -> None:
+    write(tmp_path, MLP)
+    table = '[tool.amp-convert]\ndtype = "bfloat16"\nbatches = 2\ncalibrate = 1\nout = "mine"\n'
+    write(tmp_path, table, "pyproject.toml")
+    outcome = amp(tmp_path, "model.py", "--json", "--calibrate", "2")
+    document = outcome.json
+    assert (document["plan"]["dtype"], document["environment"]["dtype"]) == ("bfloat16",) * 2
+    assert document["inference"]["batches"] == 2
+    assert document["plan"]["calibration_batches"] == 2
+    assert outcome.out == (tmp_path / "mine/report.json").read_text(encoding="utf-8")
+    assert amp(tmp_path, "model.py", "--dtype", "float16", "--json").json["plan"]["dtype"] == (
+        "float16"
+    )
+
+
+def test_a_tolerance_that_no_model_meets_fails(tmp_path: Path) -> None:
+    write(tmp_path, MLP)
+    outcome = amp(tmp_path, "model.py", "--tolerance", "1e-9")
+    assert outcome.code == 1
+    assert "outputs.rel_l2" in outcome.out
+
+
+# Help
+
+
+def test_help_lists_commands_and_exit_codes(tmp_path: Path) -> None:
+    outcome = amp(tmp_path, "--help")
+    assert outcome.code == 0
+    text = " ".join(outcome.out.split())
+    assert "convert Convert MODEL, compare it with FP32, and give a verdict. baseline" in text
+    assert "baseline Measure FP32's spread over seeds: the margin for --seeds. audit" in text
+    assert "0 pass, 1 parity or gate failed, 2 wrong usage or input, 3 inconclusive, 4" in text
+    assert max(map(len, outcome.out.splitlines())) <= 80
+
+
+def test_the_flags_of_the_contract_and_their_defaults(tmp_path: Path) -> None:
+    text = " ".join(amp(tmp_path, "convert", "--help").out.split())
+    for words in (
+        "--dtype float16|bfloat16 The low precision. [default: float16]",
+        "--rules NAME|FILE ...",
+        "--device auto|cpu|cuda",
+        "[default: auto]",
+        "--out DIR The report's folder. [default: reports/<MODEL's stem>]",
+        "--train / --no-train",
+        "--steps N Training steps. [default: up to 50]",
+        "--seeds N",
+        "--onnx",
+        "--baseline FILE",
+        "--json",
+        "--debug",
+        *(f"--{name.replace('_', '-')} " for name in SETTINGS),
+    ):
+        assert words in text
+
+
+def test_without_arguments_the_help_is_shown_and_it_is_a_mistake(tmp_path: Path) -> None:
+    outcome = amp(tmp_path)
+    assert (outcome.code, outcome.out) == (2, amp(tmp_path, "--help").out)
+
+
+def test_the_version(tmp_path: Path) -> None:
+    assert amp(tmp_path, "--version") == Outcome(0, f"amp-convert {__version__}\n", "")
+
+
+# What only a process shows
+
+
+def test_help_does_not_import_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from amp_convert.cli.main import run\n"
+        "helps = [run([*c, '--help']) for c in ([], ['convert'], ['baseline'], ['gate'])]\n"
+        "assert helps == [0] * 4\n"
+        "assert (run(['--version']), run(['--jsn']), run(['x.py', '--steps', '0'])) == (0, 2, 2)\n"
+        "assert run(['x.py', '--seeds', '5']) == 2  # a margin is missing\n"
+        "found = {'torch', 'numpy', 'pandas'} & set(sys.modules)\n"
+        "sys.exit(f'imported {found}' if found else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_keeps_stdout_for_the_result(tmp_path: Path) -> None:
+    noisy = "import os, sys\nos.system('echo from a child')\nos.write(1, b'from C\\n')\n"
+    write(tmp_path, noisy + net("return self.a(x)"))
+    outcome = process(tmp_path, "model.py", "--json")
+    assert (outcome.code, outcome.json["verdict"]["status"]) == (0, "pass")
+    assert "from a child\n" in outcome.err
+    assert "from C\n" in outcome.err
+    assert [line for line in outcome.err.splitlines() if line in STAGES] == STAGES
+
+
+@pytest.mark.slow
+def test_a_process_exits_with_the_verdict_and_quietly(tmp_path: Path) -> None:
+    # torch.export logs about control flow that it cannot trace; that is not for the user.
+    write(tmp_path, net(BRANCH), "modèle.py")
+    outcome = process(tmp_path, "modèle.py", PYTHONIOENCODING="ascii")
+    assert outcome.code == 0
+    assert outcome.out.startswith(" PASS   mod?le  float16 on cpu\n")
+    assert outcome.err.splitlines() == STAGES
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "cli.main(['--help'])",
+        # A result that is small enough to stay in the buffer until the end.
+        "cli.run = lambda _: print('result') or 0; cli.main([])",
+    ],
+)
+def test_a_reader_that_goes_away_is_no_fault(code: str) -> None:
+    command = [sys.executable, "-c", f"from amp_convert import cli; {code}"]
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,0 +1,260 @@
+"""What the gate makes of its findings: status, notes, refusals, and what it shows."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from amp_convert.core.errors import UsageError
+from amp_convert.gate.baseline import Baseline, baseline_of, baseline_text
+from amp_convert.gate.compare import GateResult, by_layer, compare, render
+from amp_convert.gate.regressions import Finding, FindingKind
+from amp_convert.report import RunReport
+from tests.evidence import (
+    DECISIONS,
+    FIRST,
+    LAST,
+    NODES,
+    SOFTMAX,
+    decision,
+    divergence,
+    gated,
+    in_fp32,
+    measured,
+    metric,
+    node_error,
+    report,
+)
+from tests.training_evidence import LOSSES, arm, mixed_arm, parity, run
+
+NAN, INF = math.nan, math.inf
+
+
+def test_a_report_passes_against_its_own_baseline() -> None:
+    result = gated(report())
+    assert result == GateResult("pass", (), (), compared=3)
+    assert result.exit_code == 0
+
+
+def test_a_better_report_passes() -> None:
+    better = report(
+        decisions=(decision(FIRST), decision(SOFTMAX), decision(LAST)),
+        inference=divergence(
+            nodes=tuple(replace(n, local_rel_l2=1e-5, accumulated_rel_l2=1e-5) for n in NODES),
+            metrics=(metric(mixed=0.99),),
+        ),
+        casts=0,
+    )
+    assert gated(better).status == "pass"
+
+
+def test_gone_and_new_nodes_and_other_rules_are_noted() -> None:
+    added = tuple(decision(f"extra.{n}/aten.linear#0") for n in range(4))
+    nodes = (*NODES[1:], *(node_error(d.node) for d in added))
+    now = report(
+        decisions=(*DECISIONS[1:], *added), inference=divergence(nodes=nodes), rules=("half.toml",)
+    )
+    result = gated(now)
+    assert result.status == "pass"
+    assert result.compared == 2
+    assert result.notes == (
+        "rules were default.toml, are half.toml",
+        f"1 node(s) gone: {FIRST}",
+        "4 node(s) new: extra.0/aten.linear#0, extra.1/aten.linear#0, extra.2/aten.linear#0 "
+        "and 1 more",
+    )
+
+
+def test_another_number_of_training_steps_is_noted() -> None:
+    fewer = parity(run(arm("fp32", LOSSES[2:]), mixed_arm(LOSSES[2:])), steps=6)
+    before, now = report(training=parity()), report(training=fewer)
+    result = gated(now, before)
+    assert (result.status, result.notes) == ("pass", ("training steps were 8, are 6",))
+    assert gated(before, before).notes == gated(before, report()).notes == ()
+
+
+def test_an_inconclusive_training_leaves_the_gate_inconclusive() -> None:
+    stopped = report(training=parity(steps=9, ended="interrupted after 8 of 9 steps"))
+    result = gated(stopped)
+    assert (result.status, result.findings) == ("inconclusive", ())
+    assert result.notes == ("the report's own verdict is inconclusive",)
+
+
+def test_the_folder_of_a_rules_file_does_not_matter() -> None:
+    before, now = report(rules=("/a/my.toml",)), report(rules=("/b/my.toml",))
+    assert gated(now, before).notes == ()
+
+
+def test_a_baseline_with_no_node_in_common_is_an_error() -> None:
+    elsewhere = report(decisions=(decision("other/aten.linear#0"),))
+    with pytest.raises(UsageError, match="no node in common, so nothing was compared"):
+        gated(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "bfloat16"}, "the report's dtype is float16, the baseline's is bfloat16."),
+        ({"device": "cuda"}, "the report's device is cpu, the baseline's is cuda."),
+        (
+            {"model": {"name": "bert", "model_class": "digits.Net"}},
+            "the report's model is digits, the baseline's is bert.",
+        ),
+        (
+            {"model": {"name": "digits", "model_class": "digits.Net2"}},
+            "the report's model class is digits.Net, the baseline's is digits.Net2.",
+        ),
+    ],
+)
+def test_runs_of_different_kinds_are_refused_naming_both(
+    change: dict[str, Any], message: str
+) -> None:
+    other = Baseline.model_validate(baseline_of(report()).model_dump() | change)
+    with pytest.raises(UsageError) as error:
+        compare(report(), other)
+    assert str(error.value) == (
+        f"{message} Compare runs of the same kind, or write this baseline anew with --update."
+    )
+
+
+def test_two_cards_of_one_kind_are_one_device() -> None:
+    assert gated(report(device="cuda:1"), report(device="cuda:0")).status == "pass"
+
+
+@pytest.mark.parametrize("factor", [NAN, INF, 0.5, -1.0])
+def test_a_factor_that_passes_anything_is_refused(factor: float) -> None:
+    with pytest.raises(UsageError, match="the factor is"):
+        gated(report(), factor=factor)
+
+
+@pytest.mark.parametrize("tolerance", [NAN, INF, -0.1])
+def test_a_metric_tolerance_that_passes_anything_is_refused(tolerance: float) -> None:
+    with pytest.raises(UsageError, match="the metric tolerance is"):
+        gated(report(), metric_tolerance=tolerance)
+
+
+def shown(result: GateResult) -> str:
+    """What the terminal shows."""
+    console = Console(file=io.StringIO(), width=100, force_terminal=False)
+    render(console, result)
+    output_file = console.file
+    assert isinstance(output_file, io.StringIO)
+    return output_file.getvalue()
+
+
+def test_findings_are_grouped_by_layer_with_the_worst_node_named() -> None:
+    worst, other = "head/aten.linear#1", "head/aten.linear#2"
+    names = (LAST, worst, other)
+    nodes = tuple(decision(name) for name in names)
+
+    def run(*errors: float) -> RunReport:
+        rows = tuple(
+            node_error(n, local_rel_l2=e, accumulated_rel_l2=1e-3)
+            for n, e in zip(names, errors, strict=True)
+        )
+        return report(decisions=nodes, inference=divergence(nodes=rows))
+
+    result = gated(run(5e-3, 9e-3, 6e-3), run(1e-3, 1e-3, 1e-3))
+    assert len(result.findings) == 3
+    ((finding, number),) = by_layer(result.findings)
+    assert (finding.subject, number) == (worst, 3)
+    text = shown(result)
+    assert "FAIL" in text
+    assert "0.001 -> 0.009 in head/aten.linear#1, worst of 3 findings" in text
+    assert "grew 9 times, limit 2" in text
+    assert other not in text
+
+
+def test_nan_is_the_worst_of_a_layer() -> None:
+    findings = [
+        Finding(FindingKind.ERROR, name, "head", 1e-3, after, "")
+        for name, after in (("a", 1.0), ("b", NAN), ("c", 0.5))
+    ]
+    ((finding, _),) = by_layer(findings)
+    assert finding.subject == "b"
+
+
+def test_names_from_the_model_are_not_markup() -> None:
+    node = decision("[red]x[/red]\x1b[31m/aten.linear#0")
+    rows = [node_error(node.node, local_rel_l2=error) for error in (1e-3, 9e-3)]
+    before, now = (report(decisions=(node,), inference=divergence(nodes=(row,))) for row in rows)
+    text = shown(gated(now, before))
+    assert "[red]x[/red]" in text
+    assert "\x1b" not in text
+
+
+def test_the_result_is_strict_json() -> None:
+    result = gated(measured(node_error(LAST, local_rel_l2=NAN)))
+    found = json.loads(result.to_json(), parse_constant=pytest.fail)
+    assert found["status"] == "fail"
+    assert found["findings"][-1]["kind"] == "error"
+    assert found["findings"][-1]["after"] == "NaN"
+
+
+_error = st.none() | st.floats(0, 1e3, allow_nan=False)
+
+
+@st.composite
+def reports(draw: st.DrawFn) -> RunReport:
+    """A passing report of random size, precisions, errors and metrics."""
+    names = draw(
+        st.lists(st.from_regex(r"[a-c](\.[0-9])?/aten\.[a-z]{1,4}#[0-9]", fullmatch=True),
+                 min_size=1, max_size=6, unique=True)
+    )  # fmt: skip
+    nodes = (decision(names[0]), *(
+        draw(st.sampled_from([decision, in_fp32]))(name) for name in names[1:]
+    ))  # fmt: skip
+    rows = tuple(
+        node_error(n.node, local_rel_l2=draw(_error), accumulated_rel_l2=draw(_error))
+        for n in nodes
+    )
+    value = draw(st.floats(-1e6, 1e6))
+    pair = metric(fp32=value, mixed=value, lower_is_better=draw(st.booleans()))
+    return report(
+        decisions=nodes,
+        inference=divergence(nodes=rows, metrics=(pair,)),
+        casts=draw(st.integers(0, 99)),
+    )
+
+
+@given(reports())
+def test_any_passing_report_passes_against_its_own_baseline(run: RunReport) -> None:
+    text = baseline_text(baseline_of(run))
+    baseline = Baseline.model_validate_json(text)
+    assert baseline == baseline_of(run)
+    assert baseline_text(baseline) == text
+    result = compare(run, baseline, factor=1.0, metric_tolerance=0.0)
+    assert result.findings == ()
+    any_error = any(n.local_rel_l2 is not None or n.accumulated_rel_l2 is not None
+                    for n in baseline.nodes.values())  # fmt: skip
+    assert result.status == ("pass" if any_error else "inconclusive")
+
+
+@given(
+    old=st.floats(0, 10),
+    new=st.floats(0, 10),
+    more=st.floats(0, 1e3),
+    field=st.sampled_from(["local_rel_l2", "accumulated_rel_l2"]),
+)
+def test_a_larger_error_never_turns_fail_into_pass(
+    old: float, new: float, more: float, field: str
+) -> None:
+    baseline = baseline_of(measured(node_error(LAST, **{field: old})))
+    first = compare(measured(node_error(LAST, **{field: new})), baseline)
+    grown = compare(measured(node_error(LAST, **{field: new + more})), baseline)
+    assert (first.status, grown.status) != ("fail", "pass")
+
+
+@given(node=st.integers(0, 2), field=st.sampled_from(["local_rel_l2", "accumulated_rel_l2"]))
+def test_nan_in_a_node_never_passes(node: int, field: str) -> None:
+    broken = measured(replace(NODES[node], **{field: NAN}))
+    assert gated(broken).status == "fail"
+    assert gated(broken, broken).status == "fail"

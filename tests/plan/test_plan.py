@@ -1,0 +1,315 @@
+"""The plan as data: counts, shares, the table, and the rules file that gives it back."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example as also
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from amp_convert.plan.plan import Casts, Decision, Plan
+from amp_convert.rules.rule_set import Place, Target, load_rules
+from tests.small_models import example, ramp
+from tests.staged import Staged, casts_of, decisions_of
+
+
+def decision(node: str, **changes: Any) -> Decision:
+    base = Decision(
+        node=node,
+        name="linear",
+        layer=node.partition("/")[0],
+        module="torch.nn.modules.linear.Linear",
+        op="aten.linear",
+        location="model.py:41",
+        category="allow",
+        dtype="float16",
+        rule="op aten.linear",
+        reason="matrix product",
+        source="default.toml:12",
+        evidence="",
+        low=True,
+        macs=100,
+        input_dtypes=("float16", None),
+        output_dtype=None,
+        output_dtypes=("float16",),
+    )
+    return replace(base, **changes)
+
+
+FP32: dict[str, Any] = {"low": False, "dtype": "float32", "category": "deny"}
+NONE: dict[str, Any] = {"low": False, "category": "none", "rule": "", "reason": "", "macs": 0}
+
+
+def plan(*decisions: Decision, train: tuple[Decision, ...] = (), **changes: Any) -> Plan:
+    base = Plan(
+        dtype="float16",
+        device="cpu",
+        rules=("default.toml",),
+        painting="grappler",
+        calibration_batches=1,
+        eval=decisions,
+        train=train,
+        eval_casts=Casts(),
+        train_casts=Casts(),
+        uncaptured=(),
+        unmatched_rules=(),
+    )
+    return replace(base, **changes)
+
+
+# --- counts and shares ---------------------------------------------------------------------------
+
+
+def test_shares_are_of_what_there_was_to_decide() -> None:
+    found = plan(
+        decision("a", macs=300),
+        decision("b", macs=0),
+        decision("c", **FP32),
+        decision("d", **FP32),
+        decision("e", **NONE),
+    )
+    assert (found.low_nodes(), found.decided_nodes()) == (2, 4)
+    assert found.share_nodes_low() == 0.5
+    assert found.share_macs_low() == 300 / 500
+
+
+def test_shares_count_the_eval_graph() -> None:
+    found = plan(decision("a"), train=(decision("a", **FP32), decision("b", **FP32)))
+    assert (found.share_nodes_low(), found.share_macs_low()) == (1.0, 1.0)
+
+
+def test_of_nothing_nothing_is_low() -> None:
+    for empty in (plan(), plan(decision("a", **NONE))):
+        assert (empty.share_nodes_low(), empty.share_macs_low()) == (0.0, 0.0)
+        assert empty.unknown_ops() == {}
+
+
+def test_unknown_ops_are_counted_and_sorted() -> None:
+    unknown = {**FP32, "category": "unknown"}
+    found = plan(
+        decision("a", op="my.warp", **unknown),
+        decision("b", op="aten.foo", **unknown),
+        decision("c", op="my.warp", **unknown),
+        decision("d", op="aten.bar", **FP32),
+        train=(decision("e", op="my.other", **unknown),),
+    )
+    assert list(found.unknown_ops().items()) == [("aten.foo", 1), ("my.warp", 2)]
+
+
+def test_casts_of_several_graphs_add_up() -> None:
+    assert Casts(1, 2, 5) + Casts(10, 20, 50) == Casts(11, 22, 55)
+    assert Casts() == Casts(0, 0, 0)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_row_a_node_and_a_column_a_field() -> None:
+    eval_only, train_only = decision("a", evidence="abs max 3"), decision("b", **FP32)
+    found = plan(eval_only, decision("c"), train=(train_only,))
+    frame = found.to_frame()
+    assert list(frame.columns) == [field.name for field in fields(Decision)]
+    assert list(frame["node"]) == ["a", "c"]
+    row = frame.iloc[0]
+    assert (row["evidence"], row["macs"], row["low"]) == ("abs max 3", 100, True)
+    assert tuple(row["input_dtypes"]) == ("float16", None)
+    assert list(found.to_frame("train")["node"]) == ["b"]
+    assert list(plan().to_frame().columns) == list(frame.columns)
+
+
+# --- the rules file ------------------------------------------------------------------------------
+
+
+def saved(*decisions: Decision, painting: str = "grappler") -> dict[str, Any]:
+    return tomllib.loads(plan(*decisions, painting=painting).to_toml())
+
+
+def test_a_saved_plan_pins_every_decided_node() -> None:
+    document = saved(
+        decision("a/aten.linear#0"),
+        decision("b/aten.exp#0", **FP32, reason="grows"),
+        decision("c/aten.add#0", **{**FP32, "category": "infer"}),
+        decision("d/aten.relu#0", category="clear"),
+        decision("e/my.warp#0", **{**FP32, "category": "unknown"}),
+        decision("f/aten.add#0", **NONE),
+    )
+    assert document == {
+        "painting": "grappler",
+        "guards": False,
+        "rewrites": {"clamp_masks": False, "scale_scores": False, "rescale_layers": False},
+        "rule": [
+            {"node": "a/aten.linear#0", "category": "allow", "reason": "matrix product"},
+            {"node": "b/aten.exp#0", "category": "deny", "reason": "grows"},
+            {"node": "c/aten.add#0", "category": "deny", "reason": "matrix product"},
+            {"node": "d/aten.relu#0", "category": "allow", "reason": "matrix product"},
+            {"node": "e/my.warp#0", "category": "deny", "reason": "matrix product"},
+        ],
+    }
+
+
+def test_under_autocasts_painting_the_category_is_what_decides() -> None:
+    """There `clear` passes on what it gets and `infer` takes the widest, low or not."""
+    kept = [
+        decision("a", category="clear"),
+        decision("b", **{**FP32, "category": "clear"}),
+        decision("c", category="infer"),
+        decision("d", **FP32),
+        decision("e"),
+        decision("f", **{**FP32, "category": "unknown"}),
+    ]
+    document = saved(*kept, painting="autocast")
+    assert document["painting"] == "autocast"
+    assert [rule["category"] for rule in document["rule"]] == [
+        "clear",
+        "clear",
+        "infer",
+        "deny",
+        "allow",
+        "deny",
+    ]
+
+
+def test_a_node_of_both_graphs_is_pinned_once() -> None:
+    both = decision("a/aten.linear#0")
+    found = plan(both, train=(both, decision("a/aten.dropout#0")))
+    nodes = [rule["node"] for rule in tomllib.loads(found.to_toml())["rule"]]
+    assert nodes == ["a/aten.linear#0", "a/aten.dropout#0"]
+
+
+def test_the_file_says_what_it_is(tmp_path: Path) -> None:
+    found = plan(decision("a"), dtype="bfloat16", rules=("default.toml", "mine.toml"))
+    first = found.to_toml().splitlines()[0]
+    assert first.startswith("# ")
+    assert all(word in first for word in ("bfloat16", "default.toml", "mine.toml"))
+
+
+AWKWARD = [
+    'say "hello"',
+    "back\\slash \\u0041 \\",
+    "new\nline, tab\t, return\r, null\x00, delete\x7f, next\x85",
+    "line separator \u2028, byte order mark \ufeff, no-break\u00a0space",
+    "naïve Größe 层 слой 🙂",
+    "beyond the first plane and not printable: \U000e0001 \U0001fb00 \U00010fff",
+    "'''literal''' \"\"\"",
+    "# no comment = [no.table]",
+    "a.b[0]*?",
+]
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@also(AWKWARD[0])
+@also(AWKWARD[1])
+@also(AWKWARD[2])
+@also(AWKWARD[3])
+@also(AWKWARD[4])
+@also(AWKWARD[5])
+@also(AWKWARD[6])
+@also(AWKWARD[7])
+def test_whatever_a_layer_is_called_it_is_the_same_when_read_back(layer: str) -> None:
+    node = f"{layer}/aten.linear#0"
+    (rule,) = saved(decision(node, reason=f"because of {layer}."))["rule"]
+    assert rule["node"] == node
+    assert rule["reason"] == f"because of {layer}."
+
+
+@pytest.mark.parametrize("layer", AWKWARD)
+def test_a_saved_name_matches_its_node_and_no_other(layer: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    found = plan(decision(f"{layer}/aten.linear#0", **FP32))
+    file.write_bytes(found.to_toml().encode())
+    rules = load_rules([str(file)])
+
+    def matched(node: str) -> Any:
+        place = Place("float16", "cpu", "eval")
+        return rules.match_override(place, node=node, layer="", modules=())
+
+    rule = matched(f"{layer}/aten.linear#0")
+    assert (rule.target, rule.category) == (Target.NODE, "deny")
+    assert matched(f"{layer}/aten.linear#1") is None
+    assert matched(f"x{layer}/aten.linear#0") is None
+
+
+@pytest.mark.parametrize("file", ["two\nlines.toml", "escape\x1b[0m.toml", "next\x85.toml"])
+def test_a_rules_file_with_an_odd_name_breaks_no_comment(file: str) -> None:
+    text = plan(decision("a"), rules=(file,)).to_toml()
+    assert [rule["node"] for rule in tomllib.loads(text)["rule"]] == ["a"]
+
+
+# --- given back ----------------------------------------------------------------------------------
+
+
+class Trained(nn.Module):
+    """In training, dropout stands between a denied op and a product: `relu` leads to an infer op
+    and is denied with it. In eval mode `relu` leads to the product alone, and joins it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.last = nn.Dropout(0.5), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.drop(torch.relu(torch.exp(x))))
+
+
+def given_back(staged: Staged, first: Plan, folder: Path) -> Plan:
+    file = folder / "plan.toml"
+    file.write_text(first.to_toml(), encoding="utf-8")
+    return staged.plan(load_rules([str(file)]))
+
+
+def assert_same_effect(one: Plan, other: Plan, mode: str) -> None:
+    def effect(found: Plan) -> list[tuple[Any, ...]]:
+        return [
+            (d.node, d.dtype, d.low, d.input_dtypes, d.output_dtypes)
+            for d in decisions_of(found, mode)
+        ]
+
+    assert effect(one) == effect(other)
+    assert casts_of(one, mode) == casts_of(other, mode)
+
+
+@pytest.mark.parametrize("preset", ["default", "autocast", "half", "fp32"])
+@pytest.mark.parametrize("model", ["block", "cnn", "attention", "gated", "chained"])
+def test_a_plan_given_back_decides_the_same(model: str, preset: str, tmp_path: Path) -> None:
+    first = example(model).plan(preset)
+    again = given_back(example(model), first, tmp_path)
+    for mode in ("eval", "train"):
+        assert_same_effect(first, again, mode)
+    assert again.rules == (str(tmp_path / "plan.toml"),)
+    assert {d.rule for d in again.eval if d.decided} <= {
+        "explicit cast",
+        *(f"node {d.node}" for d in again.eval),
+    }
+
+
+def test_a_change_in_the_file_is_a_change_in_the_plan(tmp_path: Path) -> None:
+    staged = example("block")
+    text = staged.plan().to_toml()
+    pinned = 'node = "down/aten.linear#0"\ncategory = "{}"'
+    assert pinned.format("allow") in text
+    file = tmp_path / "edited.toml"
+    file.write_text(text.replace(pinned.format("allow"), pinned.format("deny")), encoding="utf-8")
+    edited = staged.plan(load_rules([str(file)]))
+    assert [d.node for d in edited.eval if d.low] == [
+        "up/aten.linear#0",
+        "norm/aten.layer_norm#0",
+        "/aten.gelu#0",
+    ]
+
+
+def test_a_node_that_differs_between_the_graphs_is_given_back_as_it_was(tmp_path: Path) -> None:
+    staged = Staged.of(Trained(), ramp(2, 8))
+    first = staged.plan()
+    relus = [next(d for d in found if "relu" in d.node) for found in (first.eval, first.train)]
+    assert relus[0].node == relus[1].node
+    assert [d.low for d in relus] == [True, False]
+    again = given_back(staged, first, tmp_path)
+    assert_same_effect(first, again, "eval")
+    assert_same_effect(first, again, "train")

@@ -1,0 +1,266 @@
+"""Which files are read in which order, and which rule a node gets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amp_convert.core.errors import UsageError
+from amp_convert.rules.rule_set import (
+    Guards,
+    Painting,
+    Place,
+    Rules,
+    Target,
+    load_rules,
+    preset_names,
+)
+
+F16 = Place("float16", "cpu", "eval")
+RULE = '[[rule]]\nop = "aten.linear"\ncategory = "allow"\nreason = "r"\n'
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def rule(target: str, pattern: str, category: str, reason: str = "r", **more: str) -> str:
+    lines = {target: pattern, "category": category, "reason": reason, **more}
+    return "[[rule]]\n" + "".join(f"{key} = '{value}'\n" for key, value in lines.items())
+
+
+def reasons(rules: Rules) -> list[str]:
+    return [r.reason for r in rules.rules]
+
+
+def op(rules: Rules, name: str, dtype: str = "float16", device: str = "cpu") -> str | None:
+    found = rules.match_op(Place(dtype, device, "eval"), name)
+    return found and found.reason
+
+
+def override(rules: Rules, layer: str = "", modules: tuple[str, ...] = (), node: str = "") -> Any:
+    found = rules.match_override(F16, node=node, layer=layer, modules=modules)
+    return found and found.reason
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def test_a_rule_carries_all_that_its_table_says(tmp_path: Path) -> None:
+    text = (
+        "# a comment\n\n"
+        + RULE
+        + "\n"
+        + rule("layer", "a.*", "deny", "two\twords", dtype="bfloat16", device="cuda")
+    )
+    rules = load_rules([write(tmp_path / "my.toml", text)])
+    first, second = rules.rules
+    assert (first.target, first.pattern, first.category) == (Target.OP, "aten.linear", "allow")
+    assert (first.reason, first.dtype, first.device) == ("r", None, None)
+    assert (first.source, second.source) == ("my.toml:3", "my.toml:8")
+    assert (second.dtype, second.device, second.reason) == ("bfloat16", "cuda", "two words")
+    assert (first.name, second.name) == ("op aten.linear", "layer a.*")
+    assert rules.name == str(tmp_path / "my.toml")
+    assert rules.files == (str(tmp_path / "my.toml"),)
+    assert rules.painting is Painting.GRAPPLER
+    assert rules.guards == Guards()
+
+
+def test_extends_come_first_and_each_file_once(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "base.toml", rule("op", "aten.mm", "deny", "base"))
+    write(
+        tmp_path / "sub/a.toml", "extends = '../base.toml'\n" + rule("op", "aten.mm", "deny", "a")
+    )
+    b = "extends = ['base.toml', 'sub/a.toml', 'fp32']\n" + rule("op", "aten.mm", "deny", "b")
+    write(tmp_path / "b.toml", b)
+    rules = load_rules([str(tmp_path / "b.toml")])
+    assert reasons(rules) == ["base", "a", "everything stays FP32", "b"]
+    # What two files both extend must not override the first of them again.
+    rules = load_rules([str(tmp_path / "sub/a.toml"), str(tmp_path / "b.toml")])
+    assert reasons(rules) == ["base", "a", "everything stays FP32", "b"]
+    # What is named on its own has its place in that order.
+    rules = load_rules([str(tmp_path / "b.toml"), str(tmp_path / "base.toml")])
+    assert reasons(rules) == ["a", "everything stays FP32", "b", "base"]
+    assert op(rules, "aten.mm.default") == "base"
+    assert rules.name == f"{tmp_path / 'b.toml'}, {tmp_path / 'base.toml'}"
+
+
+def test_painting_and_guards_come_from_the_last_file_that_states_them(tmp_path: Path) -> None:
+    first = "extends = 'autocast'\n[guards]\nactivation_headroom = 4\nweight_tiny_share = 0.25\n"
+    second = "[guards]\nweight_tiny_share = false\n"
+    write(tmp_path / "a.toml", first), write(tmp_path / "b.toml", second)
+    rules = load_rules([str(tmp_path / "a.toml"), str(tmp_path / "b.toml")])
+    assert rules.painting is Painting.AUTOCAST
+    assert rules.guards == replace(load_rules(["autocast"]).guards, activation_headroom=4.0)
+    assert load_rules(["autocast", "default"]).painting is Painting.GRAPPLER
+    assert load_rules(["autocast", "default"]).guards == Guards()
+
+
+def test_a_file_may_have_the_name_of_a_preset(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "fp32", RULE)
+    write(tmp_path / "mine", RULE)
+    assert load_rules(["./fp32"]).rules[0].source == "fp32:1"
+    assert load_rules(["fp32"]).rules[0].source == "fp32.toml:8"
+    assert load_rules(["mine"]).rules[0].source == "mine:1"
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    mend = f"Name a TOML file or one of the presets: {', '.join(preset_names())}."
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    child = write(tmp_path / "child.toml", "extends = 'gone.toml'\n")
+    for name, message in {
+        "gone.toml": f"cannot read rules file '{tmp_path}/gone.toml': no such file or directory. ",
+        ".": f"cannot read rules file '{tmp_path}': is a directory. ",
+        "bytes.toml": f"cannot read rules file '{tmp_path}/bytes.toml': not UTF-8 text. ",
+        "child.toml": f"cannot read rules file '{tmp_path}/gone.toml': no such file or directory "
+        f"(at {child}). ",
+    }.items():
+        with pytest.raises(UsageError) as caught:
+            load_rules([str(tmp_path / name)])
+        assert str(caught.value) == message + mend
+
+
+def test_unknown_presets_and_none_at_all() -> None:
+    with pytest.raises(UsageError, match=r"^unknown preset 'autocst'\. Did you mean 'autocast'\?$"):
+        load_rules(["autocst"])
+    with pytest.raises(UsageError, match=r"^no rules were given\. Name one of: apex-o1, "):
+        load_rules([])
+
+
+def test_files_that_extend_each_other(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.toml", "\nextends = 'b.toml'\n")
+    b = write(tmp_path / "b.toml", "extends = ['fp32', './a.toml']\n")
+    with pytest.raises(UsageError) as caught:
+        load_rules([a])
+    assert str(caught.value) == (
+        f"rules files extend each other in a circle: {a} -> {b} -> {a} (at {b}:1). "
+        "Remove one of these `extends`."
+    )
+
+
+# ---- matching -----------------------------------------------------------------------------------
+
+
+def test_op_patterns(tmp_path: Path) -> None:
+    text = "".join(
+        rule("op", pattern, "deny", pattern)
+        for pattern in (
+            "aten.fft_*",
+            "aten.pow",
+            "aten.pow.Tensor_Scalar",
+            "aten.fft_rfft",
+            "my.op",
+        )
+    )
+    rules = load_rules([write(tmp_path / "r.toml", text)])
+    assert op(rules, "aten.pow.Tensor_Tensor") == "aten.pow"
+    assert op(rules, "aten.pow.Tensor_Scalar") == "aten.pow.Tensor_Scalar"
+    assert op(rules, "aten.fft_fft.default") == "aten.fft_*"
+    assert op(rules, "aten.fft_rfft.default") == "aten.fft_rfft"
+    assert op(rules, "aten.fft_rfft2.default") == "aten.fft_*"
+    assert op(rules, "my.op.default") == "my.op"
+    assert op(rules, "aten.powf.default") is None
+    assert op(rules, "aten.linear.default") is None
+
+
+def test_a_star_matches_every_op(tmp_path: Path) -> None:
+    rules = load_rules([write(tmp_path / "r.toml", rule("op", "*", "deny", "all"))])
+    assert op(rules, "aten.linear.default") == op(rules, "operator.getitem") == "all"
+
+
+def test_the_last_rule_that_matches_dtype_and_device_wins(tmp_path: Path) -> None:
+    text = (
+        rule("op", "aten.mm", "deny", "any")
+        + rule("op", "*", "deny", "star on cuda", device="cuda")
+        + rule("op", "aten.mm", "deny", "bf16", dtype="bfloat16")
+        + rule("op", "aten.mm", "deny", "both", dtype="bfloat16", device="cuda")
+    )
+    rules = load_rules([write(tmp_path / "r.toml", text)])
+    assert op(rules, "aten.mm.default", "float16", "cpu") == "any"
+    assert op(rules, "aten.mm.default", "float16", "cuda") == "star on cuda"
+    assert op(rules, "aten.mm.default", "bfloat16", "cpu") == "bf16"
+    assert op(rules, "aten.mm.default", "bfloat16", "cuda") == "both"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layer", "matches"),
+    [
+        ("encoder.layer.0", "encoder.layer.0", True),
+        ("encoder.layer.0", "encoder.layer.0.attention.self", True),
+        ("encoder.layer.0", "encoder.layer.01", False),
+        ("encoder.layer.0", "encoder.layer", False),
+        ("encoder.*.attention", "encoder.layer.3.attention", True),
+        ("encoder.*.attention", "encoder.layer.3.attention.self.query", True),
+        ("encoder.*.attention", "decoder.layer.3.attention", False),
+        ("encoder.layer.[01]", "encoder.layer.1.output", True),
+        ("encoder.layer.[01]", "encoder.layer.2.output", False),
+        ("head", "Head", False),
+        ("*", "", True),
+        ("*", "encoder", True),
+        ("head", "", False),
+    ],
+)
+def test_layer_patterns(tmp_path: Path, pattern: str, layer: str, matches: bool) -> None:
+    rules = load_rules([write(tmp_path / "r.toml", rule("layer", pattern, "deny"))])
+    assert (override(rules, layer) == "r") is matches
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("LayerNorm", True),
+        ("torch.nn.LayerNorm", True),
+        ("torch.nn.modules.normalization.LayerNorm", True),
+        ("Block", True),
+        ("model.Block", True),
+        ("my.nn.LayerNorm", False),
+        ("torch.nn.Norm", False),
+        ("Norm", False),
+        ("layernorm", False),
+    ],
+)
+def test_module_patterns_match_any_module_around_the_node(
+    tmp_path: Path, pattern: str, matches: bool
+) -> None:
+    rules = load_rules([write(tmp_path / "r.toml", rule("module", pattern, "deny"))])
+    around = ("torch.nn.modules.normalization.LayerNorm", "model.Block")
+    assert (override(rules, modules=around) == "r") is matches
+
+
+def test_overrides_and_op_rules_are_apart_and_the_last_override_wins(tmp_path: Path) -> None:
+    pin = "encoder.0[x]/aten.linear#2"
+    text = (
+        rule("layer", "encoder", "deny", "layer")
+        + rule("node", pin, "allow", "node")
+        + rule("module", "Block", "deny", "module")
+        + rule("op", "*", "deny", "op")
+        + rule("layer", "encoder", "deny", "bf16", dtype="bfloat16")
+    )
+    rules = load_rules([write(tmp_path / "r.toml", text)])
+    assert override(rules, "encoder.0[x]", node=pin) == "node"
+    assert override(rules, "encoder.0[x]", node="encoder.0[x]/aten.linear#1") == "layer"
+    assert override(rules, "encoder.0[x]", ("m.Block",), pin) == "module"
+    assert override(rules, "decoder") is None
+    assert op(rules, "aten.linear.default") == "op"
+
+
+def test_a_rule_may_hold_in_one_mode_only(tmp_path: Path) -> None:
+    text = rule("op", "aten.relu", "deny", "r", mode="train")
+    rules = load_rules(["default", write(tmp_path / "my.toml", text)])
+    place = {mode: Place("float16", "cpu", mode) for mode in ("eval", "train")}
+    assert {m: rules.match_op(p, "aten.relu").category for m, p in place.items()} == {
+        "eval": "clear",
+        "train": "deny",
+    }
+
+
+def test_a_mode_is_eval_or_train(tmp_path: Path) -> None:
+    text = rule("op", "aten.relu", "deny", "r", mode="training")
+    with pytest.raises(UsageError, match="unknown mode 'training'"):
+        load_rules([write(tmp_path / "my.toml", text)])

@@ -1,0 +1,223 @@
+"""One arm, with every optimizer and kind of schedule that PyTorch has, against a plain loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import optim
+from torch.optim import lr_scheduler as schedules
+
+from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.validate.training import checkpoint
+from amp_convert.validate.training.arm import LossScaling, Recipe, Weights
+from amp_convert.validate.training.paired_run import PAIR, Race, training
+from tests.training import POINTS, Net, classify, convert_net, initial_model, points
+from tests.zoo import assert_same_bits
+
+Optimizer = Callable[[Any], optim.Optimizer]
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": lambda p: optim.SGD(p, 0.1),
+    "nesterov": lambda p: optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: optim.Adam(p, 1e-2, amsgrad=True),
+    "adamw-fused": lambda p: optim.AdamW(p, 1e-2, fused=True),
+    "adamw-loop": lambda p: optim.AdamW(p, 1e-2, foreach=False),
+    "adadelta": lambda p: optim.Adadelta(p),
+    "adafactor": lambda p: optim.Adafactor(p),
+    "adagrad": lambda p: optim.Adagrad(p),
+    "adamax": lambda p: optim.Adamax(p),
+    "asgd": lambda p: optim.ASGD(p),
+    "nadam": lambda p: optim.NAdam(p),
+    "radam": lambda p: optim.RAdam(p),
+    "rmsprop": lambda p: optim.RMSprop(p, momentum=0.5, centered=True),
+    "rprop": lambda p: optim.Rprop(p),
+    "groups": lambda p: optim.SGD(
+        [{"params": ps, "lr": 0.1 / len(ps)} for ps in _halves(list(p))], momentum=0.9
+    ),
+}
+# SparseAdam takes sparse gradients, Muon matrices only; LBFGS, which has a test of its own, needs
+# to evaluate the loss again, and nobody may do that under a GradScaler.
+ELSEWHERE = {"SparseAdam", "Muon", "LBFGS"}
+SCHEDULES: dict[str, Callable[[optim.Optimizer], Any]] = {
+    "step": lambda o: schedules.StepLR(o, 2),
+    "lambda": lambda o: schedules.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "one-cycle": lambda o: schedules.OneCycleLR(o, 0.1, 8),
+    "cyclic": lambda o: schedules.CyclicLR(o, 0.01, 0.1, 3),
+    "restarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, 3),
+    "plateau": lambda o: schedules.ReduceLROnPlateau(o, patience=1),
+    "sequence": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o, 0.1, total_iters=3), schedules.ExponentialLR(o, 0.9)], [3]
+    ),
+}
+
+
+def _halves(parameters: list[Any]) -> list[list[Any]]:
+    return [parameters[:2], parameters[2:]]
+
+
+def plain(optimizer: Optimizer, schedule: Any, steps: int) -> tuple[list[float], Net]:
+    """The plain FP32 loop."""
+    model = initial_model(0).train()
+    update = optimizer(model.parameters())
+    follow = schedule(update) if schedule else None
+    losses = []
+    torch.manual_seed(0)
+    for _, (args, _, target) in zip(range(steps), points(0), strict=False):
+        loss = classify(model(*args), target)
+        loss.backward()
+        update.step()
+        if isinstance(follow, schedules.ReduceLROnPlateau):
+            follow.step(loss.item())
+        elif follow is not None:
+            follow.step()
+        update.zero_grad()
+        losses.append(loss.item())
+    return losses, model
+
+
+@pytest.fixture(scope="module")
+def exact() -> Any:
+    return convert_net(torch.float16, "fp32")
+
+
+def test_the_list_is_whole() -> None:
+    """A new optimizer of PyTorch's shows here."""
+    kinds = {
+        name
+        for name, kind in vars(optim).items()
+        if isinstance(kind, type) and issubclass(kind, optim.Optimizer) and kind.__module__
+    } - {"Optimizer"}
+    tried = {type(make(Net().parameters())).__name__ for make in OPTIMIZERS.values()}
+    assert kinds - tried == ELSEWHERE & kinds
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [*((name, None) for name in OPTIMIZERS), *(("nesterov", name) for name in SCHEDULES)],
+)
+def test_each_is_the_plain_loop_and_goes_on_from_a_checkpoint(
+    optimizer: str, schedule: str | None, exact: Any, tmp_path: Path
+) -> None:
+    """Bit for bit over 8 steps, through a checkpoint after the third."""
+    make, follow = OPTIMIZERS[optimizer], SCHEDULES[schedule] if schedule else None
+    losses, model = plain(make, follow, 8)
+    recipe = Recipe(classify, make, follow, LossScaling("none"))
+    original = exact.captured.model
+
+    def race() -> Race:
+        return Race(original, exact, recipe, POINTS, 0, PAIR, 8)
+
+    with training(original, exact):
+        first, second = race(), race()
+        for _ in range(3):
+            first.step()
+        checkpoint.save(tmp_path, first.state(), fingerprint={})
+        loaded = checkpoint.load(tmp_path, {})
+        assert loaded is not None
+        second.load(loaded)
+        while second.step():
+            pass
+    state = model.state_dict()
+    for arm in PAIR:
+        found = second.arms[arm]
+        assert found.losses == losses, arm
+        assert_same_bits({name: state[name] for name in found.tensors}, found.tensors)
+    assert losses[-1] != losses[0]
+
+
+def test_an_optimizer_that_evaluates_the_loss_again(exact: Any) -> None:
+    recipe = Recipe(classify, lambda p: optim.LBFGS(p), path="net.py")
+    with training(exact.captured.model, exact):
+        race = Race(exact.captured.model, exact, recipe, POINTS, 0, PAIR, 1)
+        with pytest.raises(ModelError, match=r"the optimizer's step raised TypeError: .*closure"):
+            race.step()
+
+
+# --- how the loss is scaled ---
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"initial": 3.0}, "a loss scale of 3.0 is not a power of two of 1 or more"),
+        ({"initial": 0.5}, "a loss scale of 0.5 is not a power of two of 1 or more"),
+        ({"growth_factor": 1.0}, "the loss scale's growth factor is 1"),
+        ({"growth_factor": math.nan}, "the loss scale's growth factor is nan"),
+        ({"backoff_factor": 1.0}, "the loss scale's back-off factor is 1"),
+        ({"backoff_factor": 0.0}, "the loss scale's back-off factor is 0"),
+    ],
+    ids=str,
+)
+def test_numbers_that_make_no_rule(given: Mapping[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        LossScaling(**given)
+    assert refused.value.what == said
+
+
+def test_the_scale_follows_its_rule() -> None:
+    """Grows by 4 after 2 clean steps; too large at first, so it backs off by 8."""
+    mixed = convert_net(torch.float16)
+    rule = LossScaling("dynamic", 2.0**24, 4.0, 0.125, 2)
+    recipe = Recipe(classify, OPTIMIZERS["sgd"], scaling=rule)
+    with training(mixed.captured.model, mixed):
+        race = Race(mixed.captured.model, mixed, recipe, POINTS, 0, PAIR, 12)
+        while race.step():
+            pass
+    arm = race.arms["mixed"]
+    scale, clean, expected = 2.0**24, 0, []
+    for step in range(1, 13):
+        expected.append(scale)
+        if step in arm.skipped:
+            scale, clean = scale / 8, 0
+        elif (clean := clean + 1) == 2:
+            scale, clean = scale * 4, 0
+    assert arm.scales == expected
+    assert 1 in arm.skipped
+    assert len(arm.skipped) < 12
+    assert [math.isfinite(norm) for norm in arm.norms] == [
+        step not in arm.skipped for step in range(1, 13)
+    ]
+    assert race.arms["fp32"].scales == [1.0] * 12
+    assert str(rule) == (
+        "dynamic, from 1.67772e+07: times 4 after 2 clean steps, times 0.125 after an overflow"
+    )
+
+
+def test_a_skipped_step_leaves_weights_and_schedule(exact: Any) -> None:
+    mixed = convert_net(torch.float16)
+    recipe = Recipe(
+        classify, OPTIMIZERS["nesterov"], SCHEDULES["step"], LossScaling("static", 2.0**60)
+    )
+    with training(mixed.captured.model, mixed):
+        race = Race(mixed.captured.model, mixed, recipe, POINTS, 0, PAIR, 3)
+        while race.step():
+            pass
+    arm = race.arms["mixed"]
+    assert arm.skipped == [1, 2, 3]
+    assert arm.scales == [2.0**60] * 3
+    assert arm.scheduler.last_epoch == 0
+    for name in race.weights.parameters:
+        assert torch.equal(arm.tensors[name], race.initial[name]), name
+
+
+# --- weights ---
+
+
+def test_shared_tensors_are_one_and_stay_one() -> None:
+    """Tied parameters, and a buffer that two modules hold."""
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    second.weight = first.weight
+    first.register_buffer("seen", torch.zeros(2))
+    second.register_buffer("also", first.seen)
+    model = torch.nn.Sequential(first, second)
+    weights = Weights(model)
+    assert weights.names == ("0.weight", "0.bias", "1.bias", "0.seen")
+    replaced = {name: tensor + 1 for name, tensor in weights.get().items()}
+    weights.put(replaced)
+    assert second.weight is first.weight
+    assert first.seen is second.also is replaced["0.seen"]
+    assert model[1].weight.data_ptr() == replaced["0.weight"].data_ptr()

@@ -1,0 +1,280 @@
+"""A checkpoint is kept whole or not replaced, gives back the very bits, and runs no code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amp_convert.core.errors import UsageError
+from amp_convert.validate.training import checkpoint
+from tests.zoo import assert_same_bits
+
+MINE = {"model": "abc", "steps": 50, "clip_norm": None, "scale": 0.1}
+
+
+def a_state(seed: int = 0) -> dict[str, Any]:
+    """What an optimizer's state is made of, and the awkward tensors."""
+    source = torch.Generator().manual_seed(seed)
+    base = torch.randn(4, 6, generator=source)
+    return {
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "exp_avg": base.half()}, 1: {}},
+            "param_groups": [
+                {"lr": 1e-3, "betas": (0.9, 0.95), "params": [0, 1], "amsgrad": False}
+            ],
+        },
+        "tied": [base, base, base.t(), base[:, 1:3]],
+        "rng": (torch.get_rng_state(), None),
+        "empty": torch.empty(0, 3, dtype=torch.bfloat16),
+        "losses": [1.5, math.nan, math.inf, -math.inf, -0.0, 5e-324],
+        "counts": {-24: 7, 3: 1},
+        "words": {"$tensor": "not one", "note": "nul \0 and ünicode"},
+        "seed": seed,
+    }
+
+
+def assert_same(want: Any, have: Any) -> None:
+    """The same structure and types; tensors and floats by their bits."""
+    assert type(want) is type(have)
+    if isinstance(want, torch.Tensor):
+        assert_same_bits(want, have)
+    elif isinstance(want, dict):
+        assert list(want) == list(have)
+        for key in want:
+            assert_same(want[key], have[key])
+    elif isinstance(want, list | tuple):
+        assert len(want) == len(have)
+        for one, other in zip(want, have, strict=True):
+            assert_same(one, other)
+    else:
+        assert repr(want) == repr(have)
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    checkpoint.save(folder, a_state(), fingerprint=MINE)
+    assert_same(a_state(), checkpoint.load(folder, MINE))
+
+
+_plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+
+
+@given(
+    st.dictionaries(
+        st.text() | st.integers(),
+        st.recursive(
+            _plain,
+            lambda inner: (
+                st.lists(inner)
+                | st.tuples(inner, inner)
+                | st.dictionaries(st.text() | st.integers(), inner)
+            ),
+            max_leaves=8,
+        ),
+    )
+)
+def test_any_plain_state_comes_back(state: dict[Any, Any]) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    packed = json.loads(json.dumps(checkpoint._packed(state, tensors, "state"), allow_nan=False))
+    assert_same(state, checkpoint._unpacked(packed, tensors))
+
+
+def test_a_new_state_replaces_the_old_one_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    for seed in range(3):
+        checkpoint.save(tmp_path, a_state(seed), fingerprint=MINE)
+        assert len(list(tmp_path.iterdir())) == 2
+    assert_same(a_state(2), checkpoint.load(tmp_path, MINE))
+    checkpoint.remove(tmp_path)
+    assert not tmp_path.exists()
+
+
+def test_there_is_none(tmp_path: Path) -> None:
+    assert checkpoint.load(tmp_path / "none", MINE) is None
+    checkpoint.check(tmp_path / "new" / "one")
+    assert checkpoint.load(tmp_path / "new" / "one", MINE) is None
+    assert list((tmp_path / "new" / "one").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 100}, "steps was 50, is 100"),
+        ({"model": "abd"}, "model was abc, is abd"),
+        ({"more": 1}, "more was None, is 1"),
+        ({"scale": 0.1 + 2**-56}, "scale was 0.1, is 0.10000000000000002"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path, a_state(), fingerprint=MINE)
+    with pytest.raises(UsageError) as refused:
+        checkpoint.load(tmp_path, {**MINE, **change})
+    assert str(refused.value) == (
+        f"the checkpoint {tmp_path} is of another run: {said}. "
+        "Give another folder, or delete this one to begin anew."
+    )
+
+
+def _tensors(folder: Path) -> Path:
+    [file] = folder.glob("*.safetensors")
+    return file
+
+
+def _edit(folder: Path, **entries: Any) -> None:
+    path = folder / checkpoint.INDEX
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "cut": (lambda f: (f / checkpoint.INDEX).write_bytes(b'{"kind"'), "it is not JSON"),
+    "list": (lambda f: (f / checkpoint.INDEX).write_text("[]"), "it is no checkpoint"),
+    "kind": (lambda f: _edit(f, kind="other"), "it is no checkpoint"),
+    "gone": (lambda f: _tensors(f).unlink(), "No such file or directory"),
+    "short": (lambda f: _tensors(f).write_bytes(_tensors(f).read_bytes()[:-1]), "is not what was"),
+    "path": (lambda f: _edit(f, tensors="../../etc/passwd"), "it names '../../etc/passwd'"),
+    "mark": (lambda f: _edit(f, state={"$pickle": ""}), "an entry is missing or of the wrong"),
+    "name": (lambda f: _edit(f, state={"$tensor": "99"}), "an entry is missing or of the wrong"),
+    "prints": (lambda f: _edit(f, fingerprint=[]), "an entry is missing or of the wrong kind"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
+    damage, said = DAMAGES[name]
+    checkpoint.save(tmp_path, a_state(), fingerprint=MINE)
+    damage(tmp_path)
+    with pytest.raises(UsageError, match=r"checkpoint\.json is damaged: ") as refused:
+        checkpoint.load(tmp_path, MINE)
+    assert said in str(refused.value)
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, a_state(), fingerprint=MINE)
+    _edit(tmp_path, version=2)
+    with pytest.raises(UsageError, match=r"has version 2; this amp-convert reads 1\."):
+        checkpoint.load(tmp_path, MINE)
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"is no checkpoint: it holds thesis\.tex"):
+        checkpoint.check(tmp_path)
+    checkpoint.save(tmp_path, a_state(), fingerprint=MINE)
+    checkpoint.remove(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for call in (
+        lambda: checkpoint.check(tmp_path / "file"),
+        lambda: checkpoint.save(tmp_path / "file", {}, fingerprint=MINE),
+    ):
+        with pytest.raises(UsageError, match=r"checkpoint .*file"):
+            call()
+
+
+UNHOLDABLE = {"object": object(), "set": {1, 2}, "function": {"f": len}, "key": {(1, 2): 3}}
+
+
+@pytest.mark.parametrize("kind", UNHOLDABLE)
+def test_what_a_checkpoint_cannot_hold(kind: str, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {"a": 1}, fingerprint=MINE)
+    with pytest.raises(UsageError, match=r"state\.b.* which a checkpoint cannot hold"):
+        checkpoint.save(tmp_path, {"b": UNHOLDABLE[kind]}, fingerprint=MINE)
+    assert checkpoint.load(tmp_path, MINE) == {"a": 1}
+
+
+@pytest.mark.parametrize("call", ["save_file", "_replace"])
+def test_a_full_disk_leaves_the_old_state(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, a_state(0), fingerprint=MINE)
+    before = sorted(tmp_path.iterdir())
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, call, full)
+    with pytest.raises(UsageError) as refused:
+        checkpoint.save(tmp_path, a_state(1), fingerprint=MINE)
+    assert str(refused.value) == (
+        f"the checkpoint {tmp_path} cannot be written: No space left on device. "
+        "Make room, or give another folder."
+    )
+    assert sorted(tmp_path.iterdir()) == before
+    assert_same(a_state(0), checkpoint.load(tmp_path, MINE))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a file size limit is POSIX")
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """The operating system refuses to write, as far as this process can see, at 64 KiB."""
+    code = f"""
+import resource, signal, torch
+from pathlib import Path
+from amp_convert import checkpoint
+from amp_convert.errors import UsageError
+folder = Path({str(tmp_path)!r})
+checkpoint.save(folder, {{"a": torch.ones(10)}}, fingerprint={{}})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+try:
+    checkpoint.save(folder, {{"a": torch.ones(100_000)}}, fingerprint={{}})
+except UsageError as error:
+    print(error)
+found = checkpoint.load(folder, {{}})
+print(found["a"].sum().item(), len(list(folder.iterdir())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said, kept = done.stdout.splitlines()
+    assert said.startswith(f"the checkpoint {tmp_path} cannot be written: ")
+    assert said.endswith(" Make room, or give another folder.")
+    assert kept == "10.0 2"
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from amp_convert import checkpoint
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+for seed in range(10**9):
+    state = {"seed": seed, "tensor": torch.full((40_000,), float(seed))}
+    checkpoint.save(folder, state, fingerprint={})
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """SIGKILL at six moments: there is always one whole state, and it never goes back."""
+    last = -1
+    for turn in range(6):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE
+        ) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            time.sleep(0.05 + 0.021 * turn)
+            writer.send_signal(signal.SIGKILL)
+        state = checkpoint.load(tmp_path, {})
+        assert state is not None
+        assert (state["tensor"] == float(state["seed"])).all()
+        checkpoint.check(tmp_path)  # what the killed run left is ours, and no reason to refuse
+        last = max(last, state["seed"])
+    assert last > 0
+    checkpoint.save(tmp_path, {}, fingerprint={})
+    assert len(list(tmp_path.iterdir())) == 2
