@@ -16,7 +16,7 @@ from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
-from amp_convert.rules.rule_set import Category, Guards, Rule, Rules, Target, load_rules
+from amp_convert.rules.rule_set import Category, GuardLimits, Rule, Rules, Target, load_rules
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -71,7 +71,7 @@ def rules_with(*rules: Rule, preset: str = "default", **guards: Any) -> Rules:
     is off unless it is set: it would catch what the others do; and nothing is rescaled."""
     loaded = load_rules([preset])
     found = replace(loaded.guards, **{"rounding_growth": False, **guards})
-    assert isinstance(found, Guards)
+    assert isinstance(found, GuardLimits)
     kept = replace(loaded.rewrites, scale_scores=False, rescale_layers=False)
     return replace(loaded, rules=(*loaded.rules, *rules), guards=found, rewrites=kept)
 

@@ -19,15 +19,15 @@ from amp_convert.validate.training.gradient_results import (
     LayerGradient,
 )
 from amp_convert.validate.training.noninferiority import Margin, judge_pairs
-from amp_convert.validate.training.results import PairedRun, SeedPair, TrainingArm, TrainingParity
+from amp_convert.validate.training.results import ArmRecord, PairedRun, SeedPair, TrainingParity
 
 LOSSES = (2.0, 1.5, 1.25, 1.0, 0.75, 0.5, 0.5, 0.5)
 STEPS = len(LOSSES)
 
 
-def arm(name: str, losses: Sequence[float] = LOSSES, **changes: Any) -> TrainingArm:
+def arm(name: str, losses: Sequence[float] = LOSSES, **changes: Any) -> ArmRecord:
     """An arm whose weights moved as far as FP32's."""
-    base = TrainingArm(
+    base = ArmRecord(
         arm=name,
         losses=tuple(losses),
         gradient_norms=tuple(1.0 for _ in losses),
@@ -43,16 +43,16 @@ def arm(name: str, losses: Sequence[float] = LOSSES, **changes: Any) -> Training
     return replace(base, **changes)
 
 
-def mixed_arm(losses: Sequence[float] = LOSSES, **changes: Any) -> TrainingArm:
+def mixed_arm(losses: Sequence[float] = LOSSES, **changes: Any) -> ArmRecord:
     """The mixed arm: a loss scale that stays, and other bits than FP32's."""
     own: dict[str, Any] = {"scales": (65536.0,) * len(losses), "drift": 0.02, "moved": 1.01}
     return arm("mixed", losses, **(own | {"weights_sha256": "01"} | changes))
 
 
 def run(
-    fp32: TrainingArm | None = None,
-    mixed: TrainingArm | None = None,
-    noise: TrainingArm | None = None,
+    fp32: ArmRecord | None = None,
+    mixed: ArmRecord | None = None,
+    noise: ArmRecord | None = None,
     **changes: Any,
 ) -> PairedRun:
     """A run of these arms; the noise arm is FP32 to the last bit unless given."""

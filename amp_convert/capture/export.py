@@ -29,9 +29,9 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.export_repairs import detach_no_grad, mark_explicit_cast, repair
 from amp_convert.capture.graph_call import (
-    Guard,
     InputSpec,
     Signature,
+    SizeGuard,
     Source,
     UserInput,
     bind,
@@ -169,7 +169,7 @@ def _dynamic_program(
     module: nn.Module, call: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> torch.export.ExportedProgram | None:
     try:
-        return _program(module, call, *grown(args, kwargs), dynamic=True)
+        return _program(module, call, *doubled_batch(args, kwargs), dynamic=True)
     except Exception:  # noqa: BLE001  whatever fails dynamically is retried statically
         return None
 
@@ -204,26 +204,28 @@ def _first_dimension(leaf: Any) -> Any:
     return None
 
 
-def grown(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+def doubled_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     """Inputs whose common batch size of 1 is doubled: export would burn in a size of 1."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     if not tensors or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
         return args, kwargs
-    grown: tuple[Any, Any] = pytree.tree_map_only(
+    doubled_batch: tuple[Any, Any] = pytree.tree_map_only(
         torch.Tensor, lambda t: torch.cat([t, t]), (args, kwargs)
     )
-    return grown
+    return doubled_batch
 
 
 # --- guards and signature -------------------------------------------------------------------------
 
 
-def _guards(program: torch.export.ExportedProgram) -> tuple[Guard, ...]:
+def _guards(program: torch.export.ExportedProgram) -> tuple[SizeGuard, ...]:
     """What the model's own conditions on sizes came out as. The text is written by torch.export."""
     found = []
     for code in getattr(program, "_guards_code", ()):
         holds = eval(f"lambda L: {code}", {"torch": torch, "math": math})  # noqa: S307
-        found.append(Guard(re.sub(r"L\['(\w+)'\]", r"\1", code), functools.partial(_holds, holds)))
+        found.append(
+            SizeGuard(re.sub(r"L\['(\w+)'\]", r"\1", code), functools.partial(_holds, holds))
+        )
     return tuple(found)
 
 

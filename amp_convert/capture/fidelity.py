@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.number_formats import is_float_tensor
+from amp_convert.core.random_state import preserved_rng
 from amp_convert.core.tensor_errors import larger
 
 
@@ -117,7 +118,7 @@ def _trace(
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
     with (
         in_mode(module, training=mode == "train"),
-        devices.preserved_rng(device),
+        preserved_rng(device),
         devices.exact_fp32(device),
         devices.plain_mode(device),
     ):

@@ -60,7 +60,7 @@ class UserInput:
 
 
 @dataclass(frozen=True)
-class Guard:
+class SizeGuard:
     """A condition on input sizes that the model tested while it was traced, and its outcome.
 
     `holds` takes the arguments by name. Where it is false, the model would take another path than
@@ -82,7 +82,7 @@ class Signature:
     """
 
     call: inspect.Signature
-    guards: tuple[Guard, ...]
+    guards: tuple[SizeGuard, ...]
     inputs: tuple[InputSpec, ...]
     names: tuple[str, ...]
     user_inputs: tuple[UserInput, ...]

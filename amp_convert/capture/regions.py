@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture import fidelity
-from amp_convert.capture.export import CapturedGraph, export_graph, grown
+from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
 from amp_convert.capture.fidelity import Fidelity
 from amp_convert.capture.graph_call import GraphRunner, in_mode
 from amp_convert.capture.mac_counter import MacCounter
@@ -33,6 +33,7 @@ from amp_convert.capture.node_info import is_library_frame, short_path
 from amp_convert.capture.pytree_containers import register_containers
 from amp_convert.core import device as devices
 from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError
+from amp_convert.core.random_state import preserved_rng
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _graph(
     """The graph of one mode. A batch of one is traced as two, so that its size can vary; a model
     to which one and two are different things is traced as it is."""
     graph = export_graph(module, args, kwargs, mode, path)
-    traced_args, traced_kwargs = grown(args, kwargs)
+    traced_args, traced_kwargs = doubled_batch(args, kwargs)
     if traced_args is args and traced_kwargs is kwargs:
         return graph
     runner = GraphRunner(graph.graph_module, graph.signature, graph.constants, module)
@@ -231,7 +232,7 @@ def _record(
 ) -> Trace:
     runner = GraphRunner(graph.graph_module, graph.signature, graph.constants, module)
     device = devices.of_model(module)
-    with torch.no_grad(), devices.preserved_rng(device):
+    with torch.no_grad(), preserved_rng(device):
         recorder = _Recorder(graph.graph_module, MacCounter())
         recorder.run(*runner.inputs(args, kwargs), enable_io_processing=False)
     return Trace(recorder.values, recorder.macs)
@@ -301,7 +302,7 @@ def _observed_calls(
     device = devices.of_model(model)
     args, kwargs = _cloned((args, dict(kwargs)))
     try:
-        with in_mode(model, training=False), torch.no_grad(), devices.preserved_rng(device):
+        with in_mode(model, training=False), torch.no_grad(), preserved_rng(device):
             model(*args, **kwargs)
     except AmpConvertError:
         raise

@@ -211,6 +211,7 @@ def gate(
     with running(debug) as (console, _):
         from amp_convert.gate import baseline as baselines
         from amp_convert.gate import compare as gating
+        from amp_convert.gate.terminal import render
 
         current = baselines.load_report(report)
         if update:
@@ -223,7 +224,7 @@ def gate(
     if as_json:
         console.file.write(result.to_json())
     else:
-        gating.render(console, result)
+        render(console, result)
     return result.exit_code
 
 
@@ -331,7 +332,7 @@ def _version(
 def _print_report(
     console: Console, report: RunReport, folder: Path, gated: GateResult | None, *, as_json: bool
 ) -> None:
-    from amp_convert.gate import compare as gating
+    from amp_convert.gate import terminal as gate_terminal
     from amp_convert.report.writers.json_report import json_text
     from amp_convert.report.writers.terminal import render
 
@@ -340,7 +341,7 @@ def _print_report(
     else:
         render(console, report, folder)
     if gated is not None:
-        gating.render(Console(stderr=True, highlight=False) if as_json else console, gated)
+        gate_terminal.render(Console(stderr=True, highlight=False) if as_json else console, gated)
 
 
 def _show(console: Console, message: str, *, debug: bool) -> None:

@@ -1,31 +1,23 @@
-"""Where a run takes place: choosing the device, moving things there, timing and measuring there.
+"""Where a run takes place: choosing the device, moving things there, timing there.
 
 Nothing here assumes a GPU. On CUDA, times come from events and the FP32 arm runs with TF32 off,
 since a TF32 reference would hide the very errors that the tool is there to find. On every other
 device times come from the wall clock.
-
-Peak memory is counted from the storages that PyTorch's operators return while they are alive. That
-is the same count on every device and for eager and captured code alike; it leaves out the scratch
-space inside a kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
 import platform
-import random
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from amp_convert.core.errors import UsageError
 
@@ -119,58 +111,6 @@ def plain_mode(device: torch.device) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True, eq=False)
-class RngState:
-    """The state of every global random number generator: PyTorch's of the CPU and, on CUDA, of the
-    device, Python's and NumPy's. All but the tensors is plain data."""
-
-    cpu: torch.Tensor
-    device: torch.Tensor | None
-    python: tuple[Any, ...]
-    numpy: tuple[Any, ...]
-
-    def same(self, other: RngState) -> bool:
-        """Whether both go on with the same numbers."""
-        mine, theirs = self.device, other.device
-        alike = mine is theirs if mine is None or theirs is None else torch.equal(mine, theirs)
-        rest = (self.python, self.numpy) == (other.python, other.numpy)
-        return alike and rest and torch.equal(self.cpu, other.cpu)
-
-
-@contextlib.contextmanager
-def preserved_rng(device: torch.device) -> Iterator[None]:
-    """Leave the random state as it was."""
-    state = rng_state(device)
-    try:
-        yield
-    finally:
-        set_rng_state(device, state)
-
-
-def rng_state(device: torch.device) -> RngState:
-    """The random state of the CPU and, on CUDA, of `device`."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    name, keys, *rest = np.random.get_state(legacy=True)
-    numpy = (name, tuple(np.asarray(keys).tolist()), *rest)
-    return RngState(torch.get_rng_state(), cuda, random.getstate(), numpy)
-
-
-def set_rng_state(device: torch.device, state: RngState) -> None:
-    """Go back to a state that `rng_state` returned."""
-    torch.set_rng_state(state.cpu)
-    if state.device is not None:
-        torch.cuda.set_rng_state(state.device, device)
-    random.setstate(state.python)
-    np.random.set_state(state.numpy)
-
-
-def seed_all(seed: int) -> None:
-    """Start every global random number generator from `seed`."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
 def milliseconds(function: Callable[[], Any], device: torch.device) -> float:
     """The time of one call, by events on CUDA and by the wall clock elsewhere."""
     if device.type == "cuda":
@@ -184,57 +124,6 @@ def milliseconds(function: Callable[[], Any], device: torch.device) -> float:
     begin = time.perf_counter()
     function()
     return (time.perf_counter() - begin) * 1e3
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The largest number of bytes that tensors made during one call held at one time."""
-    with StorageMeter() as meter:
-        function()
-    peak: int = meter.peak
-    return peak
-
-
-class StorageMeter(TorchDispatchMode):
-    """Counts the bytes of the storages that operators allocate, from their birth to their death."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        borrowed = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known and storage._cdata not in borrowed:
-                self._add(storage)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    """The tensors that have storage of their own: of a sparse one, its parts."""
-    found: list[torch.Tensor] = []
-    for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.sparse_coo:
-            found += [leaf._indices(), leaf._values()]
-        elif isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-            found.append(leaf)
-    return found
 
 
 def _cuda(device: torch.device, reason: str) -> Device:

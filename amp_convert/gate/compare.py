@@ -29,15 +29,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.padding import Padding
-from rich.text import Text
-
 from amp_convert.core.errors import UsageError
 from amp_convert.gate.baseline import Baseline, BaselineNode, baseline_of
 from amp_convert.gate.regressions import (
-    Finding,
-    FindingKind,
+    Regression,
+    RegressionKind,
     added_casts,
     newly_fp32,
     replaced,
@@ -47,14 +43,11 @@ from amp_convert.gate.regressions import (
     worse_metrics,
 )
 from amp_convert.report import RunReport
-from amp_convert.report.sections.grouping import layer_name
-from amp_convert.report.text import count, quantity
-from amp_convert.report.writers.terminal import short
 from amp_convert.verdict.thresholds import require_finite
 from amp_convert.verdict.verdict import EXIT_CODES, VerdictStatus
 
 _UPDATE = "Compare runs of the same kind, or write this baseline anew with --update."
-_ON_NODES = (FindingKind.NEWLY_FP32, FindingKind.ERROR, FindingKind.UNMEASURED)
+ON_NODES = (RegressionKind.NEWLY_FP32, RegressionKind.ERROR, RegressionKind.UNMEASURED)
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class GateResult:
     """What the gate found. `compared` counts the nodes that both runs have."""
 
     status: VerdictStatus
-    findings: tuple[Finding, ...]
+    findings: tuple[Regression, ...]
     notes: tuple[str, ...]
     compared: int
 
@@ -155,43 +148,17 @@ def _notes(report: RunReport, now: Baseline, before: Baseline) -> Iterator[str]:
             yield f"{len(names)} node(s) {what}: {', '.join(names[:3])}{rest}"
 
 
-def by_layer(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
+def by_layer(findings: Iterable[Regression]) -> list[tuple[Regression, int]]:
     """Findings on nodes, one a layer and kind: the worst, and how many there are; others singly."""
-    groups: dict[tuple[str, ...], list[Finding]] = {}
+    groups: dict[tuple[str, ...], list[Regression]] = {}
     for finding in findings:
-        key = (finding.kind, finding.layer) if finding.kind in _ON_NODES else (finding.subject,)
+        key = (finding.kind, finding.layer) if finding.kind in ON_NODES else (finding.subject,)
         groups.setdefault((finding.kind, *key), []).append(finding)
     return [(max(group, key=_severity), len(group)) for group in groups.values()]
 
 
-def _severity(finding: Finding) -> float:
+def _severity(finding: Regression) -> float:
     """The error now, NaN being the largest; the same for all findings that hold no error."""
     if not isinstance(finding.after, float):
         return 0.0
     return math.inf if math.isnan(finding.after) else finding.after
-
-
-def _shown(value: float | str | None) -> str:
-    return "-" if value is None else quantity(value)
-
-
-def render(console: Console, result: GateResult) -> None:
-    """Print the result: status, what got worse by layer with the worst node, then the notes."""
-    colour = {"pass": "green", "fail": "red", "inconclusive": "yellow"}[result.status]
-    console.print(
-        Text.assemble(
-            (f" {result.status.upper()} ", f"bold reverse {colour}"),
-            f"  gate: {count(result.compared, 'node')} compared with the baseline, ",
-            f"{count(len(result.findings), 'finding')}",
-        )
-    )
-    for finding, number in by_layer(result.findings):
-        where = layer_name(finding.layer) if finding.kind in _ON_NODES else finding.subject
-        node = f" in {short(finding.subject)}" if finding.kind in _ON_NODES else ""
-        more = f", worst of {number} findings" if number > 1 else ""
-        change = f"{_shown(finding.before)} -> {_shown(finding.after)}{node}{more}"
-        body = Text(f"{change}\n{short(finding.reason, 300)}")
-        console.print(Text.assemble((f"{finding.kind}  ", "red"), (short(where), "bold")))
-        console.print(Padding(body, (0, 0, 0, 2), expand=False))
-    for note in result.notes:
-        console.print(Text(f"note: {short(note, 300)}", style="dim"))

@@ -19,7 +19,7 @@ from amp_convert.verdict.thresholds import metric_holds, metric_limit, rounding_
 _DRAWS = tuple(f"training.{name}" for name in ("gradients", "weights", "loss", "metric", "seeds"))
 
 
-class FindingKind(StrEnum):
+class RegressionKind(StrEnum):
     """What got worse."""
 
     VERDICT = "verdict"
@@ -32,10 +32,10 @@ class FindingKind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Finding:
+class Regression:
     """One thing that got worse: `subject` is the node, layer, metric, check or graph."""
 
-    kind: FindingKind
+    kind: RegressionKind
     subject: str
     layer: str
     before: float | str | None
@@ -43,11 +43,11 @@ class Finding:
     reason: str
 
 
-def worse_checks(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Finding]:
+def worse_checks(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Regression]:
     failed = [check.name for check in report.verdict.checks if check.status == "fail"]
     if failed or report.verdict.status == "fail":
         reason = f"the report's own verdict is fail: {', '.join(failed)}"
-        yield Finding(FindingKind.VERDICT, report.model.name, "", None, "fail", reason)
+        yield Regression(RegressionKind.VERDICT, report.model.name, "", None, "fail", reason)
     reasons = {check.name: check.reason for check in report.verdict.checks}
     open_questions = undecided(report)
     for name, was in sorted(before.checks.items()):
@@ -56,10 +56,10 @@ def worse_checks(report: RunReport, now: Baseline, before: Baseline) -> Iterator
             continue
         if was != "unchecked" and status in ("unchecked", "gone"):
             reason = f"ran in the baseline and no longer does: {reasons.get(name, 'gone')}"
-            yield Finding(FindingKind.CHECK, name, "", was, status, reason)
+            yield Regression(RegressionKind.CHECK, name, "", was, status, reason)
         elif was == "pass" and status == "fail":
             reason = f"passed in the baseline: {reasons[name]}"
-            yield Finding(FindingKind.CHECK, name, "", was, status, reason)
+            yield Regression(RegressionKind.CHECK, name, "", was, status, reason)
 
 
 def undecided(report: RunReport) -> dict[str, str]:
@@ -72,48 +72,48 @@ def undecided(report: RunReport) -> dict[str, str]:
     }
 
 
-def worse_metrics(now: Baseline, before: Baseline, tolerance: float) -> Iterator[Finding]:
+def worse_metrics(now: Baseline, before: Baseline, tolerance: float) -> Iterator[Regression]:
     for name, was in sorted(before.metrics.items()):
         metric = now.metrics.get(name)
         if metric is None:
             if f"metrics.{name}" not in before.checks:  # else the check that is gone says so
                 reason = "in the baseline, and gone now"
-                yield Finding(FindingKind.METRIC, name, "", was.mixed, None, reason)
+                yield Regression(RegressionKind.METRIC, name, "", was.mixed, None, reason)
             continue
         lower = was.lower_is_better
         if metric.lower_is_better != lower:
             reason = "lower_is_better was changed, so the values cannot be compared"
-            yield Finding(FindingKind.METRIC, name, "", was.mixed, metric.mixed, reason)
+            yield Regression(RegressionKind.METRIC, name, "", was.mixed, metric.mixed, reason)
             continue
         limit = metric_limit(was.mixed, tolerance, lower_is_better=lower)
         if not metric_holds(metric.mixed, limit, lower_is_better=lower):
             reason = f"worse than {limit:.4g}, the limit; FP32 went from {was.fp32:.4g} to "
             reason += f"{metric.fp32:.4g}"
-            yield Finding(FindingKind.METRIC, name, "", was.mixed, metric.mixed, reason)
+            yield Regression(RegressionKind.METRIC, name, "", was.mixed, metric.mixed, reason)
 
 
-def added_casts(now: Baseline, before: Baseline) -> Iterator[Finding]:
+def added_casts(now: Baseline, before: Baseline) -> Iterator[Regression]:
     if now.casts > before.casts:
         reason = f"{now.casts - before.casts} cast(s) more than in the baseline"
-        yield Finding(FindingKind.CASTS, "eval graph", "", before.casts, now.casts, reason)
+        yield Regression(RegressionKind.CASTS, "eval graph", "", before.casts, now.casts, reason)
 
 
 def newly_fp32(
     decisions: dict[str, Decision], now: Baseline, before: Baseline
-) -> Iterator[Finding]:
+) -> Iterator[Regression]:
     for node, was in sorted(before.nodes.items()):
         if was.low and node in now.nodes and not now.nodes[node].low:
             yield _in_fp32(node, was.dtype, decisions[node])
 
 
-def _in_fp32(subject: str, before: str, decision: Decision) -> Finding:
+def _in_fp32(subject: str, before: str, decision: Decision) -> Regression:
     measured = f", measured: {decision.evidence}" if decision.evidence else ""
     reason = f"{decision.rule}: {decision.reason} ({decision.source}{measured})"
-    kind, after = FindingKind.NEWLY_FP32, decision.dtype
-    return Finding(kind, subject, decision.layer, before, after, reason)
+    kind, after = RegressionKind.NEWLY_FP32, decision.dtype
+    return Regression(kind, subject, decision.layer, before, after, reason)
 
 
-def replaced(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Finding]:
+def replaced(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Regression]:
     """Low nodes that are gone, with FP32 ones in their layer instead.
 
     Node by node they are merely gone and new, so a layer that can no longer be captured, or an op
@@ -135,7 +135,7 @@ def replaced(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Fin
         new = [d for d in here if not d.low and d.node not in before.nodes]
         if eager and not here:
             reason = f"no longer captured, stays eager FP32: {eager[0].reason}"
-            yield Finding(FindingKind.NEWLY_FP32, layer, layer, dtype, "float32", reason)
+            yield Regression(RegressionKind.NEWLY_FP32, layer, layer, dtype, "float32", reason)
         elif new:
             heaviest = max(new, key=lambda decision: decision.macs)
             if heaviest.macs > 0 or not any(decision.low for decision in here):
@@ -146,7 +146,7 @@ def _covers(outer: str, layer: str) -> bool:
     return outer == layer or layer.startswith(f"{outer}.")
 
 
-def worse_errors(now: Baseline, before: Baseline, factor: float) -> Iterator[Finding]:
+def worse_errors(now: Baseline, before: Baseline, factor: float) -> Iterator[Regression]:
     floor = rounding_unit(now.dtype)
     for name, was in sorted(before.nodes.items()):
         node = now.nodes.get(name)
@@ -161,10 +161,10 @@ def worse_errors(now: Baseline, before: Baseline, factor: float) -> Iterator[Fin
                 # What a node in FP32 no longer has is said by the finding that it is in FP32.
                 if old is not None and node.low >= was.low:
                     reason = f"its {which} error is no longer measured"
-                    yield Finding(FindingKind.UNMEASURED, name, node.layer, old, new, reason)
+                    yield Regression(RegressionKind.UNMEASURED, name, node.layer, old, new, reason)
             elif growth := _growth(old, new, factor, floor):
                 reason = f"its {which} error {growth}"
-                yield Finding(FindingKind.ERROR, name, node.layer, old, new, reason)
+                yield Regression(RegressionKind.ERROR, name, node.layer, old, new, reason)
 
 
 def _growth(old: float | None, new: float, factor: float, floor: float) -> str:

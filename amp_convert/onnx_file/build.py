@@ -37,6 +37,7 @@ from amp_convert.capture.regions import Region
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.number_formats import from_name
+from amp_convert.core.random_state import preserved_rng
 from amp_convert.onnx_file import fp32_twin as onnx_twin
 from amp_convert.onnx_file import labels as onnx_labels
 from amp_convert.onnx_file import passes as onnx_passes
@@ -259,7 +260,7 @@ def _translated(
 def _exporting(region: Region) -> Iterator[None]:
     """No gradients, no draws from the user's generators, no warnings about the exporter's own
     affairs, and no garbage collection."""
-    generators = devices.preserved_rng(devices.of_model(region.module))
+    generators = preserved_rng(devices.of_model(region.module))
     with collector_paused(), _quiet(), torch.no_grad(), generators:
         yield
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from amp_convert.capture.export import grown
+from amp_convert.capture.export import doubled_batch
 from amp_convert.capture.graph_call import Source
 from amp_convert.capture.regions import Region, Value
 from amp_convert.core import device as devices
+from amp_convert.core.random_state import preserved_rng
 from amp_convert.loading.model_file import named_leaves
 
 
@@ -29,7 +30,7 @@ def output_names(region: Region) -> list[str]:
     """The names of the tensors that the model returns, as in the report's table of outputs."""
     runner = region.runner("eval")
     device = devices.of_model(region.module)
-    with torch.no_grad(), devices.preserved_rng(device), devices.exact_fp32(device):
+    with torch.no_grad(), preserved_rng(device), devices.exact_fp32(device):
         outputs = runner.graph_module(*runner.inputs(region.args, region.kwargs))
     leaves = named_leaves(runner.results(outputs))
     return [name for name, leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -73,7 +74,9 @@ def example_tensors(region: Region) -> list[torch.Tensor]:
     runner = region.runner("eval")
     leaves = runner.signature.user_inputs
     varies = any(None in leaf.shape for leaf in leaves if leaf.shape is not None)
-    args, kwargs = grown(region.args, region.kwargs) if varies else (region.args, region.kwargs)
+    args, kwargs = (
+        doubled_batch(region.args, region.kwargs) if varies else (region.args, region.kwargs)
+    )
     flat = zip(runner.inputs(args, kwargs), runner.signature.inputs, strict=True)
     users = [value for value, spec in flat if spec.source is Source.USER]
     return [value.detach().clone() for value in users if isinstance(value, torch.Tensor)]

@@ -27,7 +27,7 @@ from amp_convert.rules.rule_set import Category, Painting
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Ruling:
     """Why a node is what it is: the rule that gave its category, or what overruled it."""
 
     category: Category | None
@@ -46,7 +46,7 @@ class Settled:
     """What planning settled, by FX name. `index` numbers the nodes that there was something to
     decide about, as `painted` does."""
 
-    verdicts: Mapping[str, Verdict]
+    rulings: Mapping[str, Ruling]
     index: Mapping[str, int]
     painted: Painted
     scalings: Mapping[str, Scaling]
@@ -93,13 +93,13 @@ class Writer:
         owner = node
         while owner.target is operator.getitem:
             owner = owner.args[0]  # type: ignore[assignment]
-        verdict = self._settled.verdicts.get(owner.name)
+        ruling = self._settled.rulings.get(owner.name)
         category, rule, reason, source, evidence = "none", "", "", "", ""
-        if verdict is not None and node is owner:
-            category = verdict.category.value if verdict.category is not None else "unknown"
-            rule, source = verdict.rule, verdict.source
-            reason = self._reason(node, verdict)
-            evidence = verdict.evidence or self._evidence.text(node)
+        if ruling is not None and node is owner:
+            category = ruling.category.value if ruling.category is not None else "unknown"
+            rule, source = ruling.rule, ruling.source
+            reason = self._reason(node, ruling)
+            evidence = ruling.evidence or self._evidence.text(node)
         clamp = self._clamp(node, flow)
         rewrites = [_CLAMPED] if clamp is not None else []
         scaling = self._settled.scalings.get(node.name, UNSCALED)
@@ -124,10 +124,10 @@ class Writer:
             reason=f"{reason}; {rewrite}" if rewrite else reason,
             source=source,
             evidence=evidence,
-            low=verdict is not None
+            low=ruling is not None
             and node is owner
             and not was_low
-            and self._is_low(node, verdict, flow),
+            and self._is_low(node, ruling, flow),
             macs=self._macs.get(node.name, 0),
             input_dtypes=tuple(name_of(d) if d is not None else None for d in flow.inputs),
             output_dtype=name_of(flow.output) if flow.output is not None else None,
@@ -153,11 +153,11 @@ class Writer:
             lowest += site.scalars.values()
         return -largest / 2 if any(value < -largest for value in lowest) else None
 
-    def _is_low(self, node: fx.Node, verdict: Verdict, flow: Flow) -> bool:
+    def _is_low(self, node: fx.Node, ruling: Ruling, flow: Flow) -> bool:
         """Whether a decided node delivers a low result, or reads nothing but low values where the
         FP32 model reads FP32: a comparison, or a sum with an FP64 value."""
         results = pytree.tree_leaves(flow.result)
-        if self._dtype in results or verdict.explicit:
+        if self._dtype in results or ruling.explicit:
             return self._dtype in results
         kept = kept_arguments(node.target, self._device)
         arguments = tensor_arguments(node, self._values)
@@ -168,22 +168,22 @@ class Writer:
         }
         return read == {self._dtype}
 
-    def _reason(self, node: fx.Node, verdict: Verdict) -> str:
+    def _reason(self, node: fx.Node, ruling: Ruling) -> str:
         """The rule's reason and, where painting had the last word, what painting did."""
-        if verdict.pinned or verdict.explicit or verdict.category is None:
-            return verdict.reason
+        if ruling.pinned or ruling.explicit or ruling.category is None:
+            return ruling.reason
         if self._painting is Painting.AUTOCAST:
-            return verdict.reason
-        if verdict.category in (Category.ALLOW, Category.DENY):
-            return verdict.reason
+            return ruling.reason
+        if ruling.category in (Category.ALLOW, Category.DENY):
+            return ruling.reason
         index = self._settled.index[node.name]
         if index in self._settled.painted.low:
-            return f"{verdict.reason}; joins the low-precision ops around it"
+            return f"{ruling.reason}; joins the low-precision ops around it"
         if index in self._settled.painted.denied:
             root = self._infos[self._names[self._settled.painted.denied[index]]]
             where = f" in {root.layer}" if root.layer else ""
-            return f"{verdict.reason}; follows {root.short_op}{where}, which stays in FP32"
-        return f"{verdict.reason}; not between two low-precision ops, so a cast would gain nothing"
+            return f"{ruling.reason}; follows {root.short_op}{where}, which stays in FP32"
+        return f"{ruling.reason}; not between two low-precision ops, so a cast would gain nothing"
 
     def casts(self) -> Casts:
         """Distinct (value, dtype) pairs and border edges, the graph's outputs included."""

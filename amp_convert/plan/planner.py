@@ -9,7 +9,7 @@ For each graph of each region:
    allow or deny pins the node itself; it does not flood.
 3. The graph is painted (see `coloring`) or, with `painting = "autocast"`, each node judged alone.
 4. Low products that leave the range are scaled where that is possible (see `rescaling`).
-5. Guards look at the nodes that came out low (see `guards`). Those that fire, and those whose
+5. GuardLimits look at the nodes that came out low (see `guards`). Those that fire, and those whose
    kernel refuses the low dtype, are pinned to FP32, and the graph is painted again until nothing
    changes.
 6. Dtypes are propagated (see `dtype_flow`), which fixes each cast, and it is all written down (see
@@ -34,7 +34,7 @@ from amp_convert.core.number_formats import name_of
 from amp_convert.core.op_facts import casts_result
 from amp_convert.plan import guards as guarding
 from amp_convert.plan.coloring import Painted, paint
-from amp_convert.plan.decision_writer import Settled, Verdict, Writer
+from amp_convert.plan.decision_writer import Ruling, Settled, Writer
 from amp_convert.plan.dtype_flow import NoKernelError, Precision, propagate, tensor_arguments
 from amp_convert.plan.evidence import Evidence
 from amp_convert.plan.guards import Site
@@ -99,13 +99,13 @@ def _unmatched(captured: Captured, rules: Rules) -> tuple[str, ...]:
     )
 
 
-_UNKNOWN = Verdict(None, "unknown op", "no rule names this op, so it stays in FP32", "")
-_EXPLICIT = Verdict(
+_UNKNOWN = Ruling(None, "unknown op", "no rule names this op, so it stays in FP32", "")
+_EXPLICIT = Ruling(
     Category.DENY, "explicit cast", "the model's own code asks for this dtype", "model",
     explicit=True,
 )  # fmt: skip
 # An op rule cannot see arguments.
-_ACCUMULATING = Verdict(
+_ACCUMULATING = Ruling(
     Category.DENY, "accumulating write", "it adds up values that fall on one place", "planner"
 )
 _CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -135,7 +135,7 @@ class _GraphPlanner:
         self._evidence = Evidence(region, mode, stats, dtype)
         self._nodes = [n for n in self._graph.nodes if self._is_concerned(n)]
         self._index = {node.name: i for i, node in enumerate(self._nodes)}
-        self._verdicts = {n.name: self._judge(n) for n in self._nodes}
+        self._rulings = {n.name: self._judge(n) for n in self._nodes}
         self._ops = {name: info.short_op for name, info in self._infos.items()}
         kinds = rules.rewrites
         if mode == "train":  # see `rescaling`
@@ -159,7 +159,7 @@ class _GraphPlanner:
                 self._pin(refusal.node, "no kernel", reason, refusal.cause)
                 continue
             settled = Settled(
-                self._verdicts, self._index, self._painted, self._scalings, self._sites, flows
+                self._rulings, self._index, self._painted, self._scalings, self._sites, flows
             )
             writer = Writer(
                 self._region, self._mode, settled, self._evidence, self._rules.painting,
@@ -185,7 +185,7 @@ class _GraphPlanner:
             for _, producer in tensor_arguments(node, self._values)
         )
 
-    def _judge(self, node: fx.Node) -> Verdict:
+    def _judge(self, node: fx.Node) -> Ruling:
         info = self._infos[node.name]
         place = Place(name_of(self._dtype), self._device, self._mode)
         rule = self._rules.match_override(
@@ -203,13 +203,13 @@ class _GraphPlanner:
         if rule is None:
             return _UNKNOWN
         if info.op in self._refused and rule.category is not Category.DENY:
-            return Verdict(
+            return Ruling(
                 Category.DENY, "no kernel", f"no {place.dtype} kernel for it on {place.device}",
                 "measured",
                 pinned=True, evidence=self._refused[info.op], own=own,
             )  # fmt: skip
         pinned = rule.target is not Target.OP and rule.category in (Category.ALLOW, Category.DENY)
-        return Verdict(rule.category, rule.name, rule.reason, rule.source, pinned=pinned, own=own)
+        return Ruling(rule.category, rule.name, rule.reason, rule.source, pinned=pinned, own=own)
 
     def _accumulates(self, node: fx.Node) -> bool:
         """Whether the node is an `index_put` that adds to what is there: in FP16, 4096 values that
@@ -230,17 +230,17 @@ class _GraphPlanner:
                 None: Precision.FULL,
             }
             return {
-                name: Precision.AS_IS if verdict.explicit else alone[verdict.category]
-                for name, verdict in self._verdicts.items()
+                name: Precision.AS_IS if ruling.explicit else alone[ruling.category]
+                for name, ruling in self._rulings.items()
             }
         index = self._index
-        pinned = {n for n, v in self._verdicts.items() if v.pinned and v.category is Category.DENY}
+        pinned = {n for n, v in self._rulings.items() if v.pinned and v.category is Category.DENY}
         categories = {
             index[name]: v.own if name in pinned and v.own is not Category.ALLOW else v.category
-            for name, v in self._verdicts.items()
+            for name, v in self._rulings.items()
         }
         for name in pinned:
-            if self._verdicts[name].own is Category.ALLOW:
+            if self._rulings[name].own is Category.ALLOW:
                 categories[index[name]] = None
         edges = [
             (index[producer], index[node.name])
@@ -251,7 +251,7 @@ class _GraphPlanner:
         self._painted = paint(categories, edges, {index[name] for name in pinned})
         precision = {}
         for node in self._nodes:
-            if self._verdicts[node.name].explicit or node.target in _NEVER_CAST:
+            if self._rulings[node.name].explicit or node.target in _NEVER_CAST:
                 precision[node.name] = Precision.AS_IS
             elif index[node.name] in self._painted.low:
                 precision[node.name] = Precision.LOW
@@ -292,7 +292,7 @@ class _GraphPlanner:
         """Pin the low nodes on which a guard fires; whether there were any."""
         fired = False
         for node in self._nodes:
-            if precision[node.name] is Precision.LOW and not self._verdicts[node.name].pinned:
+            if precision[node.name] is Precision.LOW and not self._rulings[node.name].pinned:
                 finding = guarding.first_finding(self._site(node), self._rules.guards, self._dtype)
                 if finding is not None:
                     fired = True
@@ -326,8 +326,8 @@ class _GraphPlanner:
         return seen.scaled(scaling.result) if seen is not None else None
 
     def _pin(self, name: str, rule: str, reason: str, evidence: str = "") -> None:
-        was = self._verdicts[name]
-        self._verdicts[name] = Verdict(
+        was = self._rulings[name]
+        self._rulings[name] = Ruling(
             Category.DENY, rule, reason, "measured" if evidence else was.source,
             pinned=True, evidence=evidence, own=was.own,
         )  # fmt: skip

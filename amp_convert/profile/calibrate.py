@@ -22,6 +22,7 @@ from amp_convert.capture.node_info import NodeInfo
 from amp_convert.capture.regions import Captured, Region
 from amp_convert.core import device as devices
 from amp_convert.core.number_formats import LOW_DTYPES, is_float_tensor
+from amp_convert.core.random_state import preserved_rng
 from amp_convert.profile.rounding_trials import Growth, Trials, keep_window
 
 _SPAN = 24
@@ -132,7 +133,7 @@ def profile(
     growths: Growths = {dtype: {} for dtype in dtypes}
     count = 0
     device = captured.device
-    with torch.no_grad(), devices.exact_fp32(device), devices.preserved_rng(device):
+    with torch.no_grad(), devices.exact_fp32(device), preserved_rng(device):
         for args, kwargs in batches:
             count += 1
             for region, call in captured.calls(args, kwargs):

@@ -24,15 +24,15 @@ from torch import nn
 
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.regions import Captured, Region, RegionCall
-from amp_convert.core import device as devices
 from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.core.random_state import preserved_rng
 from amp_convert.plan.plan import Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats
 from amp_convert.rewrite.fold_constants import Folded, fold
+from amp_convert.rewrite.graph_execution import KernelError, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rules.rule_set import Rules
-from amp_convert.validate.inference.lockstep import KernelError, try_kernels
 
 
 def convert_captured(
@@ -107,7 +107,7 @@ class ConvertedModel(nn.Module):
         """Run every graph once on its example inputs. Raises KernelError for the first operator
         that refuses its dtypes."""
         device = self.captured.device
-        with torch.no_grad(), devices.preserved_rng(device):
+        with torch.no_grad(), preserved_rng(device):
             for region in self.captured.regions:
                 for rewritten in self.rewritten[region.path].values():
                     runner = _runner(rewritten, region.module)

@@ -58,7 +58,7 @@ Limit = float | Literal[False]
 
 
 @dataclass(frozen=True)
-class Guards:
+class GuardLimits:
     """Limits on measured values, the `[guards]` table.
 
     activation_headroom: the calibrated absolute maximum times this must stay under the largest
@@ -262,13 +262,13 @@ def _extends(source: _Source, value: Any) -> tuple[str, ...]:
 def _guards(source: _Source, table: Any) -> dict[str, Limit]:
     where = source.at_key("guards")
     if table is False:
-        return {field.name: False for field in fields(Guards)}
+        return {field.name: False for field in fields(GuardLimits)}
     if not isinstance(table, dict):
         mend = "Write [guards], or guards = false."
         raise UsageError("`guards` is not a table", where=where, mend=mend)
     start = int(where.rpartition(":")[2])
     _known_keys(
-        "guard", table, [f.name for f in fields(Guards)], partial(source.at_key, start=start)
+        "guard", table, [f.name for f in fields(GuardLimits)], partial(source.at_key, start=start)
     )
     for key, value in table.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

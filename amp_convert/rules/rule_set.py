@@ -26,7 +26,7 @@ from pathlib import Path
 from amp_convert.core.errors import UsageError
 from amp_convert.rules.rule_file import (
     Category,
-    Guards,
+    GuardLimits,
     Painting,
     Rewrites,
     Rule,
@@ -39,7 +39,7 @@ from amp_convert.rules.rule_file import (
 
 __all__ = [
     "Category",
-    "Guards",
+    "GuardLimits",
     "Painting",
     "Place",
     "Rewrites",
@@ -72,7 +72,7 @@ class Rules:
     name: str
     painting: Painting
     rules: tuple[Rule, ...]
-    guards: Guards
+    guards: GuardLimits
     files: tuple[str, ...]
     rewrites: Rewrites = field(default_factory=Rewrites)
 
@@ -146,7 +146,7 @@ def load_rules(names: Sequence[str]) -> Rules:
     loaded: dict[str, RuleFile] = {}
     for name in names:
         _load(_find(name, Path(), where=""), (), loaded)
-    guards, rewrites = Guards(), Rewrites()
+    guards, rewrites = GuardLimits(), Rewrites()
     for file in loaded.values():
         guards, rewrites = replace(guards, **file.guards), replace(rewrites, **file.rewrites)
     return Rules(

@@ -9,28 +9,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from amp_convert.verdict.check import Check, CheckStatus
 from amp_convert.verdict.thresholds import Thresholds, metric_holds, metric_limit
 
 if TYPE_CHECKING:
     from amp_convert.capture.fidelity import Fidelity
     from amp_convert.plan.plan import Plan
     from amp_convert.validate.inference.results import Divergence, MetricPair, NodeDivergence
-
-CheckStatus = Literal["pass", "fail", "unchecked"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One answer. `value` was measured and `threshold` is its limit, where there are numbers."""
-
-    name: str
-    status: CheckStatus
-    value: float | str | None
-    threshold: float | str | None
-    reason: str
 
 
 def fidelity_check(mode: str, rows: Iterable[Fidelity], limits: Thresholds) -> Check:

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from amp_convert.verdict.inference_checks import Check, CheckStatus, nothing_ran
+from amp_convert.verdict.check import Check, CheckStatus
+from amp_convert.verdict.inference_checks import nothing_ran
 from amp_convert.verdict.thresholds import COSINE_SLACK, Thresholds, rounding_unit
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from amp_convert.verdict.inference_checks import Check
+from amp_convert.verdict.check import Check
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_run_checks import (
     NOISE_FACTOR,
@@ -35,7 +35,7 @@ from amp_convert.verdict.training_run_checks import (
 
 if TYPE_CHECKING:
     from amp_convert.validate.training.gradient_results import GradientParity, LayerGradient
-    from amp_convert.validate.training.results import TrainingArm, TrainingParity
+    from amp_convert.validate.training.results import ArmRecord, TrainingParity
 
 MIN_STEPS = 5
 """In fewer steps too little is learnt to see a difference in it."""
@@ -98,7 +98,7 @@ def sound_check(parity: TrainingParity) -> Check:
     return Check(name, "pass", 0.0, 0.0, reason)
 
 
-def _broken(fp32: TrainingArm) -> str:
+def _broken(fp32: ArmRecord) -> str:
     """What FP32 itself has no number for, as a clause; empty if nothing."""
     numbers = [("loss", loss) for loss in fp32.losses]
     numbers += [(f"metric {name}", value) for name, value in fp32.metrics.items()]

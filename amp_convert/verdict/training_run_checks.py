@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from amp_convert.validate.training.noninferiority import judge_pairs
 from amp_convert.validate.training.results import TRAIN_LOSS
-from amp_convert.verdict.inference_checks import Check, CheckStatus
+from amp_convert.verdict.check import Check, CheckStatus
 from amp_convert.verdict.thresholds import METRIC_SCALE, Thresholds, metric_holds, metric_limit
 
 if TYPE_CHECKING:
-    from amp_convert.validate.training.results import PairedRun, TrainingArm, TrainingParity
+    from amp_convert.validate.training.results import ArmRecord, PairedRun, TrainingParity
 
 NOISE_FACTOR = 3.0
 """A difference up to this many times FP32's own noise cannot be told from noise."""
@@ -89,7 +89,7 @@ def loss_check(parity: TrainingParity, limits: Thresholds) -> Check:
     scale = max(abs(last), abs(statistics.median(quarter) - last))
     exact = limit == 0
 
-    def apart(arm: TrainingArm) -> float:
+    def apart(arm: ArmRecord) -> float:
         if not exact:
             return _relative(arm.last_loss - last, scale)
         steps = zip(arm.losses, fp32.losses, strict=True)
@@ -109,7 +109,7 @@ def loss_check(parity: TrainingParity, limits: Thresholds) -> Check:
     return Check(name, status, error, limit, reason + why)
 
 
-def _loss_before(arm: TrainingArm, steps: int) -> float:
+def _loss_before(arm: ArmRecord, steps: int) -> float:
     """The mean loss of as many steps as `last_loss` has, `steps` earlier."""
     quarter = max(1, len(arm.losses) // 4)
     end = max(quarter, len(arm.losses) - steps)
@@ -197,7 +197,7 @@ def _judged(holds: bool, error: float, luck: float, noise: float) -> tuple[Check
     return "fail", ""
 
 
-def _complete(run: PairedRun, name: str) -> TrainingArm | None:
+def _complete(run: PairedRun, name: str) -> ArmRecord | None:
     """The arm, if it made all steps: the end of a shorter run is not comparable."""
     arm = run.arm(name)
     return arm if arm and not arm.note and len(arm.losses) == run.steps else None

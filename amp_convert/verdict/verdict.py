@@ -26,9 +26,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from amp_convert.core.errors import UsageError
+from amp_convert.verdict.check import Check, CheckStatus
 from amp_convert.verdict.inference_checks import (
-    Check,
-    CheckStatus,
     capture_check,
     fidelity_check,
     frozen_check,

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from amp_convert.capture.regions import capture
-from amp_convert.core.device import choose, milliseconds, move, peak_bytes
+from amp_convert.core.device import choose, milliseconds, move
+from amp_convert.core.memory_meter import peak_bytes
 from amp_convert.profile.calibrate import profile
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rules.rule_set import load_rules

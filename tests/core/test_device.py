@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import amp_convert as amp
 from amp_convert import api
 from amp_convert.core import device as devices
-from amp_convert.core.device import Device, StorageMeter
+from amp_convert.core.device import Device
 from amp_convert.core.errors import UsageError
 from tests.zoo import build
 
@@ -145,18 +145,6 @@ def test_fp32_is_exact_inside_and_the_users_setting_comes_back(users: bool) -> N
             assert settings() == (users, users)
 
 
-def test_random_state() -> None:
-    cpu = torch.device("cpu")
-    torch.manual_seed(5)
-    with devices.preserved_rng(cpu):
-        first = torch.rand(3)
-        state = devices.rng_state(cpu)
-        second = torch.rand(3)
-        devices.set_rng_state(cpu, state)
-        assert torch.equal(torch.rand(3), second)
-    assert torch.equal(torch.rand(3), first)
-
-
 # --- measuring -----------------------------------------------------------------------------------
 
 
@@ -164,67 +152,6 @@ def test_milliseconds_calls_once() -> None:
     calls: list[int] = []
     assert devices.milliseconds(lambda: calls.append(1), torch.device("cpu")) >= 0
     assert calls == [1]
-
-
-def chain() -> None:
-    a = torch.ones(1000)
-    b = a + 1
-    del a
-    c = b * 2
-    del b
-    c.view(10, 100).t()[2:].mul_(2)
-
-
-def two_results() -> None:
-    torch.ones(10, 100).max(dim=0)
-
-
-def freed_between() -> None:
-    for _ in range(5):
-        torch.ones(1000).exp()
-
-
-OUTSIDE = torch.ones(1000)
-BACKWARD = nn.Sequential(*[nn.Linear(100, 100) for _ in range(3)]).requires_grad_(True)
-ROWS = torch.ones(1000, 100)
-
-PEAKS: dict[str, tuple[Callable[[], Any], int]] = {
-    "nothing": (lambda: None, 0),
-    "one": (lambda: torch.ones(1000), 4000),
-    "an integer and a bit": (lambda: (torch.ones(10, dtype=torch.int64), torch.zeros(3) > 0), 95),
-    "a view of what was there": (lambda: OUTSIDE.view(10, 100).t(), 0),
-    "in place on what was there": (lambda: OUTSIDE.mul_(1), 0),
-    "two at a time": (chain, 8000),
-    "freed between": (freed_between, 8000),
-    "a tuple": (two_results, 4000 + 400 + 800),
-    "without gradients": (torch.no_grad()(lambda: BACKWARD(ROWS)), 2 * 400_000),
-    "saved for backward": (lambda: BACKWARD(ROWS), 3 * 400_000),
-}
-
-
-@pytest.mark.parametrize("case", PEAKS)
-def test_peak_bytes(case: str) -> None:
-    function, expected = PEAKS[case]
-    assert devices.peak_bytes(function) == expected
-
-
-def test_the_meter_follows_what_lives_on() -> None:
-    kept = []
-    with StorageMeter() as meter:
-        kept.append(torch.ones(100))
-        assert meter.live == 400
-        kept.append(kept[0].view(10, 10))
-        assert meter.live == 400
-        del kept[0]
-        assert meter.live == 400, "the view keeps the storage alive"
-        kept.clear()
-        assert meter.live == 0
-        torch.ones(50)
-    assert (meter.live, meter.peak) == (0, 400)
-
-
-def test_meta_tensors_count_as_if_they_were_there() -> None:
-    assert devices.peak_bytes(lambda: torch.ones(1000, device="meta")) == 4000
 
 
 # --- the device path without a GPU ---------------------------------------------------------------

@@ -18,7 +18,7 @@ from amp_convert.gate.baseline import (
     load_report,
     write_baseline,
 )
-from amp_convert.gate.regressions import FindingKind
+from amp_convert.gate.regressions import RegressionKind
 from amp_convert.report.writers.json_report import json_text
 from tests.evidence import (
     DECISIONS,
@@ -119,7 +119,7 @@ def test_a_full_report_serves_as_a_baseline(tmp_path: Path) -> None:
 def test_nan_survives_the_report_file(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json_text(measured(node_error(LAST, local_rel_l2=NAN))))
-    (finding,) = (f for f in gated(load_report(path)).findings if f.kind is FindingKind.ERROR)
+    (finding,) = (f for f in gated(load_report(path)).findings if f.kind is RegressionKind.ERROR)
     assert (finding.subject, finding.reason) == (LAST, "its local error is NaN")
 
 

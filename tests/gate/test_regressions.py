@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from amp_convert.capture.regions import Uncaptured
-from amp_convert.gate.regressions import Finding, FindingKind
+from amp_convert.gate.regressions import Regression, RegressionKind
 from amp_convert.report import RunReport
 from amp_convert.validate.training.results import TrainingParity
 from amp_convert.verdict.verdict import Check, Verdict
@@ -44,8 +44,8 @@ def test_a_layer_newly_in_fp32_is_named_with_rule_reason_and_source() -> None:
     )
     result = gated(report(decisions=(*DECISIONS[:2], kept)))
     assert result.findings == (
-        Finding(
-            FindingKind.NEWLY_FP32,
+        Regression(
+            RegressionKind.NEWLY_FP32,
             LAST,
             "head",
             "float16",
@@ -71,7 +71,7 @@ def test_a_layer_whose_op_came_back_in_fp32_under_another_name_is_found() -> Non
     )
     result = gated(report(decisions=(*DECISIONS[:2], renamed)))
     (finding,) = result.findings
-    assert (finding.kind, finding.layer) == (FindingKind.NEWLY_FP32, "head")
+    assert (finding.kind, finding.layer) == (RegressionKind.NEWLY_FP32, "head")
     assert finding.subject == "head/aten.addmm#0"
     assert finding.reason == "unknown op: in no rule (-)"
 
@@ -96,7 +96,7 @@ def test_a_layer_that_can_no_longer_be_captured_is_found() -> None:
     before = report(uncaptured=(replace(part, layer="roi"),))
     now = report(decisions=DECISIONS[2:], uncaptured=(part,))
     (finding,) = gated(now, before).findings
-    assert (finding.kind, finding.layer) == (FindingKind.NEWLY_FP32, "encoder.0")
+    assert (finding.kind, finding.layer) == (RegressionKind.NEWLY_FP32, "encoder.0")
     assert finding.reason == "no longer captured, stays eager FP32: a branch on a value"
 
 
@@ -123,7 +123,7 @@ def test_error_growth(field: str, old: float | None, new: float, worse: bool) ->
     )
     # A NaN fails the report's own verdict too.
     assert result.status == ("fail" if worse else "pass")
-    errors = [finding for finding in result.findings if finding.kind is FindingKind.ERROR]
+    errors = [finding for finding in result.findings if finding.kind is RegressionKind.ERROR]
     assert len(errors) == worse
     for finding in errors:
         assert (finding.subject, finding.layer) == (LAST, "head")
@@ -177,7 +177,7 @@ def test_a_metric_drop(old: float, new: float, lower: bool, worse: bool) -> None
         pair = metric("score", fp32=value, mixed=value, lower_is_better=lower)
         return report(inference=divergence(metrics=(pair,)))
 
-    found = [f for f in gated(run(new), run(old)).findings if f.kind is FindingKind.METRIC]
+    found = [f for f in gated(run(new), run(old)).findings if f.kind is RegressionKind.METRIC]
     assert len(found) == worse
     if worse:
         assert found[0].subject == "score"
@@ -204,7 +204,7 @@ def test_a_metric_that_is_gone_fails() -> None:
 
 def test_casts_added_fail_and_casts_removed_do_not() -> None:
     (finding,) = gated(report(casts=5)).findings
-    assert (finding.kind, finding.before, finding.after) == (FindingKind.CASTS, 3, 5)
+    assert (finding.kind, finding.before, finding.after) == (RegressionKind.CASTS, 3, 5)
     assert gated(report(casts=2)).status == "pass"
 
 
@@ -293,7 +293,7 @@ def test_a_training_check_that_fails_now_is_found() -> None:
     result = gated(now, report(training=parity()))
     assert kinds(result) == ["verdict", "check"]
     assert result.findings[0].reason == "the report's own verdict is fail: training.loss"
-    (finding,) = (f for f in result.findings if f.kind is FindingKind.CHECK)
+    (finding,) = (f for f in result.findings if f.kind is RegressionKind.CHECK)
     assert (finding.subject, finding.before, finding.after) == ("training.loss", "pass", "fail")
 
 
@@ -326,7 +326,7 @@ def test_a_training_check_that_could_not_tell_this_time_is_no_regression() -> No
 def test_a_training_check_that_did_not_run_is_found(training: TrainingParity, subject: str) -> None:
     findings = gated(report(training=training), report(training=parity())).findings
     assert subject in [finding.subject for finding in findings]
-    assert {finding.kind for finding in findings} == {FindingKind.CHECK}
+    assert {finding.kind for finding in findings} == {RegressionKind.CHECK}
 
 
 def test_a_metric_after_training_that_is_another_is_no_finding() -> None:

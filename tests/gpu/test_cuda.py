@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import amp_convert as amp
 from amp_convert.core import device as devices
+from amp_convert.core.random_state import preserved_rng, rng_state, set_rng_state
 from amp_convert.validate.inference import costs
 from amp_convert.validate.onnx.compare import validate_onnx
 from tests.zoo import (
@@ -152,11 +153,11 @@ def test_costs_of_all_arms() -> None:
 
 def test_random_state_of_the_device_is_kept() -> None:
     torch.cuda.manual_seed(3)
-    with devices.preserved_rng(CUDA):
+    with preserved_rng(CUDA):
         first = torch.rand(3, device=CUDA)
-        state = devices.rng_state(CUDA)
+        state = rng_state(CUDA)
         second = torch.rand(3, device=CUDA)
-        devices.set_rng_state(CUDA, state)
+        set_rng_state(CUDA, state)
         assert torch.equal(torch.rand(3, device=CUDA), second)
     assert torch.equal(torch.rand(3, device=CUDA), first)
 

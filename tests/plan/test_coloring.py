@@ -206,13 +206,13 @@ class Oracle:
         return {node for node, category in self.categories.items() if category in wanted}
 
     def _grown(self, start: set[int], through: set[int], back: bool = False) -> set[int]:
-        grown = set(start)
+        doubled_batch = set(start)
         for _ in self.categories:
             for source, target in self.edges:
                 here, there = (target, source) if back else (source, target)
-                if here in grown and there in through:
-                    grown.add(there)
-        return grown
+                if here in doubled_batch and there in through:
+                    doubled_batch.add(there)
+        return doubled_batch
 
 
 @st.composite

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from amp_convert.core.number_formats import unit_roundoff
 from amp_convert.profile.rounding_trials import NOTABLE, WINDOW, Growth, Trials, keep_window
-from amp_convert.rules.rule_set import Guards
+from amp_convert.rules.rule_set import GuardLimits
 
 F16, BF16 = torch.float16, torch.bfloat16
 aten = torch.ops.aten
@@ -291,4 +291,4 @@ def test_merging_keeps_the_worst(one: Growth, other: Growth) -> None:
 def test_the_reader_is_that_of_the_larger_growth() -> None:
     assert Growth(1.0, 20.0, "a").merged(Growth(3.0, 30.0, "b")) == Growth(3.0, 30.0, "b")
     assert Growth(1.0, 30.0, "a").merged(Growth(3.0, 20.0, "b")) == Growth(3.0, 30.0, "a")
-    assert Guards().rounding_growth > NOTABLE
+    assert GuardLimits().rounding_growth > NOTABLE

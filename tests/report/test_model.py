@@ -33,7 +33,7 @@ from amp_convert.validate.training.gradient_results import (
     ParameterGradient,
 )
 from amp_convert.validate.training.noninferiority import Look, Margin, Noninferiority
-from amp_convert.validate.training.results import PairedRun, SeedPair, TrainingArm, TrainingParity
+from amp_convert.validate.training.results import ArmRecord, PairedRun, SeedPair, TrainingParity
 from amp_convert.verdict.verdict import Check, Verdict
 from tests.report.builders import decision, fp32, plan_section
 from tests.report.exported import node, output, parity, run, section
@@ -64,7 +64,7 @@ _GRADIENTS = st.builds(
     weight_range=_RANGE,
     activation_range=_RANGE,
 )
-_ARMS = st.lists(st.builds(TrainingArm), max_size=2).map(tuple)
+_ARMS = st.lists(st.builds(ArmRecord), max_size=2).map(tuple)
 _MARGINS = st.builds(Margin, value=st.floats(1e-300, 1e300))
 _TRAINING = st.builds(
     TrainingParity,

@@ -16,16 +16,16 @@ from amp_convert.validate.training.gradient_results import (
     ParameterGradient,
 )
 from amp_convert.validate.training.noninferiority import Margin, Noninferiority, judge_pairs
-from amp_convert.validate.training.results import PairedRun, SeedPair, TrainingArm, TrainingParity
+from amp_convert.validate.training.results import ArmRecord, PairedRun, SeedPair, TrainingParity
 from tests.report.builders import HOSTILE
 
 SCALED = (65536.0, 32768.0, 32768.0, 32768.0, 32768.0, 32768.0, 32768.0, 32768.0)
 FP32_LOSSES = (2.0, 1.5, 1.25, 1.0, 0.75, 0.5, 0.5, 0.25)
 
 
-def arm_of(name: str, losses: Sequence[float], **changes: object) -> TrainingArm:
+def arm_of(name: str, losses: Sequence[float], **changes: object) -> ArmRecord:
     """An arm without a loss scale whose weights moved as far as FP32's."""
-    base = TrainingArm(
+    base = ArmRecord(
         arm=name,
         losses=tuple(losses),
         gradient_norms=tuple(1.0 for _ in losses),
@@ -41,7 +41,7 @@ def arm_of(name: str, losses: Sequence[float], **changes: object) -> TrainingArm
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def run_of(*arms: TrainingArm) -> PairedRun:
+def run_of(*arms: ArmRecord) -> PairedRun:
     """A run of as many steps as its longest arm."""
     return PairedRun(0, max((len(arm.losses) for arm in arms), default=0), None, arms)
 

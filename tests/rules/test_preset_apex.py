@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from amp_convert.plan.plan import Casts
-from amp_convert.rules.rule_set import Guards, Painting, Place, Rules, load_rules
+from amp_convert.rules.rule_set import GuardLimits, Painting, Place, Rules, load_rules
 from tests.small_models import ramp
 from tests.staged import F16, F32, Staged, casts_of, decision, low, rows, same_bits, table
 
@@ -233,7 +233,7 @@ def test_whole_plans(preset: str, model: str, mode: str, expected: str) -> None:
 @pytest.mark.parametrize("preset", ["apex-o1", "apex-o2", "apex-o3"])
 def test_apex_looks_at_no_ranges(preset: str) -> None:
     rules = load_rules([preset])
-    assert set(vars(rules.guards)) == set(vars(Guards()))
+    assert set(vars(rules.guards)) == set(vars(GuardLimits()))
     assert set(vars(rules.guards).values()) == {False}
     assert (rules.painting is Painting.AUTOCAST) == (preset == "apex-o1")
 

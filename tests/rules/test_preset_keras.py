@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from amp_convert.plan.plan import Casts
-from amp_convert.rules.rule_set import Guards, Painting, load_rules
+from amp_convert.rules.rule_set import GuardLimits, Painting, load_rules
 from tests.small_models import ramp
 from tests.staged import BF16, F16, F32, Staged, casts_of, decision, low, rows, same_bits, table
 
@@ -140,7 +140,7 @@ def test_mixed_bfloat16_is_the_same_with_bfloat16() -> None:
 
 def test_keras_looks_at_no_ranges() -> None:
     rules = load_rules([PRESET])
-    assert set(vars(rules.guards)) == set(vars(Guards()))
+    assert set(vars(rules.guards)) == set(vars(GuardLimits()))
     assert set(vars(rules.guards).values()) == {False}
     assert rules.painting is Painting.GRAPPLER
 

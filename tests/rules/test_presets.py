@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from amp_convert.rules.rule_set import Guards, Place, Rules, load_rules, preset_names
+from amp_convert.rules.rule_set import GuardLimits, Place, Rules, load_rules, preset_names
 
 aten = torch.ops.aten
 PRESETS = Path(__file__).resolve().parents[2] / "rules"
@@ -70,8 +70,8 @@ def test_no_rule_of_a_preset_is_overruled_by_a_later_pattern(preset: str) -> Non
 
 
 def test_only_the_default_preset_has_guards(preset: str) -> None:
-    off = Guards(**{field.name: False for field in fields(Guards)})
-    assert load_rules([preset]).guards == (Guards() if preset == "default" else off)
+    off = GuardLimits(**{field.name: False for field in fields(GuardLimits)})
+    assert load_rules([preset]).guards == (GuardLimits() if preset == "default" else off)
 
 
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)

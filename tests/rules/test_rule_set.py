@@ -10,7 +10,7 @@ import pytest
 
 from amp_convert.core.errors import UsageError
 from amp_convert.rules.rule_set import (
-    Guards,
+    GuardLimits,
     Painting,
     Place,
     Rules,
@@ -67,7 +67,7 @@ def test_a_rule_carries_all_that_its_table_says(tmp_path: Path) -> None:
     assert rules.name == str(tmp_path / "my.toml")
     assert rules.files == (str(tmp_path / "my.toml"),)
     assert rules.painting is Painting.GRAPPLER
-    assert rules.guards == Guards()
+    assert rules.guards == GuardLimits()
 
 
 def test_extends_come_first_and_each_file_once(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_painting_and_guards_come_from_the_last_file_that_states_them(tmp_path: 
     assert rules.painting is Painting.AUTOCAST
     assert rules.guards == replace(load_rules(["autocast"]).guards, activation_headroom=4.0)
     assert load_rules(["autocast", "default"]).painting is Painting.GRAPPLER
-    assert load_rules(["autocast", "default"]).guards == Guards()
+    assert load_rules(["autocast", "default"]).guards == GuardLimits()
 
 
 def test_a_file_may_have_the_name_of_a_preset(tmp_path: Path, monkeypatch: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from amp_convert.validate.inference.results import OutputError
 from amp_convert.validate.onnx.results import OnnxMetric, OnnxOutput, OnnxParity, OnnxRun
-from amp_convert.verdict.inference_checks import Check
+from amp_convert.verdict.check import Check
 from amp_convert.verdict.onnx_checks import converted_check, onnx_checks, runs_check
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.verdict import is_required

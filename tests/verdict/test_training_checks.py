@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from amp_convert.validate.training.arm import LossScaling, Recipe
+from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.compare import Options, compare_training
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.gradient_results import GradientDifference
+from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import Margin
 from amp_convert.validate.training.results import PairedRun, TrainingParity
 from amp_convert.verdict.thresholds import Thresholds

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amp_convert.validate.training.results import PairedRun
-from amp_convert.verdict.inference_checks import Check
+from amp_convert.verdict.check import Check
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_run_checks import (
     loss_check,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from amp_convert.core.errors import UsageError
 from amp_convert.validate.inference.results import Divergence
-from amp_convert.validate.training.results import TrainingArm, TrainingParity
+from amp_convert.validate.training.results import ArmRecord, TrainingParity
 from amp_convert.verdict.verdict import Thresholds, Verdict, is_required, judge
 from tests.evidence import (
     BOTH_MODES,
@@ -196,8 +196,8 @@ def test_a_larger_error_never_turns_fail_into_pass(
         return verdict(run).status
 
     order = ["pass", "inconclusive", "fail"]
-    grown = tuple(old + new for old, new in zip(before, more, strict=True))
-    assert order.index(status(*grown)) >= order.index(status(*before))
+    doubled_batch = tuple(old + new for old, new in zip(before, more, strict=True))
+    assert order.index(status(*doubled_batch)) >= order.index(status(*before))
 
 
 @given(present=st.sets(st.sampled_from(["rows", "batches", "outputs", "nodes", "metrics"])))
@@ -292,7 +292,7 @@ def _in_arm(name: str, field: str) -> _Change:
     """Break a number of one arm: the last of a list, the named metric of a dict."""
 
     def inject(found: TrainingParity, value: Any) -> TrainingParity:
-        def change(one: TrainingArm) -> TrainingArm:
+        def change(one: ArmRecord) -> ArmRecord:
             old = getattr(one, field)
             new = value
             if isinstance(old, tuple):

@@ -19,11 +19,11 @@ from amp_convert.plan.guards.logits import Logits
 from amp_convert.plan.guards.positions import Angles, Positions
 from amp_convert.plan.guards.reduction_depth import ReductionDepth
 from amp_convert.plan.guards.rounding_growth import RoundingGrowth
-from amp_convert.plan.guards.site import Consumer, Finding, Guard, Operand, Site
+from amp_convert.plan.guards.site import Consumer, Guard, GuardFinding, Operand, Site
 from amp_convert.plan.guards.weight_range import WeightRange, WeightTiny
-from amp_convert.rules.rule_set import Guards
+from amp_convert.rules.rule_set import GuardLimits
 
-__all__ = ["ALL", "Consumer", "Finding", "Guard", "Operand", "Site", "first_finding"]
+__all__ = ["ALL", "Consumer", "GuardFinding", "Guard", "Operand", "Site", "first_finding"]
 
 ALL: tuple[Guard, ...] = (
     ActivationRange(),
@@ -43,7 +43,7 @@ ALL: tuple[Guard, ...] = (
 )
 
 
-def first_finding(site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+def first_finding(site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
     """What the first guard that fires has to say, or None when the node may be low."""
     for guard in ALL:
         finding = guard.find(site, limits, dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import name_of
-from amp_convert.plan.guards.site import Finding, Site
-from amp_convert.rules.rule_set import Guards
+from amp_convert.plan.guards.site import GuardFinding, Site
+from amp_convert.rules.rule_set import GuardLimits
 
 
 class ActivationRange:
@@ -19,7 +19,7 @@ class ActivationRange:
 
     name = "activation-range"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.activation_headroom is False:
             return None
         largest = torch.finfo(dtype).max
@@ -37,7 +37,7 @@ class ActivationRange:
                     f"{what} comes too near to the largest {name_of(dtype)} number, "
                     f"{largest:.5g} (head room {headroom:g})"
                 )
-                return Finding(self.name, reason, site.measured(range_))
+                return GuardFinding(self.name, reason, site.measured(range_))
         return None
 
 
@@ -48,7 +48,7 @@ class ActivationFloor:
 
     name = "activation-floor"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.activation_floor is False or dtype != torch.float16:
             return None
         seen = [("its result", site.result)]
@@ -56,5 +56,5 @@ class ActivationFloor:
         for what, range_ in seen:
             if range_ is not None and 0 < range_.abs_max < limits.activation_floor:
                 reason = f"{what} is nowhere above {limits.activation_floor:.3g}: float16 loses it"
-                return Finding(self.name, reason, site.measured(range_))
+                return GuardFinding(self.name, reason, site.measured(range_))
         return None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import unit_roundoff
-from amp_convert.plan.guards.site import Finding, Site, ops
+from amp_convert.plan.guards.site import GuardFinding, Site, ops
 from amp_convert.profile.calibrate import Range
-from amp_convert.rules.rule_set import Guards
+from amp_convert.rules.rule_set import GuardLimits
 
 SUMS = ops("sub", "add", "rsub", "subtract")
 
@@ -22,7 +22,7 @@ class Cancellation:
 
     name = "cancellation"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.cancellation_error is False:
             return None
         pairs = [(site.result, c.result) for c in site.feeds if c.op in SUMS]
@@ -37,7 +37,7 @@ class Cancellation:
                     f"large values cancel, which leaves an error of {error / small.abs_max:.0%}"
                 )
                 evidence = f"abs max {large.abs_max:.5g} becomes {small.abs_max:.5g}"
-                return Finding(self.name, reason, evidence)
+                return GuardFinding(self.name, reason, evidence)
         return None
 
 

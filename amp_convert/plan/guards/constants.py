@@ -7,8 +7,8 @@ import math
 import torch
 
 from amp_convert.core.number_formats import name_of
-from amp_convert.plan.guards.site import Finding, Site, ops
-from amp_convert.rules.rule_set import Guards
+from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.rules.rule_set import GuardLimits
 
 # Their number arguments meet tensor values. Those of others are sizes, or used by the kernel in
 # FP32: the eps of a normalisation, the scale of an attention, the exponent of a power.
@@ -45,7 +45,7 @@ class Constants:
 
     name = "constant"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.smallest_constant is False or site.op not in _OPERATORS:
             return None
         for argument, value in site.scalars.items():
@@ -55,8 +55,8 @@ class Constants:
                 continue
             if abs(value) > torch.finfo(dtype).max:
                 reason = f"its constant {argument} is beyond the range of {name_of(dtype)}"
-                return Finding(self.name, reason, f"{argument} = {value:g}")
+                return GuardFinding(self.name, reason, f"{argument} = {value:g}")
             if dtype == torch.float16 and 0 < abs(value) < limits.smallest_constant:
                 reason = f"its constant {argument} is too small for {name_of(dtype)}"
-                return Finding(self.name, reason, f"{argument} = {value:g}")
+                return GuardFinding(self.name, reason, f"{argument} = {value:g}")
         return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from amp_convert.plan.guards.site import Finding, Site, ops
-from amp_convert.rules.rule_set import Guards
+from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.rules.rule_set import GuardLimits
 
 CUMULATIVE = ops("cumsum", "cumprod", "logcumsumexp", "cumulative_trapezoid")
 
@@ -15,7 +15,7 @@ class Cumulative:
 
     name = "cumulative"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.cumulative_length is False or site.op not in CUMULATIVE or not site.shape:
             return None
         axis = site.axes[0] if site.axes else -1
@@ -23,4 +23,4 @@ class Cumulative:
         if length <= limits.cumulative_length:
             return None
         reason = "it adds up one element after the other, and each keeps the errors before it"
-        return Finding(self.name, reason, f"{length} elements")
+        return GuardFinding(self.name, reason, f"{length} elements")

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
-from amp_convert.plan.guards.site import Finding, Site
-from amp_convert.rules.rule_set import Guards
+from amp_convert.plan.guards.site import GuardFinding, Site
+from amp_convert.rules.rule_set import GuardLimits
 
 SINGULAR_AT_ZERO = frozenset(
     {
@@ -33,22 +33,22 @@ class Epsilon:
 
     name = "epsilon"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.smallest_eps is False or dtype != torch.float16:
             return None
         reason = f"an eps under {limits.smallest_eps:.3g} becomes zero or loses digits in float16"
         for operand in site.operands:
             if (site.op, operand.argument) in SINGULAR_AT_ZERO and _is_tiny(operand.eps, limits):
-                return Finding(self.name, reason, f"eps = {operand.eps:g}")
+                return GuardFinding(self.name, reason, f"eps = {operand.eps:g}")
         eps = eps_of(site.op, site.scalars)
         if any((c.op, c.argument) in SINGULAR_AT_ZERO for c in site.feeds) and _is_tiny(
             eps, limits
         ):
-            return Finding(self.name, reason, f"eps = {eps:g}")
+            return GuardFinding(self.name, reason, f"eps = {eps:g}")
         return None
 
 
-def _is_tiny(eps: float | None, limits: Guards) -> bool:
+def _is_tiny(eps: float | None, limits: GuardLimits) -> bool:
     return eps is not None and 0 < eps < limits.smallest_eps
 
 

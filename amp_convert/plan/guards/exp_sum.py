@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import unit_roundoff
-from amp_convert.plan.guards.site import Finding, Site, ops
-from amp_convert.rules.rule_set import Guards
+from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.rules.rule_set import GuardLimits
 
 EXPONENTIALS = ops("exp", "exp2", "expm1")
 SUMS = ops("sum", "mean", "cumsum", "matmul", "bmm", "mm", "logsumexp", "einsum")
@@ -21,7 +21,7 @@ class ExpSum:
 
     name = "exp-sum"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.exp_growth is False:
             return None
         exponents = [c.operand for c in site.reaches if c.op in EXPONENTIALS and c.summed]
@@ -35,5 +35,5 @@ class ExpSum:
                 reason = (
                     f"an exponential feeds a sum, whose largest term would be off by {error:.1%}"
                 )
-                return Finding(self.name, reason, f"max {exponent.maximum:.5g}")
+                return GuardFinding(self.name, reason, f"max {exponent.maximum:.5g}")
         return None

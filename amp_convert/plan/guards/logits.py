@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import unit_roundoff
-from amp_convert.plan.guards.site import Finding, Site, ops
-from amp_convert.rules.rule_set import Guards
+from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.rules.rule_set import GuardLimits
 
 EXPONENTIAL = ops(
     "softmax",
@@ -35,7 +35,7 @@ class Logits:
 
     name = "logits"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.logit_error is False:
             return None
         logits = [
@@ -54,5 +54,5 @@ class Logits:
             error = size * unit_roundoff(dtype)
             if not error <= limits.logit_error:
                 reason = f"it computes logits, the largest of which would be off by {error:.2g}"
-                return Finding(self.name, reason, f"max {logit.maximum:.5g}")
+                return GuardFinding(self.name, reason, f"max {logit.maximum:.5g}")
         return None

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import name_of, unit_roundoff
-from amp_convert.plan.guards.site import Finding, Site, ops
-from amp_convert.rules.rule_set import Guards
+from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.rules.rule_set import GuardLimits
 
 PERIODIC = ops("sin", "cos", "tan", "polar", "sinc")
 
@@ -22,7 +22,7 @@ class Positions:
 
     name = "positions"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.position_error is False:
             return None
         seen = [operand.range for operand in site.operands if not operand.mask]
@@ -32,7 +32,7 @@ class Positions:
                 continue
             if not range_.abs_max * unit_roundoff(dtype) <= limits.position_error:
                 reason = f"it counts beyond {name_of(dtype)}'s exact integers"
-                return Finding(self.name, reason, site.measured(range_))
+                return GuardFinding(self.name, reason, site.measured(range_))
         return None
 
 
@@ -42,7 +42,7 @@ class Angles:
 
     name = "angles"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.angle_error is False:
             return None
         angles = [c.operand for c in site.reaches if c.op in PERIODIC and c.argument != "abs"]
@@ -54,5 +54,5 @@ class Angles:
                     "it computes angles, which would be off by "
                     f"{angle.abs_max * unit_roundoff(dtype):.2g} radians"
                 )
-                return Finding(self.name, reason, site.measured(angle))
+                return GuardFinding(self.name, reason, site.measured(angle))
         return None

@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from amp_convert.plan.guards.site import Finding, Site, ops
-from amp_convert.rules.rule_set import Guards
+from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.rules.rule_set import GuardLimits
 
 _CONTRACTIONS = ops("linear", "addmm", "mm", "bmm", "baddbmm", "addbmm", "matmul", "mv", "inner")
 _CONVOLUTIONS = ops("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
@@ -39,12 +39,12 @@ class ReductionDepth:
 
     name = "reduction-depth"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         depth = reduction_depth(site)
         if limits.reduction_depth is False or depth <= limits.reduction_depth:
             return None
         reason = f"each element sums up more than {limits.reduction_depth:g} terms"
-        return Finding(self.name, reason, f"depth {depth}")
+        return GuardFinding(self.name, reason, f"depth {depth}")
 
 
 def reduction_depth(site: Site) -> int:

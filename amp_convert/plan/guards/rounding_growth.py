@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import name_of, unit_roundoff
-from amp_convert.plan.guards.site import Finding, Site
-from amp_convert.rules.rule_set import Guards
+from amp_convert.plan.guards.site import GuardFinding, Site
+from amp_convert.rules.rule_set import GuardLimits
 
 
 class RoundingGrowth:
@@ -21,17 +21,17 @@ class RoundingGrowth:
 
     name = "rounding-growth"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.rounding_growth is False or site.growth is None:
             return None
         rounded, growth = f"rounded to {name_of(dtype)}", site.growth
         if not growth.result <= limits.rounding_growth:
             off = _share(growth.result, dtype)
             reason = f"its result {rounded} throws {growth.reader} off by {off}"
-            return Finding(self.name, reason, _evidence(growth.result, site))
+            return GuardFinding(self.name, reason, _evidence(growth.result, site))
         if not growth.inputs <= limits.rounding_growth:
             reason = f"its inputs {rounded} throw it off by {_share(growth.inputs, dtype)}"
-            return Finding(self.name, reason, _evidence(growth.inputs, site))
+            return GuardFinding(self.name, reason, _evidence(growth.inputs, site))
         return None
 
 

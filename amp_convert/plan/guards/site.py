@@ -16,11 +16,11 @@ import torch
 
 from amp_convert.profile.calibrate import Range
 from amp_convert.profile.rounding_trials import Growth
-from amp_convert.rules.rule_set import Guards
+from amp_convert.rules.rule_set import GuardLimits
 
 
 @dataclass(frozen=True)
-class Finding:
+class GuardFinding:
     """A guard that fired: its name, the sentence for the plan and the measured value as text."""
 
     guard: str
@@ -95,7 +95,7 @@ class Guard(Protocol):
 
     name: str
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         """What keeps the node in FP32, if `dtype` is the low dtype; None when nothing does."""
         ...
 

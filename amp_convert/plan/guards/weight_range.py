@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import name_of
-from amp_convert.plan.guards.site import Finding, Site
-from amp_convert.rules.rule_set import Guards
+from amp_convert.plan.guards.site import GuardFinding, Site
+from amp_convert.rules.rule_set import GuardLimits
 
 
 class WeightRange:
@@ -14,7 +14,7 @@ class WeightRange:
 
     name = "weight-range"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.weight_headroom is False:
             return None
         largest = torch.finfo(dtype).max
@@ -28,7 +28,7 @@ class WeightRange:
                     f"weight {operand.weight} does not fit {name_of(dtype)}, "
                     f"whose largest number is {largest:.5g}"
                 )
-                return Finding(self.name, reason, f"abs max {seen.abs_max:.5g}")
+                return GuardFinding(self.name, reason, f"abs max {seen.abs_max:.5g}")
         return None
 
 
@@ -40,13 +40,13 @@ class WeightTiny:
 
     name = "weight-tiny"
 
-    def find(self, site: Site, limits: Guards, dtype: torch.dtype) -> Finding | None:
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.weight_tiny_share is False or dtype != torch.float16:
             return None
         for operand in site.weights:
             share = operand.range.tiny_share if operand.range is not None else None
             if share is not None and not share <= limits.weight_tiny_share:
-                return Finding(
+                return GuardFinding(
                     self.name,
                     f"most of weight {operand.weight} is under 6.1e-05, where float16 loses digits",
                     f"{share:.1%} of its nonzero values",

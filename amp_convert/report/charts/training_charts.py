@@ -41,7 +41,7 @@ from amp_convert.report.charts.svg import (
     log10,
     round_numbers,
 )
-from amp_convert.validate.training.results import PairedRun, TrainingArm
+from amp_convert.validate.training.results import ArmRecord, PairedRun
 
 _LOSS_HEIGHT, _DISTANCE_HEIGHT, _SCALE_HEIGHT = 230, 130, 120
 _STROKE = 13
@@ -128,7 +128,7 @@ def distance_chart(run: PairedRun) -> StepChart | None:
     )
 
 
-def _arms(run: PairedRun) -> list[TrainingArm]:
+def _arms(run: PairedRun) -> list[ArmRecord]:
     """The arms that are drawn as curves, each above those before it."""
     found = (run.arm(name) for name in ("fp32", "mixed", "autocast"))
     return [arm for arm in found if arm is not None and arm.losses]
@@ -142,7 +142,7 @@ def _step_axis(run: PairedRun) -> tuple[Axis, tuple[Mark, ...]]:
 
 
 def _loss_axis(
-    run: PairedRun, arms: Sequence[TrainingArm], x: Axis, bottom: float
+    run: PairedRun, arms: Sequence[ArmRecord], x: Axis, bottom: float
 ) -> tuple[Axis, tuple[Mark, ...]] | None:
     drawn = {arm.arm: _means(arm.losses, x) for arm in arms}
     band = [loss + far * side for (_, loss), far in _noise_columns(run, x) for side in (-1, 1)]
@@ -174,7 +174,7 @@ def _decade_ticks(powers: tuple[int, int], y: Axis) -> tuple[Mark, ...]:
     return tuple(Mark(LEFT, y.place(power), f"1e{power}") for power in found)
 
 
-def _distances(arm: TrainingArm, fp32: TrainingArm) -> list[float]:
+def _distances(arm: ArmRecord, fp32: ArmRecord) -> list[float]:
     """|loss - FP32's loss| of each step that both made; NaN where there is none to draw."""
     pairs = zip(arm.losses, fp32.losses, strict=False)
     return [abs(one - other) or math.nan for one, other in pairs]
@@ -208,7 +208,7 @@ def _noise_columns(run: PairedRun, x: Axis) -> list[tuple[Point, float]]:
     return [(point, far) for point, (_, far) in zip(base, reach, strict=True)]
 
 
-def _failures(arms: Iterable[TrainingArm], x: Axis) -> Iterator[Mark]:
+def _failures(arms: Iterable[ArmRecord], x: Axis) -> Iterator[Mark]:
     for arm in arms:
         marks: dict[int, Mark] = {}
         for step, loss in enumerate(arm.losses, 1):
@@ -219,7 +219,7 @@ def _failures(arms: Iterable[TrainingArm], x: Axis) -> Iterator[Mark]:
         yield from marks.values()
 
 
-def _ends(run: PairedRun, arms: Iterable[TrainingArm], x: Axis, y: Axis) -> Iterator[Mark]:
+def _ends(run: PairedRun, arms: Iterable[ArmRecord], x: Axis, y: Axis) -> Iterator[Mark]:
     for arm in arms:
         last = len(arm.losses)
         if arm.note and last and drawable(arm.losses[-1]):
@@ -258,7 +258,7 @@ def _on_axis(scale: float) -> bool:
     return scale > 0 and drawable(scale)
 
 
-def _skipped(arm: TrainingArm, x: Axis, y: float) -> Curve:
+def _skipped(arm: ArmRecord, x: Axis, y: float) -> Curve:
     places = dict.fromkeys(int(x.at(step)) for step in arm.skipped)
     shown = ", ".join(f"{step:,}" for step in arm.skipped[:20])
     more = ", ..." if len(arm.skipped) > 20 else ""

@@ -23,7 +23,7 @@ from amp_convert.report.sections.onnx_node_summary import (
 from amp_convert.report.sections.summary import severity, worst_output
 from amp_convert.validate.onnx.compare import FP32_FACTOR
 from amp_convert.validate.onnx.results import Arm, OnnxOutput, OnnxParity, OnnxRun
-from amp_convert.verdict.inference_checks import CheckStatus
+from amp_convert.verdict.check import CheckStatus
 from amp_convert.verdict.onnx_checks import converted_check
 
 RUNS_TEXT = (

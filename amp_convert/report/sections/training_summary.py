@@ -13,8 +13,8 @@ from amp_convert.validate.training.noninferiority import ALPHA, Look, Noninferio
 from amp_convert.validate.training.results import (
     LOSS,
     TRAIN_LOSS,
+    ArmRecord,
     PairedRun,
-    TrainingArm,
     TrainingParity,
 )
 from amp_convert.verdict.training_run_checks import NOISE_FACTOR
@@ -104,7 +104,7 @@ def training_rows(parity: TrainingParity) -> list[TrainingRow]:
 
 
 def _row(
-    run: PairedRun, quantity: str, value: Callable[[TrainingArm], str], *, detail: bool = False
+    run: PairedRun, quantity: str, value: Callable[[ArmRecord], str], *, detail: bool = False
 ) -> TrainingRow:
     values = {arm.arm: value(arm) for arm in run.arms if arm.losses}
     fp32, mixed, autocast, noise = (values.get(name, "") for name in ARMS)
@@ -127,19 +127,19 @@ def metric_title(name: str) -> str:
     return "loss, last quarter" if name == TRAIN_LOSS else fmt.printable(name)
 
 
-def _difference(fp32: TrainingArm | None, arm: TrainingArm) -> str:
+def _difference(fp32: ArmRecord | None, arm: ArmRecord) -> str:
     """Of the losses over the last quarter, unsigned."""
     return "" if fp32 is None else fmt.error(abs(arm.last_loss - fp32.last_loss))
 
 
-def _scales(arm: TrainingArm) -> str:
+def _scales(arm: ArmRecord) -> str:
     if not arm.scales:
         return ""
     first, last = fmt.scale(arm.scales[0]), fmt.scale(arm.scales[-1])
     return first if set(arm.scales) == {arm.scales[0]} else f"{first}→{last}"
 
 
-def _norm(arm: TrainingArm) -> str:
+def _norm(arm: ArmRecord) -> str:
     # A NaN is as good as infinite here, and has a place in the order of numbers.
     norms = [math.inf if math.isnan(norm) else norm for norm in arm.gradient_norms]
     return fmt.number(statistics.median(norms)) if norms else ""

@@ -24,10 +24,11 @@ from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size
 from amp_convert.core.errors import ModelError
 from amp_convert.core.number_formats import from_name, is_float_tensor
+from amp_convert.core.random_state import preserved_rng, rng_state, set_rng_state
 from amp_convert.core.tensor_errors import larger
 from amp_convert.loading.model_file import named_leaves
 from amp_convert.rewrite.converted_model import ConvertedModel
-from amp_convert.validate.inference.node_errors import NodeTable
+from amp_convert.validate.inference.node_errors import NodeErrors
 from amp_convert.validate.inference.output_errors import OutputSums, accumulate
 from amp_convert.validate.inference.results import Divergence, MetricPair
 
@@ -66,7 +67,7 @@ def frozen_identical(
         for model in (converted, frozen):
             torch.manual_seed(0)
             copies = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
-            with in_mode(model, training=False), devices.preserved_rng(device):
+            with in_mode(model, training=False), preserved_rng(device):
                 results.append(model(*copies[0], **copies[1]))
     sums: dict[str, OutputSums] = {}
     accumulate(sums, *results)
@@ -80,7 +81,7 @@ class _Comparison:
         self._captured, self._plan = converted.captured, converted.plan
         self._device = self._captured.device
         self._low = from_name(self._plan.dtype)
-        self._tables = {r.path: NodeTable(converted, r, self._low) for r in self._captured.regions}
+        self._tables = {r.path: NodeErrors(converted, r, self._low) for r in self._captured.regions}
         self._outputs: dict[str, OutputSums] = {}
         self._native: dict[str, OutputSums] = {}
         self._native_reason = "" if autocast else "it was not asked for"
@@ -89,7 +90,7 @@ class _Comparison:
         self._reference_rel_l2 = 0.0
 
     def add(self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any) -> None:
-        state = devices.rng_state(self._device)
+        state = rng_state(self._device)
         reference, mixed = self._in_step(args, kwargs)
         self._refuse_nan(reference)
         accumulate(self._outputs, reference, mixed)
@@ -125,7 +126,7 @@ class _Comparison:
     def _original(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The original's outputs from this random state, on copies of the inputs and with its
         buffers as they were."""
-        devices.set_rng_state(self._device, state)
+        set_rng_state(self._device, state)
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
         with in_mode(self._captured.model, training=False):
             return self._captured.model(*args, **kwargs)
@@ -153,7 +154,7 @@ class _Comparison:
             for name, want, have in runner.changes(reference, mixed):
                 self._outputs.setdefault(name, OutputSums(want.dtype)).add(want, have)
             return runner.results(reference), runner.results(mixed)
-        state = devices.rng_state(self._device)
+        state = rng_state(self._device)
         reference_calls = self._captured.calls(args, kwargs)
         mixed_calls = self._converted.calls(args, kwargs)
         for (region, (ref_args, ref_kwargs)), (_, (mix_args, mix_kwargs)) in zip(
@@ -164,7 +165,7 @@ class _Comparison:
                 runner.inputs(ref_args, ref_kwargs), runner.inputs(mix_args, mix_kwargs)
             )
         reference = self._original(args, kwargs, state)
-        devices.set_rng_state(self._device, state)
+        set_rng_state(self._device, state)
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
         with in_mode(self._captured.model, training=False):
             return reference, self._converted(*args, **kwargs)
@@ -219,6 +220,6 @@ def evaluating(converted: ConvertedModel) -> Iterator[None]:
         in_mode(converted, training=False),
         torch.no_grad(),
         devices.exact_fp32(device),
-        devices.preserved_rng(device),
+        preserved_rng(device),
     ):
         yield

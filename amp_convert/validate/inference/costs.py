@@ -17,7 +17,9 @@ from torch import nn
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
+from amp_convert.core.memory_meter import peak_bytes
 from amp_convert.core.number_formats import from_name
+from amp_convert.core.random_state import preserved_rng
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.inference.results import ArmCost
 
@@ -44,12 +46,12 @@ def measure(
         in_mode(original, training=False),
         in_mode(converted, training=False),
         torch.no_grad(),
-        devices.preserved_rng(device),
+        preserved_rng(device),
     ):
         for name, run in list(arms.items()):
             try:
                 # This also warms the arm up.
-                peaks[name] = _resident_bytes(models[name]) + devices.peak_bytes(run)
+                peaks[name] = _resident_bytes(models[name]) + peak_bytes(run)
             except Exception as error:  # noqa: BLE001  autocast breaks some models: a result
                 notes[name] = f"failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
                 del arms[name]

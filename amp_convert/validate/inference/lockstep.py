@@ -9,8 +9,6 @@ ones in all three.
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,15 +18,14 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import Source
-from amp_convert.capture.node_info import NodeInfo
-from amp_convert.core import device as devices
-from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.number_formats import is_float_tensor
+from amp_convert.core.random_state import rng_state, set_rng_state
+from amp_convert.rewrite.graph_execution import GraphExecution, execute
 from amp_convert.rewrite.insert_casts import Rewritten, held, planned_numbers
 
 
 @dataclass(frozen=True)
-class Step:
+class NodeValues:
     """One node's results; `local` is None where the mixed node is the FP32 node."""
 
     node: fx.Node
@@ -41,7 +38,7 @@ def run(
     rewritten: Rewritten,
     reference_inputs: Sequence[Any],
     mixed_inputs: Sequence[Any],
-    visit: Callable[[Step], None],
+    visit: Callable[[NodeValues], None],
     wants_local: Callable[[fx.Node], bool],
     device: torch.device,
 ) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -52,62 +49,11 @@ def run(
     return _Lockstep(rewritten, visit, wants_local, device).run(reference_inputs, mixed_inputs)
 
 
-class KernelError(UnsupportedModelError):
-    """An operator refuses the dtypes that the plan gives it. `info` is the node, if it is known."""
-
-    def __init__(self, info: NodeInfo | None, cause: Exception) -> None:
-        self.info = info
-        self.cause = str(cause).strip().splitlines()[0] if str(cause).strip() else repr(cause)
-        op = info.short_op if info else "a cast"
-        super().__init__(
-            f"{op} refuses the dtypes that the plan gives it: {self.cause}",
-            where=" ".join(filter(None, (info.layer, info.location))) if info else "",
-            mend=f'Keep it in FP32 by a rule: op = "{op}", category = "deny".',
-        )
-
-
-class Arm:
-    """One graph being executed, a node at a time; keeps only values that still have a reader."""
-
-    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        self._module = graph_module
-        self.values: dict[fx.Node, Any] = {}
-        self._readers = Counter({n: len(n.users) for n in graph_module.graph.nodes})
-        self._spent: list[fx.Node] = []
-        self._inputs = iter(inputs)
-
-    def execute(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            self.values[node] = next(self._inputs)
-        elif node.op == "get_attr":
-            self.values[node] = operator.attrgetter(str(node.target))(self._module)
-        elif node.op == "call_function":
-            args, kwargs = self.arguments(node)
-            self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        else:
-            self.values[node] = self.arguments(node)[0][0]
-        self._spent.append(node)
-
-    def arguments(self, node: fx.Node) -> tuple[Any, Any]:
-        return fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
-
-    def free(self) -> None:
-        """Drop what the nodes executed since the last call have read for the last time."""
-        for node in self._spent:
-            for source in node.all_input_nodes:
-                self._readers[source] -= 1
-                if not self._readers[source]:
-                    del self.values[source]
-            if not node.users and node.op != "output":
-                del self.values[node]
-        self._spent.clear()
-
-
 class _Lockstep:
     def __init__(
         self,
         rewritten: Rewritten,
-        visit: Callable[[Step], None],
+        visit: Callable[[NodeValues], None],
         wants_local: Callable[[fx.Node], bool],
         device: torch.device,
     ) -> None:
@@ -123,11 +69,11 @@ class _Lockstep:
     def run(
         self, reference_inputs: Sequence[Any], mixed_inputs: Sequence[Any]
     ) -> tuple[Sequence[Any], Sequence[Any]]:
-        reference = Arm(self._rewritten.captured.graph_module, reference_inputs)
-        mixed = Arm(self._rewritten.graph_module, mixed_inputs)
+        reference = GraphExecution(self._rewritten.captured.graph_module, reference_inputs)
+        mixed = GraphExecution(self._rewritten.graph_module, mixed_inputs)
         pending = iter(self._rewritten.graph_module.graph.nodes)
         for node in self._reference_graph.nodes:
-            state = devices.rng_state(self._device) if _is_random(node) else None
+            state = rng_state(self._device) if _is_random(node) else None
             reference.execute(node)
             self._rewind(state)
             holder = self._advance(mixed, pending, node)
@@ -136,7 +82,7 @@ class _Lockstep:
                 if self._wants_local(node):
                     self._rewind(state)
                     local = self._local(node, reference, mixed)
-                self._visit(Step(node, reference.values[node], mixed.values[holder], local))
+                self._visit(NodeValues(node, reference.values[node], mixed.values[holder], local))
             if node.op != "output":
                 reference.free()
                 mixed.free()
@@ -144,9 +90,9 @@ class _Lockstep:
 
     def _rewind(self, state: Any) -> None:
         if state is not None:
-            devices.set_rng_state(self._device, state)
+            set_rng_state(self._device, state)
 
-    def _advance(self, mixed: Arm, pending: Iterator[fx.Node], node: fx.Node) -> fx.Node:
+    def _advance(self, mixed: GraphExecution, pending: Iterator[fx.Node], node: fx.Node) -> fx.Node:
         """Execute the mixed graph up to the node that holds the value of `node`."""
         holder = self._rewritten.values.get(node.name)
         candidate = node
@@ -156,7 +102,7 @@ class _Lockstep:
                 break
         return candidate
 
-    def _local(self, node: fx.Node, reference: Arm, mixed: Arm) -> Any:
+    def _local(self, node: fx.Node, reference: GraphExecution, mixed: GraphExecution) -> Any:
         """The mixed operator on the reference's values, cast to the dtypes that it gets in the mix.
 
         A weight's cast copy is the mixed arm's own: it is the same tensor.
@@ -186,26 +132,6 @@ class _Lockstep:
         args, kwargs = planned_numbers((args, kwargs), decision)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         return result.to(holder.kwargs["dtype"]) if delivered_low else result
-
-
-def execute(arm: Arm, node: fx.Node, rewritten: Rewritten) -> None:
-    """Execute one node of a rewritten graph; KernelError names the node that refuses its dtypes."""
-    try:
-        arm.execute(node)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError) as error:
-        info = rewritten.captured.nodes.get(rewritten.origins.get(node.name, ""))
-        raise KernelError(info, error) from error
-
-
-def try_kernels(rewritten: Rewritten, inputs: Sequence[Any]) -> None:
-    """Run a rewritten graph once, for no other purpose than to see that every kernel takes its
-    dtypes. Raises KernelError for the first that does not."""
-    arm = Arm(rewritten.graph_module, inputs)
-    for node in rewritten.graph_module.graph.nodes:
-        execute(arm, node, rewritten)
-        arm.free()
 
 
 def _leaves(node: fx.Node) -> list[fx.Node]:

@@ -44,7 +44,7 @@ class _NodeSums:
     local: RoundingSums | None = None
 
 
-class NodeTable:
+class NodeErrors:
     """The sums of one region's nodes, by FX name."""
 
     def __init__(self, converted: ConvertedModel, region: Region, low: torch.dtype) -> None:
@@ -71,7 +71,7 @@ class NodeTable:
     def _wants_local(self, node: fx.Node) -> bool:
         return self._decisions[node.name].low and node.name not in self._source
 
-    def _visit(self, step: lockstep.Step) -> None:
+    def _visit(self, step: lockstep.NodeValues) -> None:
         name = step.node.name
         self.visited.add(self._decisions[name].node)
         if name in self._source or ".empty" in self._decisions[name].op:

@@ -34,9 +34,9 @@ from amp_convert.validate.inference.results import OutputError
 from amp_convert.validate.onnx import runs as onnx_runs
 from amp_convert.validate.onnx import sessions as onnx_sessions
 from amp_convert.validate.onnx.lockstep import OnnxLockstep
-from amp_convert.validate.onnx.node_errors import NodeTable
+from amp_convert.validate.onnx.node_errors import OnnxNodeErrors
 from amp_convert.validate.onnx.results import Arm, OnnxMetric, OnnxOutput, OnnxParity, OnnxRun
-from amp_convert.validate.onnx.runs import Fed, Run
+from amp_convert.validate.onnx.runs import Fed, FileRun
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -80,7 +80,7 @@ class _Validation:
         self,
         converted: ConvertedModel,
         model: OnnxModel,
-        fp32: Run,
+        fp32: FileRun,
         score: Score | None,
         node_batches: int,
     ) -> None:
@@ -92,7 +92,7 @@ class _Validation:
         rewritten = converted.rewritten[self._region.path]["eval"]
         self._folded = fold_weights(self._region, rewritten)
         written = ir.load(model.path)
-        self._table = NodeTable(rewritten, self._folded.graph_module.graph, written, self._low)
+        self._table = OnnxNodeErrors(rewritten, self._folded.graph_module.graph, written, self._low)
         self._node_batches = node_batches
         self._metrics = MetricMeans(score)
         self._batches = self._samples = 0
@@ -166,9 +166,9 @@ class _Validation:
             nodes=self._table.rows(self._placements),
             node_batches=min(self._batches, self._node_batches),
             unmatched=self._table.unmatched(),
-            parting=self._table.parting(),
-            drifting=self._table.drifting(),
-            drawing=self._table.drawing(),
+            parting=self._table.first_diverging(),
+            drifting=self._table.first_drifting(),
+            drawing=self._table.first_random(),
             metrics=tuple(
                 OnnxMetric(
                     name=name,
@@ -183,7 +183,7 @@ class _Validation:
             metrics_arm=arm,
         )
 
-    def _finished(self, run: Run, reference: Mapping[str, OutputError]) -> OnnxRun:
+    def _finished(self, run: FileRun, reference: Mapping[str, OutputError]) -> OnnxRun:
         if run.failed:  # some batches at most: nothing to judge by
             return OnnxRun(run.arm, run.failure, (), run.batches, ())
         outputs = tuple(

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from amp_convert.onnx_file.labels import FX_KEY
-from amp_convert.validate.inference.lockstep import Arm
+from amp_convert.rewrite.graph_execution import GraphExecution
 from amp_convert.validate.onnx.node_kernels import Kernels, constant, is_low, number, reads
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Step:
+class OnnxNodeValues:
     """What an FX node of this name gave. `local` is None where it has no ONNX node of its own;
     `given_abs_max` is the largest magnitude among the numbers that the local result was made of,
     for results in FP32: low ones are judged by their own rounding."""
@@ -65,11 +65,11 @@ class OnnxLockstep:
         self,
         fx_inputs: Sequence[Any],
         onnx_inputs: Sequence[torch.Tensor],
-        visit: Callable[[Step], None],
+        visit: Callable[[OnnxNodeValues], None],
     ) -> list[torch.Tensor]:
         """The ONNX outputs for one batch; `visit` is called in the order of the FX graph for each
         node whose result is a floating point tensor and is in the ONNX graph."""
-        arm, results = Arm(self._module, fx_inputs), dict(self._results)
+        arm, results = GraphExecution(self._module, fx_inputs), dict(self._results)
         state = _Values(self._graph, onnx_inputs, self._kernels, Counter(results.values()))
         for node in self._module.graph.nodes:
             arm.execute(node)
@@ -83,7 +83,7 @@ class OnnxLockstep:
                     if value.is_floating_point() and value.numel():
                         local, largest = self._local(node.name, arm, state, results)
                         own = state.get(found)
-                        visit(Step(node.name, value.cpu(), own, local, largest))
+                        visit(OnnxNodeValues(node.name, value.cpu(), own, local, largest))
             if node.op != "output":
                 arm.free()
                 state.free(self._results.get(node.name))
@@ -94,7 +94,7 @@ class OnnxLockstep:
         return [state.get(value) for value in self._graph.outputs]
 
     def _local(
-        self, name: str, arm: Arm, state: _Values, results: Mapping[str, ir.Value]
+        self, name: str, arm: GraphExecution, state: _Values, results: Mapping[str, ir.Value]
     ) -> tuple[torch.Tensor | None, float]:
         """The result of the FX node's own ONNX nodes, fed with PyTorch's values, and the largest
         magnitude among those."""
@@ -130,7 +130,9 @@ class OnnxLockstep:
         return made[result], largest
 
 
-def _passed_on(node: fx.Node, arm: Arm, results: Mapping[str, ir.Value]) -> ir.Value | None:
+def _passed_on(
+    node: fx.Node, arm: GraphExecution, results: Mapping[str, ir.Value]
+) -> ir.Value | None:
     """The ONNX value of the input that this FX node passes on, if it does."""
     value = arm.values[node]
     for source in node.all_input_nodes:

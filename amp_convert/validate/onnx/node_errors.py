@@ -15,7 +15,7 @@ from amp_convert.core.number_formats import LOW_DTYPES, name_of, ulp_at
 from amp_convert.core.tensor_errors import ErrorSums, RoundingSums
 from amp_convert.onnx_file.labels import FX_KEY
 from amp_convert.rewrite.insert_casts import Rewritten
-from amp_convert.validate.onnx.lockstep import Step
+from amp_convert.validate.onnx.lockstep import OnnxNodeValues
 from amp_convert.validate.onnx.node_kernels import is_low
 from amp_convert.validate.onnx.results import OnnxNode
 from amp_convert.validate.onnx.sessions import Placement
@@ -46,7 +46,7 @@ class _Sums:
     has_local: bool = False
     given_abs_max: float = 0.0
 
-    def parts(self, errors: ErrorSums) -> bool:
+    def diverges(self, errors: ErrorSums) -> bool:
         """Whether such an error parts the two. NaN does."""
         if self.dtype in LOW_DTYPES:
             return not errors.max_abs <= ulp_at(self.dtype, errors.ref_abs_max)
@@ -54,7 +54,7 @@ class _Sums:
         return not errors.max_abs <= slack
 
 
-class NodeTable:
+class OnnxNodeErrors:
     """Takes in what a lockstep run shows, and gives a row for each node of the plan that is in the
     frozen graph, `graph`: what depends on weights alone is not."""
 
@@ -70,7 +70,7 @@ class NodeTable:
         for node in model.graph:
             self._nodes.setdefault(node.metadata_props.get(FX_KEY, ""), []).append(node)
 
-    def visit(self, step: Step) -> None:
+    def visit(self, step: OnnxNodeValues) -> None:
         """Take in what one FX node gave for one batch."""
         fresh = _Sums(step.reference.dtype, ErrorSums(), RoundingSums(self._low))
         sums = self._sums.setdefault(step.name, fresh)
@@ -104,29 +104,29 @@ class NodeTable:
             and len(decision.output_dtypes) == 1
         )
 
-    def parting(self) -> str:
+    def first_diverging(self) -> str:
         """The first node whose own doing parts the two, or "" if there is none."""
         return self._first(lambda sums: sums.local.errors)
 
-    def drifting(self) -> str:
+    def first_drifting(self) -> str:
         """The first node where all that came before has parted them, or ""."""
         return self._first(lambda sums: sums.accumulated)
 
-    def drawing(self) -> str:
+    def first_random(self) -> str:
         """The first node that draws random numbers, or ""; by its name in the file where it is no
         node of the plan."""
-        drawing = {
+        random = {
             name: node.name or node.op_type
             for name, nodes in self._nodes.items()
             for node in nodes
             if _draws(node)
         }
-        planned = (d.node for name, d in self._decisions.items() if name in drawing)
-        return next(planned, next(iter(drawing.values()), ""))
+        planned = (d.node for name, d in self._decisions.items() if name in random)
+        return next(planned, next(iter(random.values()), ""))
 
     def _first(self, errors: Callable[[_Sums], ErrorSums]) -> str:
         found = ((d, self._sums[n]) for n, d in self._decisions.items() if n in self._sums)
-        return next((d.node for d, sums in found if sums.parts(errors(sums))), "")
+        return next((d.node for d, sums in found if sums.diverges(errors(sums))), "")
 
     def _row(self, name: str, placements: Mapping[str, Placement]) -> OnnxNode:
         decision, sums, nodes = self._decisions[name], self._sums[name], self._nodes.get(name, [])
@@ -148,7 +148,7 @@ class NodeTable:
             onnx_ops=tuple(node.op_type for node in nodes) if sums.has_local else (),
             ran=max((each.ran for each in placed), key=_SEVERITY.index, default=""),
             provider=placed[0].provider if placed else "",
-            parts=sums.parts(local.errors),
+            parts=sums.diverges(local.errors),
         )
 
 

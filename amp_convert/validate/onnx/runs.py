@@ -12,7 +12,7 @@ import torch
 from amp_convert.onnx_file import write as onnx_export
 from amp_convert.validate.inference.output_errors import OutputSums
 from amp_convert.validate.onnx import sessions as onnx_sessions
-from amp_convert.validate.onnx.lockstep import OnnxLockstep, Step
+from amp_convert.validate.onnx.lockstep import OnnxLockstep, OnnxNodeValues
 from amp_convert.validate.onnx.results import Arm
 from amp_convert.validate.onnx.sessions import Placement, Session
 
@@ -33,7 +33,7 @@ class Fed:
 
 
 @dataclass
-class Run:
+class FileRun:
     """One way of running a file. What fails in it ends this run, and no other; a run that works
     only `without` some optimisations has a `failure` as well."""
 
@@ -64,9 +64,9 @@ class Run:
             return None
 
 
-def fp32_run(make: Callable[[], ir.Model], folder: Path) -> Run:
+def fp32_run(make: Callable[[], ir.Model], folder: Path) -> FileRun:
     """The FP32 model, from a file that is written for the purpose."""
-    run, path = Run("fp32"), folder / "fp32.onnx"
+    run, path = FileRun("fp32"), folder / "fp32.onnx"
 
     def opened() -> Session:
         onnx_export.write(make(), path, check=False)
@@ -77,9 +77,9 @@ def fp32_run(make: Callable[[], ir.Model], folder: Path) -> Run:
     return run
 
 
-def unoptimised_run(path: str) -> tuple[Run, Mapping[str, Placement], tuple[str, ...]]:
+def unoptimised_run(path: str) -> tuple[FileRun, Mapping[str, Placement], tuple[str, ...]]:
     """The file as it is written, how each node of it runs, and the providers."""
-    run = Run("unoptimised")
+    run = FileRun("unoptimised")
     if (opened := run.attempt(lambda: onnx_sessions.recorded(path))) is None:
         return run, {}, onnx_sessions.providers()
     session, placements = opened
@@ -87,10 +87,10 @@ def unoptimised_run(path: str) -> tuple[Run, Mapping[str, Placement], tuple[str,
     return run, placements, session.providers
 
 
-def optimised_run(path: str) -> Run:
+def optimised_run(path: str) -> FileRun:
     """The file as ONNX Runtime optimises it, but for what makes it fail."""
-    failure, without = onnx_sessions.needless(path)
-    run = Run("optimised", failure=failure, without=without)
+    failure, without = onnx_sessions.failing_optimisation(path)
+    run = FileRun("optimised", failure=failure, without=without)
     if not run.failed:
         session = run.attempt(lambda: Session(path, optimised=True, disabled=without))
         if session is not None:
@@ -98,6 +98,6 @@ def optimised_run(path: str) -> Run:
     return run
 
 
-def stepwise_run(lockstep: OnnxLockstep, visit: Callable[[Step], None]) -> Run:
+def stepwise_run(lockstep: OnnxLockstep, visit: Callable[[OnnxNodeValues], None]) -> FileRun:
     """The file node by node."""
-    return Run("node by node", lambda fed: lockstep.run(fed.flat, fed.bordered, visit))
+    return FileRun("node by node", lambda fed: lockstep.run(fed.flat, fed.bordered, visit))

@@ -84,7 +84,7 @@ def why_not(path: str, disabled: Sequence[str] = ()) -> str:
     return lines[-1].strip() if done.returncode and lines else ""
 
 
-def needless(path: str) -> tuple[str, tuple[str, ...]]:
+def failing_optimisation(path: str) -> tuple[str, tuple[str, ...]]:
     """What goes wrong when the file is opened as users do, and the optimisation without which it
     does not; ("", ()) where nothing does."""
     failure = why_not(path)

@@ -22,69 +22,28 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from amp_convert.capture.gradient_probe import real_gradient
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch
 from amp_convert.core.errors import ModelError, UsageError
-from amp_convert.core.exponent_histogram import log2
+from amp_convert.core.memory_meter import StorageMeter
 from amp_convert.core.number_formats import name_of
+from amp_convert.core.random_state import RngState, rng_state, set_rng_state
 from amp_convert.loading.model_file import kind_of, user_code
 from amp_convert.loading.user_code import defined_at, placed
 from amp_convert.validate.training.gradient_step import (
     Loss,
     checked_loss,
     cloned,
-    real_gradient,
     require_trainable,
 )
-
-
-@dataclass(frozen=True)
-class LossScaling:
-    """How the loss of a low-precision arm is scaled, as `torch.amp.GradScaler` does it.
-
-    A dynamic scale starts at `initial`, a power of two; it is multiplied by `growth_factor` after
-    `growth_interval` steps with finite gradients, and by `backoff_factor` after one without, whose
-    update is left out. A static scale stays. Raises UsageError for numbers that make no such rule.
-    """
-
-    kind: Literal["dynamic", "static", "none"] = "dynamic"
-    initial: float = 2.0**16
-    growth_factor: float = 2.0
-    backoff_factor: float = 0.5
-    growth_interval: int = 2000
-
-    def __post_init__(self) -> None:
-        log2(self.initial)
-        if not (math.isfinite(self.growth_factor) and self.growth_factor > 1):
-            what = f"the loss scale's growth factor is {self.growth_factor:g}"
-            raise UsageError(what, mend="Give a finite number above 1.")
-        if not 0 < self.backoff_factor < 1:
-            what = f"the loss scale's back-off factor is {self.backoff_factor:g}"
-            raise UsageError(what, mend="Give a number between 0 and 1.")
-
-    def scaler(self, device: str) -> torch.amp.GradScaler:
-        """A new scaler that starts at `initial`."""
-        return torch.amp.GradScaler(
-            device,
-            init_scale=self.initial,
-            growth_factor=self.growth_factor,
-            backoff_factor=self.backoff_factor,
-            growth_interval=self.growth_interval,
-            enabled=self.kind != "none",
-        )
-
-    def __str__(self) -> str:
-        if self.kind != "dynamic":
-            return "none" if self.kind == "none" else f"static, {self.initial:g}"
-        return (
-            f"dynamic, from {self.initial:g}: times {self.growth_factor:g} after "
-            f"{self.growth_interval} clean steps, times {self.backoff_factor:g} after an overflow"
-        )
+from amp_convert.validate.training.loss_scaling import LossScaling
+from amp_convert.validate.training.weights import Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,67 +63,6 @@ class Recipe:
     path: str = ""
 
 
-class Weights:
-    """The parameters and buffers of a module: a place for each, and what to put there.
-
-    Shared tensors count once. `names` has their dotted names, in the module's order. Raises
-    ModelError for two parameters on the same memory, which would come apart.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = dict(model.named_parameters())
-        places: dict[int, str] = {}
-        for name, parameter in self._parameters.items():
-            first = places.setdefault(parameter.data_ptr(), name) if parameter.numel() else name
-            if first != name:
-                what = f"the parameters {first} and {name} share their memory"
-                raise ModelError(what, mend="Let both names hold one torch.nn.Parameter.")
-        self._slots = {}
-        for name, _ in model.named_buffers():
-            path, _, key = name.rpartition(".")
-            self._slots[name] = (model.get_submodule(path)._buffers, key)
-        self.names = (*self._parameters, *self._slots)
-        # A buffer under several names is one tensor, and has to stay one.
-        self._aliases: dict[str, list[tuple[dict[str, torch.Tensor | None], str]]] = {}
-        owners: dict[int, str] = {id(b): name for name, b in model.named_buffers()}
-        for module in model.modules():
-            for key, buffer in module._buffers.items():
-                if buffer is not None:
-                    self._aliases.setdefault(owners[id(buffer)], []).append((module._buffers, key))
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The module's parameters by name."""
-        return self._parameters
-
-    def get(self) -> dict[str, torch.Tensor]:
-        """The tensors that are in the module now: not copies."""
-        buffers = {name: table[key] for name, (table, key) in self._slots.items()}
-        found = {name: parameter.data for name, parameter in self._parameters.items()}
-        return {**found, **{n: b for n, b in buffers.items() if b is not None}}
-
-    def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Let the module hold these tensors, which it may write to."""
-        for name, parameter in self._parameters.items():
-            parameter.data = tensors[name]
-        for name, places in self._aliases.items():
-            for table, key in places:
-                table[key] = tensors[name]
-
-    def check(self, before: Mapping[str, torch.Tensor], what: str, where: str) -> None:
-        """Raises ModelError where a parameter is of another kind than in `before`."""
-        for name, parameter in self._parameters.items():
-            old, new = before[name], parameter.data
-            if (old.dtype, old.shape, old.device) != (new.dtype, new.shape, new.device):
-                raise ModelError(
-                    f"{what} made {name} a {name_of(new.dtype)} tensor of shape "
-                    f"{tuple(new.shape)} on {new.device}; it was {name_of(old.dtype)}, "
-                    f"{tuple(old.shape)} on {old.device}",
-                    where=where,
-                    mend="Use one that keeps FP32 weights as they are.",
-                )
-
-
 class Arm:
     """One model in training. `call` is what runs in the module's place; `context` is open around
     forward and loss, as `torch.autocast` has to be."""
@@ -177,7 +75,7 @@ class Arm:
         initial: Mapping[str, torch.Tensor],
         recipe: Recipe,
         device: torch.device,
-        rng: devices.RngState,
+        rng: RngState,
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.name, self.call, self.context = name, call, context
@@ -236,22 +134,22 @@ class Arm:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """The module has this arm's tensors, and PyTorch its random state, while this is open."""
-        outer, before = devices.rng_state(self._device), self._weights.get()
+        outer, before = rng_state(self._device), self._weights.get()
         self._weights.put(self.tensors)
-        devices.set_rng_state(self._device, self.rng)
+        set_rng_state(self._device, self.rng)
         try:
             yield
         finally:
-            self.tensors, self.rng = self._weights.get(), devices.rng_state(self._device)
+            self.tensors, self.rng = self._weights.get(), rng_state(self._device)
             self._weights.put(before)
-            devices.set_rng_state(self._device, outer)
+            set_rng_state(self._device, outer)
 
     def step(self, batches: Sequence[Batch], *, meter: bool = False) -> None:
         """One update from these batches; `meter` also measures memory, which costs time."""
         before = dict(self.tensors)
         self.scales.append(self.scaler.get_scale())
         with self.installed():
-            with devices.StorageMeter() if meter else contextlib.nullcontext() as measured:
+            with StorageMeter() if meter else contextlib.nullcontext() as measured:
                 resident = self._resident_bytes()
                 forward = devices.milliseconds(lambda: self._backward(batches), self._device)
                 self.norms.append(self._norm())
@@ -394,7 +292,7 @@ class Arm:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.rng = devices.RngState(**state["rng"])
+        self.rng = RngState(**state["rng"])
         for name in _RECORDS:
             setattr(self, name, state[name])
 

@@ -34,10 +34,11 @@ from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
 from amp_convert.loading.user_code import placed
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.training import checkpoint
-from amp_convert.validate.training.arm import Arm, LossScaling, Recipe
+from amp_convert.validate.training.arm import Arm, Recipe
 from amp_convert.validate.training.compare_gradients import compare_gradients
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.gradient_results import GradientParity
+from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import (
     Margin,
     Noninferiority,
@@ -48,9 +49,9 @@ from amp_convert.validate.training.paired_run import ALL_ARMS, PAIR, Race, train
 from amp_convert.validate.training.results import (
     LOSS,
     TRAIN_LOSS,
+    ArmRecord,
     PairedRun,
     SeedPair,
-    TrainingArm,
     TrainingParity,
 )
 
@@ -355,5 +356,5 @@ def _run_from(stored: Mapping[str, Any]) -> PairedRun:
     def tuples(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         return ((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())
 
-    arms = tuple(TrainingArm(**dict(tuples(arm))) for arm in stored["arms"])
+    arms = tuple(ArmRecord(**dict(tuples(arm))) for arm in stored["arms"])
     return PairedRun(**{**stored, "arms": arms})

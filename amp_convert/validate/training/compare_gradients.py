@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from amp_convert.capture.gradient_probe import GradientProbe
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core.errors import ModelError
 from amp_convert.core.exponent_histogram import TINIEST, Exponents, log2, recommend_scale
@@ -46,7 +47,7 @@ from amp_convert.validate.training.gradient_results import (
     LayerGradient,
     ParameterGradient,
 )
-from amp_convert.validate.training.gradient_step import Loss, StepTrace, TrainStep, Watched
+from amp_convert.validate.training.gradient_step import Loss, StepTrace, TrainStep
 
 
 def compare_gradients(
@@ -75,7 +76,7 @@ def compare_gradients(
     log2(scale)
     step = TrainStep(converted, (tuple(args), dict(kwargs), target), loss, path)
     eager = step.eager()
-    watched = Watched(converted.captured)
+    watched = GradientProbe(converted.captured)
     reference = step.run(watched, "FP32")
     difference = _largest_difference(eager.gradients, reference.gradients)
     del eager  # never three sets of gradients at a time

@@ -11,14 +11,19 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch, Score
-from amp_convert.core.device import RngState
 from amp_convert.core.errors import ModelError
 from amp_convert.core.number_formats import name_of
+from amp_convert.core.random_state import (
+    RngState,
+    preserved_rng,
+    rng_state,
+    seed_all,
+    set_rng_state,
+)
 from amp_convert.loading.model_file import kind_of, user_code
 from amp_convert.loading.user_code import defined_at
-from amp_convert.validate.training.arm import Weights
+from amp_convert.validate.training.weights import Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +56,15 @@ class Stream:
         """The batches of the next step; None after `at_most` steps, or where too few are left."""
         if self._drawn == at_most:
             return None
-        outer = devices.rng_state(self._device)
-        devices.set_rng_state(self._device, self._rng)
+        outer = rng_state(self._device)
+        set_rng_state(self._device, self._rng)
         try:
             if self._batches is None:
                 self._batches = self._make(self._seed)
             found = [b for _, b in zip(range(self._accumulate), self._batches, strict=False)]
-            self._rng = devices.rng_state(self._device)
+            self._rng = rng_state(self._device)
         finally:
-            devices.set_rng_state(self._device, outer)
+            set_rng_state(self._device, outer)
         if len(found) < self._accumulate:
             return None
         self._drawn += 1
@@ -87,8 +92,8 @@ def initial_weights(
     if data.initial_model is None:
         return {name: tensor.detach().clone() for name, tensor in held.items()}
     where = defined_at(data.initial_model, path)
-    with devices.preserved_rng(device), user_code("initial_model()", path):
-        devices.seed_all(seed)
+    with preserved_rng(device), user_code("initial_model()", path):
+        seed_all(seed)
         made: Any = data.initial_model(seed)
         if not isinstance(made, nn.Module):
             mend = "Let it return the model that training starts from."
@@ -119,6 +124,6 @@ def _difference(found: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tens
 
 def seeded_rng(device: torch.device, seed: int) -> RngState:
     """The random state after seeding PyTorch, Python and NumPy with `seed`."""
-    with devices.preserved_rng(device):
-        devices.seed_all(seed)
-        return devices.rng_state(device)
+    with preserved_rng(device):
+        seed_all(seed)
+        return rng_state(device)

@@ -3,12 +3,6 @@ shares the original's parameters, so that their gradients can be compared.
 
 Every run starts from the same buffers and random state, in train mode, in exact FP32, on copies of
 the batch. Gradients are asked for, not accumulated: `.grad` of the parameters is never touched.
-
-`Watched` is the captured FP32 model with an eye on its intermediate values. Its graph is run node
-by node with a hook on every differentiable result, which reduces the result's gradient to a
-histogram of exponents the moment that autograd makes it; no gradient is kept. A value that shares
-its memory with one that its node reads (a view, the access to a tuple) has the other's gradient,
-moved, and is not counted again.
 """
 
 from __future__ import annotations
@@ -16,22 +10,19 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.graph_call import GraphRunner, in_mode
-from amp_convert.capture.node_info import NodeInfo
-from amp_convert.capture.regions import Captured, Region
+from amp_convert.capture.gradient_probe import mode_runner, real_gradient
+from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
-from amp_convert.core.errors import ModelError, UnsupportedModelError
-from amp_convert.core.exponent_histogram import Exponents
+from amp_convert.core.errors import ModelError
 from amp_convert.core.number_formats import from_name, is_float_tensor
+from amp_convert.core.random_state import RngState, preserved_rng, rng_state
 from amp_convert.loading.model_file import kind_of, user_code
 from amp_convert.loading.user_code import defined_at
 from amp_convert.rewrite.converted_model import ConvertedModel
@@ -47,7 +38,7 @@ class StepTrace:
 
     loss: float
     gradients: dict[str, torch.Tensor | None]
-    rng_state: devices.RngState
+    rng_state: RngState
 
 
 class TrainStep:
@@ -76,7 +67,7 @@ class TrainStep:
         captured = self._converted.captured
         if captured.is_whole:  # its own words on inputs that do not fit come first
             args, kwargs, _ = self._batch
-            _runner(captured.regions[0], "train").inputs(args, kwargs)
+            mode_runner(captured.regions[0], "train").inputs(args, kwargs)
         with user_code("a training step of the FP32 model", self._path):
             trace = self.run(self._model, "FP32")
         for name, gradient in trace.gradients.items():
@@ -114,7 +105,7 @@ class TrainStep:
             if arm == "FP32":
                 require_trainable(value, self._loss, self._path)
             found = self._backward(value, scale)
-            state = devices.rng_state(self._device)
+            state = rng_state(self._device)
         return StepTrace(float(value.detach()), found, state)
 
     def _backward(self, value: torch.Tensor, scale: float) -> dict[str, torch.Tensor | None]:
@@ -132,7 +123,7 @@ class TrainStep:
         with (
             in_mode(self._model, training=True),
             devices.exact_fp32(self._device),
-            devices.preserved_rng(self._device),
+            preserved_rng(self._device),
             devices.plain_mode(self._device),
         ):
             self._converted.training = True
@@ -143,82 +134,6 @@ class TrainStep:
 
     def _error(self, what: str, mend: str) -> ModelError:
         return ModelError(what, where=os.path.basename(self._path), mend=mend)
-
-
-class Watched:
-    """The captured FP32 model, callable as the original is; its activation gradients by node.
-
-    A model that was captured in parts runs as it is, each captured part replaced by its graph; only
-    values inside the parts are seen then. `seen` has (info, exponents) by the node's identity, over
-    all calls, filled by the backward pass.
-    """
-
-    def __init__(self, captured: Captured) -> None:
-        self._captured = captured
-        self.seen: dict[str, tuple[NodeInfo, Exponents]] = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        regions = self._captured.regions
-        if self._captured.is_whole:
-            return self._run(regions[0], "train", args, kwargs)
-        try:
-            for region in regions:
-                region.module.__dict__["forward"] = partial(self._forward, region)
-            return self._captured.model(*args, **kwargs)
-        finally:
-            for region in regions:
-                region.module.__dict__.pop("forward", None)
-
-    def _forward(self, region: Region, *args: Any, **kwargs: Any) -> Any:
-        return self._run(region, "train" if region.module.training else "eval", args, kwargs)
-
-    def _run(
-        self, region: Region, mode: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
-        runner = _runner(region, mode)
-        inputs = runner.inputs(args, kwargs)
-        watching = _Watching(runner.graph_module, region.graphs[mode].nodes, self._hook)
-        return runner.finish(watching.run(*inputs, enable_io_processing=False), inputs)
-
-    def _hook(self, info: NodeInfo, tensor: torch.Tensor) -> None:
-        exponents = self.seen.setdefault(info.identity, (info, Exponents()))[1]
-        tensor.register_hook(partial(_take, exponents))
-
-
-def _take(exponents: Exponents, gradient: torch.Tensor | None) -> None:
-    if gradient is not None:
-        exponents.add(real_gradient(gradient))
-
-
-class _Watching(fx.Interpreter):
-    """Runs a graph, and calls `hook` on every differentiable result that is not a view."""
-
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        nodes: Mapping[str, NodeInfo],
-        hook: Callable[[NodeInfo, torch.Tensor], None],
-    ) -> None:
-        super().__init__(graph_module)
-        self._nodes, self._hook = nodes, hook
-
-    def run_node(self, n: fx.Node) -> Any:
-        read = {_memory(t) for source in n.all_input_nodes for t in _tensors(self.env[source])}
-        result = super().run_node(n)
-        if (info := self._nodes.get(n.name)) is not None:
-            for leaf in _tensors(result):
-                if leaf.requires_grad and _memory(leaf) not in read:
-                    self._hook(info, leaf)
-        return result
-
-
-def _runner(region: Region, mode: str) -> GraphRunner:
-    if mode not in region.graphs:
-        raise UnsupportedModelError(
-            f"this model was captured for inference only: {region.train_failure}",
-            mend="Make its forward pass exportable in training mode.",
-        )
-    return region.runner(mode)
 
 
 def cloned(values: tuple[Any, ...]) -> Any:
@@ -258,22 +173,3 @@ def require_trainable(value: torch.Tensor, loss: Loss, path: str) -> None:
         what = "loss() gives a tensor that no parameter has a gradient from"
         mend = "Compute it from the model's outputs, without detach(), item() or no_grad()."
         raise ModelError(what, where=defined_at(loss, path), mend=mend)
-
-
-def real_gradient(gradient: torch.Tensor) -> torch.Tensor:
-    """A gradient as a dense tensor of real numbers."""
-    if gradient.layout is not torch.strided:  # of an embedding
-        gradient = gradient.to_dense()
-    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [
-        leaf
-        for leaf in pytree.tree_leaves(tree)
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
-    ]
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

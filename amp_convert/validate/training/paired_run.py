@@ -27,18 +27,22 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.gradient_probe import real_gradient
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch, batch_size
 from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
 from amp_convert.core.number_formats import from_name
+from amp_convert.core.random_state import preserved_rng, set_rng_state
 from amp_convert.core.tensor_errors import ErrorSums
 from amp_convert.loading.model_file import user_code
 from amp_convert.rewrite.converted_model import ConvertedModel
-from amp_convert.validate.training.arm import Arm, LossScaling, Recipe, Weights
+from amp_convert.validate.training.arm import Arm, Recipe
 from amp_convert.validate.training.data import Data, Stream, initial_weights, seeded_rng
-from amp_convert.validate.training.gradient_step import cloned, real_gradient
-from amp_convert.validate.training.results import LOSS, TRAIN_LOSS, PairedRun, TrainingArm
+from amp_convert.validate.training.gradient_step import cloned
+from amp_convert.validate.training.loss_scaling import LossScaling
+from amp_convert.validate.training.results import LOSS, TRAIN_LOSS, ArmRecord, PairedRun
+from amp_convert.validate.training.weights import Weights
 
 PAIR = ("fp32", "mixed")
 ALL_ARMS = (*PAIR, "autocast", "noise")
@@ -146,7 +150,7 @@ class Race:
         rows = tuple(self._row(arm, moved, interrupted) for arm in self.arms.values())
         return PairedRun(self.seed, self.steps, self.random_parted, rows, self.initial_metrics)
 
-    def _row(self, arm: Arm, moved: float, interrupted: bool) -> TrainingArm:
+    def _row(self, arm: Arm, moved: float, interrupted: bool) -> ArmRecord:
         metrics: dict[str, float] = {}
         try:
             metrics = {} if arm.note else self.evaluate(arm)
@@ -158,7 +162,7 @@ class Race:
         base = self.arms["fp32"].tensors
         drift = _distance(arm.tensors, base, self.weights) / moved if moved else None
         own = _distance(arm.tensors, self.initial, self.weights) / moved if moved else None
-        return TrainingArm(
+        return ArmRecord(
             arm=arm.name,
             losses=tuple(arm.losses),
             gradient_norms=tuple(arm.norms),
@@ -188,10 +192,10 @@ class Race:
             arm.installed(),
             in_mode(self._model, training=False),
             _mode_of(self._converted, training=False),
-            devices.preserved_rng(self.device),
+            preserved_rng(self.device),
             torch.no_grad(),
         ):
-            devices.set_rng_state(self.device, self.rng)
+            set_rng_state(self.device, self.rng)
             for batch in self._data.eval_batches():
                 size = batch_size(batch[0], batch[1])
                 samples += size
@@ -267,7 +271,7 @@ def training(model: nn.Module, converted: ConvertedModel | None) -> Iterator[Non
         in_mode(model, training=True),
         _mode_of(converted, training=True),
         devices.exact_fp32(device),
-        devices.preserved_rng(device),
+        preserved_rng(device),
         devices.plain_mode(device),
     ):
         for parameter in kept:

@@ -21,7 +21,7 @@ steps."""
 
 
 @dataclass(frozen=True)
-class TrainingArm:
+class ArmRecord:
     """One model's training run over the steps of `PairedRun`.
 
     `arm` is fp32, mixed, autocast (native `torch.autocast` with `GradScaler`) or noise (FP32 from
@@ -80,7 +80,7 @@ class PairedRun:
     seed: int
     steps: int
     random_parted: int | None
-    arms: tuple[TrainingArm, ...]
+    arms: tuple[ArmRecord, ...]
     initial_metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -113,7 +113,7 @@ class PairedRun:
                 return f"its metric {name} is {said}, where FP32's is {value:.4g}"
         return ""
 
-    def _late(self, mixed: TrainingArm) -> str:
+    def _late(self, mixed: ArmRecord) -> str:
         """That too many steps were left out, as a clause; empty if not.
 
         A dynamic scale looks for its place at first: steps left out in the warm-up, or one after
@@ -137,7 +137,7 @@ class PairedRun:
             "not counting those in which the loss scale looked for its place"
         )
 
-    def arm(self, name: str) -> TrainingArm | None:
+    def arm(self, name: str) -> ArmRecord | None:
         """The arm of this name; None where it did not run."""
         return next((arm for arm in self.arms if arm.arm == name), None)
 

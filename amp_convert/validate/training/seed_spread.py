@@ -25,8 +25,9 @@ from torch import nn
 
 from amp_convert import __version__
 from amp_convert.core.errors import ModelError, UsageError
-from amp_convert.validate.training.arm import LossScaling, Recipe
+from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.data import Data
+from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import LOOKS, Margin, require_baseline
 from amp_convert.validate.training.paired_run import Race, training
 from amp_convert.validate.training.results import LOSS, TRAIN_LOSS

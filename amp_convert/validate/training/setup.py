@@ -20,9 +20,10 @@ from amp_convert.core.batches import Batch
 from amp_convert.core.errors import AmpConvertError, UnsupportedModelError, UsageError
 from amp_convert.loading.model_file import Case, score, user_batches
 from amp_convert.loading.settings import Settings
-from amp_convert.validate.training.arm import LossScaling, Recipe
+from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.compare import DEFAULT_STEPS, Options
 from amp_convert.validate.training.data import Data
+from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import Margin
 from amp_convert.validate.training.seed_spread import Conditions, Fp32Baseline, load_fp32_baseline
 

@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import Consumer, Finding, Guard, Operand, Site
+from amp_convert.plan.guards import Consumer, Guard, GuardFinding, Operand, Site
 from amp_convert.plan.plan import Plan
 from amp_convert.profile.calibrate import Range
-from amp_convert.rules.rule_set import Guards, Rules
+from amp_convert.rules.rule_set import GuardLimits, Rules
 from tests import staged
 from tests.staged import F16, Staged, table
 
@@ -65,9 +65,9 @@ def site(op: str, **fields: Any) -> Site:
     return Site(f"aten.{op}", **fields)
 
 
-def finding(guard: Guard, at: Site, dtype: torch.dtype = F16, **limits: Any) -> Finding | None:
+def finding(guard: Guard, at: Site, dtype: torch.dtype = F16, **limits: Any) -> GuardFinding | None:
     """What a guard says with the default limits, but for those given."""
-    return guard.find(at, replace(Guards(), **limits), dtype)
+    return guard.find(at, replace(GuardLimits(), **limits), dtype)
 
 
 def fires(guard: Guard, at: Site, dtype: torch.dtype = F16, **limits: Any) -> bool:

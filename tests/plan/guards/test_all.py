@@ -17,12 +17,12 @@ from amp_convert.plan.guards.activation_range import ActivationRange
 from amp_convert.plan.guards.weight_range import WeightRange
 from amp_convert.profile.calibrate import Range
 from amp_convert.profile.rounding_trials import Growth
-from amp_convert.rules.rule_set import Guards, load_rules
+from amp_convert.rules.rule_set import GuardLimits, load_rules
 from tests.plan.guards.helpers import INF, NAN, activation, reader, seen, site, weight
 from tests.staged import BF16, F16
 
 DEFAULT = Path(__file__).parents[3] / "rules" / "default.toml"
-OFF = Guards(**{field.name: False for field in fields(Guards)})
+OFF = GuardLimits(**{field.name: False for field in fields(GuardLimits)})
 
 # Each guard: its name, its limit, and a site on which it fires alone, or is not the only one.
 FIRING: dict[str, tuple[str, Site]] = {
@@ -54,29 +54,29 @@ def test_every_guard_has_a_name_of_its_own_and_a_place() -> None:
 
 
 def test_every_limit_belongs_to_one_guard() -> None:
-    assert sorted(limit for limit, _ in FIRING.values()) == sorted(asdict(Guards()))
+    assert sorted(limit for limit, _ in FIRING.values()) == sorted(asdict(GuardLimits()))
 
 
 def test_the_default_rules_name_every_limit_with_its_default() -> None:
     written = tomllib.loads(DEFAULT.read_text())["guards"]
-    assert written == asdict(Guards())
-    assert list(written) == [field.name for field in fields(Guards)]
-    assert load_rules(["default"]).guards == Guards()
+    assert written == asdict(GuardLimits())
+    assert list(written) == [field.name for field in fields(GuardLimits)]
+    assert load_rules(["default"]).guards == GuardLimits()
 
 
 @pytest.mark.parametrize("name", FIRING)
 def test_a_guard_is_switched_off_by_its_own_limit_alone(name: str) -> None:
     limit, at = FIRING[name]
-    found = first_finding(at, Guards(), F16)
+    found = first_finding(at, GuardLimits(), F16)
     assert found is not None
     assert (found.guard, bool(found.reason), bool(found.evidence)) == (name, True, True)
-    assert first_finding(at, replace(Guards(), **{limit: False}), F16) is None
-    assert first_finding(at, replace(OFF, **{limit: getattr(Guards(), limit)}), F16) == found
+    assert first_finding(at, replace(GuardLimits(), **{limit: False}), F16) is None
+    assert first_finding(at, replace(OFF, **{limit: getattr(GuardLimits(), limit)}), F16) == found
 
 
 def heard(at: Site) -> list[str]:
     """Who speaks, who speaks once that one is switched off, and so on."""
-    limits, names = Guards(), []
+    limits, names = GuardLimits(), []
     while (found := first_finding(at, limits, F16)) is not None:
         names.append(found.guard)
         limits = replace(limits, **{FIRING[found.guard][0]: False})
@@ -172,9 +172,9 @@ def test_with_all_guards_off_nothing_is_found(at: Site, dtype: torch.dtype) -> N
     assert first_finding(at, OFF, dtype) is None
 
 
-@given(SITES, st.builds(Guards, *[LIMITS] * len(fields(Guards))), DTYPES)
+@given(SITES, st.builds(GuardLimits, *[LIMITS] * len(fields(GuardLimits))), DTYPES)
 def test_the_first_finding_is_that_of_the_first_guard(
-    at: Site, limits: Guards, dtype: torch.dtype
+    at: Site, limits: GuardLimits, dtype: torch.dtype
 ) -> None:
     found = [guard.find(at, limits, dtype) for guard in ALL]
     assert first_finding(at, limits, dtype) == next((f for f in found if f is not None), None)
@@ -189,7 +189,7 @@ def test_nan_and_infinity_are_never_in_range(
     at: Site, bad: Range, headroom: float, dtype: torch.dtype
 ) -> None:
     """Wherever among the values that the node reads and makes."""
-    limits = Guards(activation_headroom=headroom, weight_headroom=headroom)
+    limits = GuardLimits(activation_headroom=headroom, weight_headroom=headroom)
     assert ActivationRange().find(replace(at, result=bad), limits, dtype) is not None
     for index, operand in enumerate(at.operands):
         operands = [*at.operands]
@@ -200,6 +200,6 @@ def test_nan_and_infinity_are_never_in_range(
 
 @given(SITES, DTYPES)
 def test_what_passes_the_range_guards_is_finite(at: Site, dtype: torch.dtype) -> None:
-    if first_finding(at, Guards(), dtype) is None:
+    if first_finding(at, GuardLimits(), dtype) is None:
         known = [at.result, *(operand.range for operand in at.operands)]
         assert all(math.isfinite(r.abs_max) for r in known if r is not None)

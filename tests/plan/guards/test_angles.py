@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import Finding, Operand
+from amp_convert.plan.guards import GuardFinding, Operand
 from amp_convert.plan.guards.positions import PERIODIC, Angles
 from tests.plan.guards.helpers import (
     INF,
@@ -63,12 +63,12 @@ def test_angles_are_nearly_exact(
 def test_the_finding_says_how_far_the_angle_would_be_off() -> None:
     assert finding(
         GUARD, site("linear", result=7.0, reaches=(reader("sin", operand=-100.0),), batches=2)
-    ) == Finding(
+    ) == GuardFinding(
         "angles",
         "it computes angles, which would be off by 0.049 radians",
         "abs max 100 in 2 batches",
     )
-    assert finding(GUARD, site("cos", operands=(activation(100.0),)), BF16) == Finding(
+    assert finding(GUARD, site("cos", operands=(activation(100.0),)), BF16) == GuardFinding(
         "angles", "it computes angles, which would be off by 0.39 radians", "abs max 100 in 1 batch"
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import Finding
+from amp_convert.plan.guards import GuardFinding
 from amp_convert.plan.guards.cumulative import CUMULATIVE, Cumulative
 from tests.plan.guards.helpers import (
     INF,
@@ -50,7 +50,7 @@ def test_it_runs_over_so_many_elements_at_most(
 )
 def test_the_finding_counts_along_the_operators_axis(axes: tuple[int, ...], length: int) -> None:
     """Without an axis it is the last one."""
-    assert finding(GUARD, site("cumprod", shape=(100, 200, 300), axes=axes)) == Finding(
+    assert finding(GUARD, site("cumprod", shape=(100, 200, 300), axes=axes)) == GuardFinding(
         "cumulative",
         "it adds up one element after the other, and each keeps the errors before it",
         f"{length} elements",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import Finding, Operand
+from amp_convert.plan.guards import GuardFinding, Operand
 from amp_convert.plan.guards.epsilon import SINGULAR_AT_ZERO, Epsilon, eps_of
 from tests.plan.guards.helpers import (
     INF,
@@ -60,10 +60,10 @@ def test_the_finding_names_the_eps() -> None:
     reason = "an eps under 6.1e-05 becomes zero or loses digits in float16"
     assert finding(
         GUARD, site("div", operands=(Operand("other", None, eps=1e-6),), batches=2)
-    ) == Finding("epsilon", reason, "eps = 1e-06")
+    ) == GuardFinding("epsilon", reason, "eps = 1e-06")
     assert finding(
         GUARD, site("clamp_min", scalars={"min": 1e-12}, feeds=(reader("rsqrt"),))
-    ) == Finding("epsilon", reason, "eps = 1e-12")
+    ) == GuardFinding("epsilon", reason, "eps = 1e-12")
 
 
 @pytest.mark.parametrize(("op", "argument"), sorted(SINGULAR_AT_ZERO))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import Finding, Operand
+from amp_convert.plan.guards import GuardFinding, Operand
 from amp_convert.plan.guards.exp_sum import EXPONENTIALS, SUMS, ExpSum
 from tests.plan.guards.helpers import (
     INF,
@@ -57,12 +57,12 @@ def test_the_terms_of_the_sum_are_nearly_exact(
 
 def test_the_finding_says_how_far_the_terms_would_be_off() -> None:
     at = site("exp", operands=(activation(40.0),), feeds=(reader("sum"),), batches=2)
-    assert finding(GUARD, at) == Finding(
+    assert finding(GUARD, at) == GuardFinding(
         "exp-sum",
         "an exponential feeds a sum, whose largest term would be off by 2.0%",
         "max 40",
     )
-    assert finding(GUARD, at, BF16) == Finding(
+    assert finding(GUARD, at, BF16) == GuardFinding(
         "exp-sum",
         "an exponential feeds a sum, whose largest term would be off by 15.6%",
         "max 40",

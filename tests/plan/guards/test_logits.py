@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import Finding, Operand
+from amp_convert.plan.guards import GuardFinding, Operand
 from amp_convert.plan.guards.logits import EXPONENTIAL, Logits
 from amp_convert.profile.calibrate import Range
 from tests.plan.guards.helpers import (
@@ -66,11 +66,13 @@ def test_what_lies_far_below_the_maximum_does_not_count() -> None:
 
 
 def test_the_finding_says_how_far_the_largest_would_be_off() -> None:
-    assert finding(GUARD, site("add", reaches=(reader("softmax", operand=1000.0),))) == Finding(
+    assert finding(
+        GUARD, site("add", reaches=(reader("softmax", operand=1000.0),))
+    ) == GuardFinding(
         "logits", "it computes logits, the largest of which would be off by 0.49", "max 1000"
     )
     at = site("_log_softmax", operands=(Operand("self", Range(1e9, -100.0)),))
-    assert finding(GUARD, at, BF16) == Finding(
+    assert finding(GUARD, at, BF16) == GuardFinding(
         "logits", "it computes logits, the largest of which would be off by 0.39", "max -100"
     )
 

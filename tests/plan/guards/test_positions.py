@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import Finding
+from amp_convert.plan.guards import GuardFinding
 from amp_convert.plan.guards.positions import Positions
 from tests.plan.guards.helpers import (
     INF,
@@ -66,8 +66,10 @@ def test_the_finding_says_how_far_it_counts() -> None:
     at = site("mul", operands=(activation(4000.0, integral=True),), batches=2)
     reason = "it counts beyond {}'s exact integers"
     evidence = "abs max 4000 in 2 batches"
-    assert finding(GUARD, at) == Finding("positions", reason.format("float16"), evidence)
-    assert finding(GUARD, at, BF16) == Finding("positions", reason.format("bfloat16"), evidence)
+    assert finding(GUARD, at) == GuardFinding("positions", reason.format("float16"), evidence)
+    assert finding(GUARD, at, BF16) == GuardFinding(
+        "positions", reason.format("bfloat16"), evidence
+    )
 
 
 # --- in a plan -----------------------------------------------------------------------------------

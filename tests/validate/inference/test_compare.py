@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import amp_convert as amp
-from amp_convert.core.device import peak_bytes
+from amp_convert.core.memory_meter import peak_bytes
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.inference.compare import compare
 from amp_convert.validate.inference.results import Divergence, NodeDivergence

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import amp_convert as amp
-from amp_convert.core.device import peak_bytes
+from amp_convert.core.memory_meter import peak_bytes
 from amp_convert.validate.inference import costs
 from tests.zoo import assert_same_bits
 

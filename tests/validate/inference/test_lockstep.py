@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import fx, nn
 
 import amp_convert as amp
-from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.inference import lockstep
-from amp_convert.validate.inference.lockstep import Arm, KernelError, Step
+from amp_convert.validate.inference.lockstep import NodeValues
 from tests.zoo import (
     both_dtypes,
     converted,
@@ -29,11 +27,11 @@ CPU = torch.device("cpu")
 X = torch.linspace(-2, 2, 40).reshape(5, 8)
 
 
-def in_step(mixed: ConvertedModel, *args: Any, **kwargs: Any) -> tuple[list[Step], Any, Any]:
+def in_step(mixed: ConvertedModel, *args: Any, **kwargs: Any) -> tuple[list[NodeValues], Any, Any]:
     """Every step with a local result for every node, and both models' flat outputs."""
     region = mixed.captured.regions[0]
     inputs = region.runner("eval").inputs(args, kwargs)
-    steps: list[Step] = []
+    steps: list[NodeValues] = []
     with torch.no_grad():
         reference, result = lockstep.run(
             mixed.rewritten[""]["eval"], inputs, inputs, steps.append, lambda _: True, CPU
@@ -41,7 +39,7 @@ def in_step(mixed: ConvertedModel, *args: Any, **kwargs: Any) -> tuple[list[Step
     return steps, reference, result
 
 
-def initialised(steps: list[Step]) -> list[Step]:
+def initialised(steps: list[NodeValues]) -> list[NodeValues]:
     """All but those whose value is whatever lay in memory."""
     return [step for step in steps if "empty" not in str(step.node.target)]
 
@@ -163,7 +161,7 @@ def test_local_results_only_where_they_are_wanted() -> None:
     args = example("cnn")[1]
     region = mixed.captured.regions[0]
     inputs = region.runner("eval").inputs(args, {})
-    steps: list[Step] = []
+    steps: list[NodeValues] = []
     with torch.no_grad():
         lockstep.run(
             mixed.rewritten[""]["eval"],
@@ -214,93 +212,3 @@ def test_all_three_draw_the_same_numbers() -> None:
         assert torch.equal(tensors(outcome)[1], tensors(drop.reference)[1])
     assert 0 < int(tensors(drop.reference)[1].sum()) < 40
     torch.testing.assert_close(result[0], alone, rtol=1e-2, atol=1e-2)
-
-
-# --- one arm -------------------------------------------------------------------------------------
-
-
-def test_an_arm_keeps_only_what_is_still_needed() -> None:
-    torch.manual_seed(0)
-    layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
-    mixed = amp.convert(layers, X, rules="fp32")
-    runner = mixed.captured.regions[0].runner("eval")
-    graph = runner.graph_module
-    arm, most = Arm(graph, runner.inputs((X,), {})), 0
-    with torch.no_grad():
-        for node in graph.graph.nodes:
-            arm.execute(node)
-            arm.free()
-            computed = [n for n in arm.values if n.op == "call_function"]
-            most = max(most, len(computed))
-        assert most == 1
-        assert same(arm.values[node], layers(X))
-
-
-def test_a_result_that_nobody_reads_is_dropped_at_once() -> None:
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    graph.call_function(torch.ops.aten.exp.default, (x,))
-    graph.output((x,))
-    arm = Arm(fx.GraphModule(nn.Module(), graph), [X])
-    for node in list(graph.nodes)[:2]:
-        arm.execute(node)
-        arm.free()
-    assert list(arm.values) == [x]
-
-
-# --- kernels that refuse -------------------------------------------------------------------------
-
-
-@torch.library.custom_op("amp_convert_tests::fp32_only", mutates_args=())
-def fp32_only(x: torch.Tensor) -> torch.Tensor:
-    """An operator whose shape function takes what its kernel does not."""
-    if x.dtype != torch.float32:
-        raise RuntimeError("fp32_only is for FP32\nand a second line")
-    return x + 1
-
-
-@fp32_only.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-fp32_only.register_autograd(lambda _, gradient: gradient)
-
-
-class Picky(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(torch.ops.amp_convert_tests.fp32_only(self.first(x)))
-
-
-def test_a_kernel_that_refuses_is_named() -> None:
-    mixed = converted("cnn", "half")
-    rewritten = mixed.rewritten[""]["eval"]
-    inputs = mixed.captured.regions[0].runner("eval").inputs(example("cnn")[1], {})
-    with torch.no_grad():
-        lockstep.try_kernels(rewritten, inputs)
-        wrong = [t.long() if torch.is_tensor(t) and t.dim() == 4 else t for t in inputs]
-        with pytest.raises(KernelError) as caught:
-            lockstep.try_kernels(rewritten, [*wrong[:-1], wrong[-1][:, :2]])
-    error = caught.value
-    assert isinstance(error, UnsupportedModelError)
-    assert error.info is not None
-    assert error.info.layer == "conv1"
-    assert "aten.conv2d refuses the dtypes that the plan gives it" in str(error)
-    assert 'op = "aten.conv2d"' in error.mend
-    assert "\n" not in error.cause
-
-
-def test_an_operator_without_a_low_kernel_is_kept_in_fp32(tmp_path: Any) -> None:
-    """Only running it shows: the plan then names what it said as its evidence."""
-    mixed = amp.convert(Picky().eval(), X, rules="half")
-    kept = next(d for d in mixed.plan.eval if d.op == "amp_convert_tests.fp32_only")
-    assert (kept.dtype, kept.low, kept.rule) == ("float32", False, "no kernel")
-    assert "fp32_only is for FP32" in kept.evidence
-    assert "second line" not in kept.evidence
-    assert sum(d.low for d in mixed.plan.eval) == 2
-    torch.testing.assert_close(mixed(X), Picky().eval()(X), rtol=1e-2, atol=1e-2)

@@ -12,7 +12,7 @@ from torch import nn
 import amp_convert as amp
 from amp_convert.rewrite.converted_model import ConvertedModel, fold_weights
 from amp_convert.validate.onnx import lockstep as onnx_lockstep
-from amp_convert.validate.onnx.lockstep import OnnxLockstep, Step
+from amp_convert.validate.onnx.lockstep import OnnxLockstep, OnnxNodeValues
 
 Visited = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
@@ -25,7 +25,7 @@ def visit(mixed: ConvertedModel, path: Path, x: torch.Tensor) -> tuple[Visited, 
             for spec in folded.signature.inputs]  # fmt: skip
     seen: Visited = {}
 
-    def record(step: Step) -> None:
+    def record(step: OnnxNodeValues) -> None:
         seen[step.name] = step.reference, step.accumulated, step.local
 
     with torch.no_grad():

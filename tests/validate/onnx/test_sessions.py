@@ -11,7 +11,13 @@ from onnx import parser
 
 from amp_convert.core.errors import UsageError
 from amp_convert.validate.onnx import sessions as onnx_sessions
-from amp_convert.validate.onnx.sessions import Placement, Session, needless, recorded, why_not
+from amp_convert.validate.onnx.sessions import (
+    Placement,
+    Session,
+    failing_optimisation,
+    recorded,
+    why_not,
+)
 from tests.zoo import same_bits
 
 on_a_cpu = pytest.mark.skipif(
@@ -80,13 +86,13 @@ def test_a_session_hides_an_overflow(tmp_path: Path) -> None:
 def test_a_file_that_opens(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", "(float[1] x) => (float[1] y) { y = Neg(x) }")
     assert why_not(path) == ""
-    assert needless(path) == ("", ())
+    assert failing_optimisation(path) == ("", ())
 
 
 def test_a_file_that_does_not_open(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"nothing of the kind")
-    failure, without = needless(str(path))
+    failure, without = failing_optimisation(str(path))
     assert "m.onnx" in failure
     assert without == ()
 
@@ -96,7 +102,7 @@ def test_a_crash_is_no_crash_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyP
         f"import os, sys\nif sys.argv[3] != {onnx_sessions.SUSPECTS[1]!r}: os.kill(os.getpid(), 11)"
     )
     monkeypatch.setattr(onnx_sessions, "_PROBE", dies)
-    failure, without = needless(str(tmp_path / "m.onnx"))
+    failure, without = failing_optimisation(str(tmp_path / "m.onnx"))
     assert failure == "ONNX Runtime crashed while it opened it (signal 11)"
     assert without == (onnx_sessions.SUSPECTS[1],)
 

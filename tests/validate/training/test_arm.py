@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import torch
 from torch import optim
 from torch.optim import lr_scheduler as schedules
 
-from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.core.errors import ModelError
 from amp_convert.validate.training import checkpoint
-from amp_convert.validate.training.arm import LossScaling, Recipe, Weights
+from amp_convert.validate.training.arm import Recipe
+from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.paired_run import PAIR, Race, training
 from tests.training import POINTS, Net, classify, convert_net, initial_model, points
 from tests.zoo import assert_same_bits
@@ -137,56 +137,6 @@ def test_an_optimizer_that_evaluates_the_loss_again(exact: Any) -> None:
             race.step()
 
 
-# --- how the loss is scaled ---
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"initial": 3.0}, "a loss scale of 3.0 is not a power of two of 1 or more"),
-        ({"initial": 0.5}, "a loss scale of 0.5 is not a power of two of 1 or more"),
-        ({"growth_factor": 1.0}, "the loss scale's growth factor is 1"),
-        ({"growth_factor": math.nan}, "the loss scale's growth factor is nan"),
-        ({"backoff_factor": 1.0}, "the loss scale's back-off factor is 1"),
-        ({"backoff_factor": 0.0}, "the loss scale's back-off factor is 0"),
-    ],
-    ids=str,
-)
-def test_numbers_that_make_no_rule(given: Mapping[str, Any], said: str) -> None:
-    with pytest.raises(UsageError) as refused:
-        LossScaling(**given)
-    assert refused.value.what == said
-
-
-def test_the_scale_follows_its_rule() -> None:
-    """Grows by 4 after 2 clean steps; too large at first, so it backs off by 8."""
-    mixed = convert_net(torch.float16)
-    rule = LossScaling("dynamic", 2.0**24, 4.0, 0.125, 2)
-    recipe = Recipe(classify, OPTIMIZERS["sgd"], scaling=rule)
-    with training(mixed.captured.model, mixed):
-        race = Race(mixed.captured.model, mixed, recipe, POINTS, 0, PAIR, 12)
-        while race.step():
-            pass
-    arm = race.arms["mixed"]
-    scale, clean, expected = 2.0**24, 0, []
-    for step in range(1, 13):
-        expected.append(scale)
-        if step in arm.skipped:
-            scale, clean = scale / 8, 0
-        elif (clean := clean + 1) == 2:
-            scale, clean = scale * 4, 0
-    assert arm.scales == expected
-    assert 1 in arm.skipped
-    assert len(arm.skipped) < 12
-    assert [math.isfinite(norm) for norm in arm.norms] == [
-        step not in arm.skipped for step in range(1, 13)
-    ]
-    assert race.arms["fp32"].scales == [1.0] * 12
-    assert str(rule) == (
-        "dynamic, from 1.67772e+07: times 4 after 2 clean steps, times 0.125 after an overflow"
-    )
-
-
 def test_a_skipped_step_leaves_weights_and_schedule(exact: Any) -> None:
     mixed = convert_net(torch.float16)
     recipe = Recipe(
@@ -202,22 +152,3 @@ def test_a_skipped_step_leaves_weights_and_schedule(exact: Any) -> None:
     assert arm.scheduler.last_epoch == 0
     for name in race.weights.parameters:
         assert torch.equal(arm.tensors[name], race.initial[name]), name
-
-
-# --- weights ---
-
-
-def test_shared_tensors_are_one_and_stay_one() -> None:
-    """Tied parameters, and a buffer that two modules hold."""
-    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-    second.weight = first.weight
-    first.register_buffer("seen", torch.zeros(2))
-    second.register_buffer("also", first.seen)
-    model = torch.nn.Sequential(first, second)
-    weights = Weights(model)
-    assert weights.names == ("0.weight", "0.bias", "1.bias", "0.seen")
-    replaced = {name: tensor + 1 for name, tensor in weights.get().items()}
-    weights.put(replaced)
-    assert second.weight is first.weight
-    assert first.seen is second.also is replaced["0.seen"]
-    assert model[1].weight.data_ptr() == replaced["0.weight"].data_ptr()

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch
 from amp_convert.core.errors import ModelError
-from amp_convert.validate.training.arm import Weights
+from amp_convert.core.random_state import rng_state, set_rng_state
 from amp_convert.validate.training.data import Data, Stream, initial_weights, seeded_rng
+from amp_convert.validate.training.weights import Weights
 from tests.zoo import assert_same_bits
 
 CPU = torch.device("cpu")
@@ -212,14 +212,14 @@ def test_a_larger_initial_model_is_refused() -> None:
 
 def test_seeded_rng_is_the_state_after_seeding_all_three() -> None:
     torch.manual_seed(1)
-    before = devices.rng_state(CPU)
+    before = rng_state(CPU)
     found = seeded_rng(CPU, 42)
     assert found.device is None
-    assert devices.rng_state(CPU).same(before)
+    assert rng_state(CPU).same(before)
     torch.manual_seed(42)
     random.seed(42)
     np.random.seed(42)
     expected = torch.rand(3).tolist(), random.random(), np.random.rand()
-    devices.set_rng_state(CPU, found)
+    set_rng_state(CPU, found)
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == expected
-    assert not found.same(devices.rng_state(CPU))
+    assert not found.same(rng_state(CPU))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from amp_convert.capture.gradient_probe import GradientProbe
 from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError
-from amp_convert.core.exponent_histogram import Exponents
-from amp_convert.validate.training.gradient_step import StepTrace, TrainStep, Watched
+from amp_convert.validate.training.gradient_step import StepTrace, TrainStep
 from tests.staged import Staged
 from tests.zoo import assert_same_bits, converted, example, mode
 
@@ -82,7 +81,7 @@ def by_hand(
 
 
 def both(given: TrainStep, of: Staged) -> list[StepTrace]:
-    return [given.eager(), given.run(Watched(of.captured), "FP32")]
+    return [given.eager(), given.run(GradientProbe(of.captured), "FP32")]
 
 
 def test_gradients_are_those_of_plain_pytorch() -> None:
@@ -106,78 +105,9 @@ def test_gradients_of_real_models(name: str) -> None:
     with mode(model):
         value, wanted = by_hand(model, lambda out: squares(out, None), *args, **kwargs)
         given = TrainStep(mixed, (args, kwargs, None), squares, "")
-        for trace in (given.eager(), given.run(Watched(mixed.captured), "FP32")):
+        for trace in (given.eager(), given.run(GradientProbe(mixed.captured), "FP32")):
             assert trace.loss == value
             assert_same_bits(wanted, trace.gradients)
-
-
-def test_activation_gradients_belong_to_nodes() -> None:
-    of = shared()
-    watched = Watched(of.captured)
-    torch.manual_seed(3)
-    step(of).run(watched, "FP32")
-    found = {info.identity.replace("aten.", ""): seen for info, seen in watched.seen.values()}
-    assert {name for name, seen in found.items() if seen.elements} == {
-        "first/linear#0",
-        "norm/_native_batch_norm_legit_functional#0",
-        "/gelu#0",
-        "drop/native_dropout#0",
-        "last/linear#0",
-        "/mul#0",
-    }  # neither the views nor the access to the normalisation's results
-    torch.manual_seed(3)
-    for name, gradient in _retained(of.model).items():
-        want = Exponents()
-        want.add(gradient)
-        assert found[name] == want, name
-
-
-def _retained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The forward pass of `Net` once more, eagerly, keeping gradients."""
-    model = copy.deepcopy(model).train()
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep(name: str, value: torch.Tensor) -> torch.Tensor:
-        value.retain_grad()
-        kept[name] = value
-        return value
-
-    net: Any = model
-    h = keep(
-        "norm/_native_batch_norm_legit_functional#0", net.norm(keep("first/linear#0", net.first(X)))
-    )
-    h = keep("/gelu#0", F.gelu(h.view(-1, 2, 4)))
-    h = keep("last/linear#0", net.last(keep("drop/native_dropout#0", net.drop(h.reshape(-1, 8)))))
-    F.mse_loss(keep("/mul#0", h * net.frozen), Y).backward()
-    return {name: value.grad for name, value in kept.items() if value.grad is not None}
-
-
-def test_a_value_that_the_loss_does_not_read_has_no_gradient() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.a(x), self.b(x)
-
-    of = staged(Two)
-    watched = Watched(of.captured)
-    trace = step(of, lambda out, t: F.mse_loss(out[0], t)).run(watched, "FP32")
-    assert trace.gradients["b.weight"] is None
-    elements = {info.layer: seen.elements for info, seen in watched.seen.values()}
-    assert elements == {"a": 24, "b": 0}
-
-
-def test_no_gradient_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: Counter[str] = Counter()
-    monkeypatch.setattr(Exponents, "add", lambda self, tensor: seen.update([str(tensor.shape)]))
-    of = shared()
-    watched = Watched(of.captured)
-    step(of).run(watched, "FP32")
-    held = [v for _, e in watched.seen.values() for v in vars(e).values()]
-    assert seen.total() == 6
-    assert not any(isinstance(v, torch.Tensor) for v in held)
 
 
 # --- nothing is left behind ----------------------------------------------------------------------
@@ -203,7 +133,7 @@ def test_everything_is_as_it_was() -> None:
     given = TrainStep(mixed, ((x,), {}, y), loss, "")
     traces = [
         given.eager(),
-        given.run(Watched(of.captured), "FP32"),
+        given.run(GradientProbe(of.captured), "FP32"),
         given.run(mixed, "mixed", 8.0),
     ]
     assert torch.equal(state, torch.get_rng_state())
@@ -352,7 +282,7 @@ class Complex(nn.Module):
 
 def test_complex_gradients_are_compared_part_by_part() -> None:
     of = staged(Complex)
-    watched = Watched(of.captured)
+    watched = GradientProbe(of.captured)
     trace = step(of, target=Y.view(-1, 2, 2)).run(watched, "FP32")
     _, wanted = by_hand(of.model, lambda out: F.mse_loss(out, Y.view(-1, 2, 2)), X)
     assert_same_bits({"turn": torch.view_as_real(wanted["turn"])}, trace.gradients)
@@ -408,7 +338,7 @@ class Branching(nn.Module):
 def test_a_model_in_parts() -> None:
     of = staged(Branching)
     assert not of.captured.is_whole
-    watched = Watched(of.captured)
+    watched = GradientProbe(of.captured)
     given = step(of)
     value, wanted = by_hand(of.model, lambda out: F.mse_loss(out, Y), X)
     for trace in (given.eager(), given.run(watched, "FP32")):

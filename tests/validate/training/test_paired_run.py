@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from amp_convert.validate.training.arm import LossScaling
+from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.paired_run import ALL_ARMS, PAIR, Race, training
 from tests.training import Trained, by_hand, recipe
 from tests.zoo import assert_same_bits

@@ -19,9 +19,10 @@ from amp_convert.profile.calibrate import profile
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rules.rule_set import load_rules
 from amp_convert.validate.training import checkpoint
-from amp_convert.validate.training.arm import LossScaling, Recipe
+from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.compare import Options, compare_training
 from amp_convert.validate.training.data import Data
+from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import Margin
 from amp_convert.validate.training.paired_run import ALL_ARMS, PAIR, Race, training
 from tests.training import OPTIMIZERS, POINTS, Net, classify, convert_net, initial_model, points

@@ -1,0 +1,86 @@
+"""Running a graph a node at a time, so that whoever runs it sees each value and can free it."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from amp_convert.capture.node_info import NodeInfo
+from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.rewrite.insert_casts import Rewritten
+
+
+class KernelError(UnsupportedModelError):
+    """An operator refuses the dtypes that the plan gives it. `info` is the node, if it is known."""
+
+    def __init__(self, info: NodeInfo | None, cause: Exception) -> None:
+        self.info = info
+        self.cause = str(cause).strip().splitlines()[0] if str(cause).strip() else repr(cause)
+        op = info.short_op if info else "a cast"
+        super().__init__(
+            f"{op} refuses the dtypes that the plan gives it: {self.cause}",
+            where=" ".join(filter(None, (info.layer, info.location))) if info else "",
+            mend=f'Keep it in FP32 by a rule: op = "{op}", category = "deny".',
+        )
+
+
+class GraphExecution:
+    """One graph being executed, a node at a time; keeps only values that still have a reader."""
+
+    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self._module = graph_module
+        self.values: dict[fx.Node, Any] = {}
+        self._readers = Counter({n: len(n.users) for n in graph_module.graph.nodes})
+        self._spent: list[fx.Node] = []
+        self._inputs = iter(inputs)
+
+    def execute(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.values[node] = next(self._inputs)
+        elif node.op == "get_attr":
+            self.values[node] = operator.attrgetter(str(node.target))(self._module)
+        elif node.op == "call_function":
+            args, kwargs = self.arguments(node)
+            self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        else:
+            self.values[node] = self.arguments(node)[0][0]
+        self._spent.append(node)
+
+    def arguments(self, node: fx.Node) -> tuple[Any, Any]:
+        return fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+
+    def free(self) -> None:
+        """Drop what the nodes executed since the last call have read for the last time."""
+        for node in self._spent:
+            for source in node.all_input_nodes:
+                self._readers[source] -= 1
+                if not self._readers[source]:
+                    del self.values[source]
+            if not node.users and node.op != "output":
+                del self.values[node]
+        self._spent.clear()
+
+
+def execute(running: GraphExecution, node: fx.Node, rewritten: Rewritten) -> None:
+    """Execute one node of a rewritten graph; KernelError names the node that refuses its dtypes."""
+    try:
+        running.execute(node)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        info = rewritten.captured.nodes.get(rewritten.origins.get(node.name, ""))
+        raise KernelError(info, error) from error
+
+
+def try_kernels(rewritten: Rewritten, inputs: Sequence[Any]) -> None:
+    """Run a rewritten graph once, for no other purpose than to see that every kernel takes its
+    dtypes. Raises KernelError for the first that does not."""
+    running = GraphExecution(rewritten.graph_module, inputs)
+    for node in rewritten.graph_module.graph.nodes:
+        execute(running, node, rewritten)
+        running.free()
