@@ -30,8 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amp_convert.capture.export import CapturedGraph
 from amp_convert.capture.graph_call import InputSpec, Signature, Source, UserInput
-from amp_convert.capture.node_info import NodeInfo, op_name
+from amp_convert.capture.node_info import NodeInfo
 from amp_convert.capture.regions import Captured, Region, _record
+from amp_convert.core.op_facts import op_name
 
 aten = torch.ops.aten
 
@@ -271,7 +272,7 @@ def _described(graph: fx.Graph) -> dict[str, NodeInfo]:
     described = {}
     for node in graph.nodes:
         if node.op == "call_function":
-            op = op_name(node)
+            op = op_name(node.target)
             short = ".".join(op.split(".")[:2])
             described[node.name] = NodeInfo(f"/{short}#{seen[short]}", "", (), op, "")
             seen[short] += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 import site
@@ -15,6 +14,7 @@ import torch
 from torch import fx
 
 import amp_convert
+from amp_convert.core.op_facts import op_name, short_name
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,7 @@ class NodeInfo:
     @property
     def short_op(self) -> str:
         """The operator without its overload: `aten.linear`."""
-        return ".".join(self.op.split(".")[:2])
-
-
-def op_name(node: fx.Node) -> str:
-    """`aten.linear.default`, `operator.getitem`, or the name of a higher-order operator."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return f"operator.{target.__name__}"
-    return str(getattr(target, "__name__", target))
+        return short_name(self.op)
 
 
 def describe(graph: fx.Graph, path: str) -> dict[str, NodeInfo]:
@@ -56,8 +46,8 @@ def describe(graph: fx.Graph, path: str) -> dict[str, NodeInfo]:
             continue
         inner, modules = _modules(node)
         layer = ".".join(part for part in (path, inner) if part)
-        op = op_name(node)
-        short = ".".join(op.split(".")[:2])
+        op = op_name(node.target)
+        short = short_name(op)
         ordinal = ordinals[layer, short]
         ordinals[layer, short] += 1
         identity = f"{layer}/{short}#{ordinal}"

@@ -37,6 +37,7 @@ from amp_convert.capture.regions import Region
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.number_formats import from_name
+from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.onnx_file import fp32_twin as onnx_twin
 from amp_convert.onnx_file import labels as onnx_labels
@@ -58,11 +59,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 aten = torch.ops.aten
-
-_ONE_DTYPE = {
-    aten.layer_norm.default, aten.native_layer_norm.default,
-    aten.group_norm.default, aten.native_group_norm.default,
-}  # fmt: skip
 
 
 def unconverted(graph: CapturedGraph) -> Rewritten:
@@ -141,7 +137,8 @@ def _fitted(region: Region, rewritten: Rewritten, border: torch.dtype | None) ->
     for old, new in copied.items():
         new.meta["custom"] = {MARK: old.name}
     for old, new in copied.items():
-        if new.target in _ONE_DTYPE:
+        facts = facts_of_target(new.target)
+        if facts.is_a(Family.NORM) and facts.kept_arguments("cpu"):  # ONNX wants one dtype
             _cast_parameters(new, rewritten.decisions.get(rewritten.origins.get(old.name, "")))
     if border is not None:
         _widen_inputs(region, graph)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Region, Value
 from amp_convert.core.number_formats import castable, name_of
-from amp_convert.core.op_facts import kept_arguments
+from amp_convert.core.op_facts import facts_of_target
 from amp_convert.plan.coloring import Painted
 from amp_convert.plan.dtype_flow import Flow, tensor_arguments
 from amp_convert.plan.evidence import Evidence
@@ -159,7 +159,7 @@ class Writer:
         results = pytree.tree_leaves(flow.result)
         if self._dtype in results or ruling.explicit:
             return self._dtype in results
-        kept = kept_arguments(node.target, self._device)
+        kept = facts_of_target(node.target).kept_arguments(self._device)
         arguments = tensor_arguments(node, self._values)
         read = {
             dtype

@@ -27,9 +27,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Value
 from amp_convert.core.number_formats import castable
-from amp_convert.core.op_facts import casts_result, kept_arguments
-
-aten = torch.ops.aten
+from amp_convert.core.op_facts import facts_of_target
 
 
 class Precision(StrEnum):
@@ -70,9 +68,6 @@ class NoKernelError(Exception):
         self.node = node
         self.cause = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         super().__init__(f"{node}: {self.cause}")
-
-
-_WITH_STATISTICS = {aten.native_layer_norm.default, aten.native_group_norm.default}
 
 
 def tensor_arguments(node: fx.Node, values: Mapping[str, Any]) -> Iterator[tuple[str, fx.Node]]:
@@ -122,7 +117,7 @@ class _Walk:
         )
         result = self._result(node, arguments, wanted)
         output = None
-        if precision is Precision.LOW and casts_result(node.target):
+        if precision is Precision.LOW and facts_of_target(node.target).delivers_low:
             output, result = self._low, self._low
         self._dtypes[node.name] = result
         return Flow(inputs, tuple(wanted), output, result)
@@ -137,7 +132,7 @@ class _Walk:
         arguments: list[tuple[str, fx.Node]],
         arriving: list[torch.dtype],
     ) -> Iterator[torch.dtype]:
-        kept = kept_arguments(node.target, self._device)
+        kept = facts_of_target(node.target).kept_arguments(self._device)
         for (name, producer), have in zip(arguments, arriving, strict=True):
             original = self._values[producer.name].dtype
             if not castable(have) or precision is Precision.AS_IS:
@@ -168,7 +163,7 @@ class _Walk:
         if key not in self._known:
             self._known[key] = self._ask(node, dtypes)
         result, original = self._known[key], _dtype_tree(self._values[node.name])
-        if "batch_norm" in node.target.name() or node.target in _WITH_STATISTICS:
+        if facts_of_target(node.target).has_fp32_statistics and isinstance(original, tuple):
             # Fake kernels call the saved statistics low; the real ones keep them in FP32.
             return (result[0], *original[1:])
         if isinstance(original, tuple) and isinstance(result, tuple):

@@ -18,11 +18,11 @@ from torch import fx
 from amp_convert.capture.graph_call import Source
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.capture.regions import Region
+from amp_convert.core.op_facts import Family, facts_of, facts_of_target
 from amp_convert.profile.calibrate import Range, RangeStats, input_key
 from amp_convert.profile.rounding_trials import Growth
 
 _T = TypeVar("_T")
-_DROPOUTS = ("aten.dropout", "aten.native_dropout")
 
 
 class Evidence:
@@ -70,7 +70,7 @@ class Evidence:
     def _behind_dropout(self, node: fx.Node) -> Range | None:
         if node.target is operator.getitem:
             node = node.args[0]  # type: ignore[assignment]
-        if node.name not in self._infos or self._infos[node.name].short_op not in _DROPOUTS:
+        if not facts_of_target(node.target).is_a(Family.DROPOUT):
             return None
         source, share = node.args[:2]
         assert isinstance(source, fx.Node)
@@ -102,6 +102,5 @@ def _by_layer_and_op(infos: Iterable[NodeInfo]) -> dict[tuple[str, str], list[st
 
 
 def _group(info: NodeInfo) -> tuple[str, str]:
-    """A node's layer and operator. Batch normalisation has one for each mode."""
-    op = "batch_norm" if "batch_norm" in info.short_op else info.short_op
-    return info.layer, op
+    """A node's layer and what it computes: an operator may go by another name in each mode."""
+    return info.layer, facts_of(info.op).name

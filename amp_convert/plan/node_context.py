@@ -17,31 +17,12 @@ import torch
 from torch import fx
 
 from amp_convert.capture.regions import Value
-from amp_convert.core.op_facts import casts_result, kept_arguments
+from amp_convert.core.op_facts import Family, OpFacts, facts_of, facts_of_target
 from amp_convert.plan.dtype_flow import tensor_arguments
 from amp_convert.plan.guards.epsilon import eps_of
-from amp_convert.plan.guards.exp_sum import SUMS
-from amp_convert.plan.guards.logits import EXPONENTIAL
-from amp_convert.plan.guards.positions import PERIODIC
-from amp_convert.plan.guards.site import Consumer, Operand, Site, ops
+from amp_convert.plan.guards.site import Consumer, Operand, Site
 from amp_convert.profile.calibrate import Range
 from amp_convert.profile.rounding_trials import Growth
-
-_SUMS = ops("add", "sub", "rsub", "neg", "dropout", "native_dropout")
-_PRODUCTS = ops("mul", "div", "true_divide", "outer", "lerp")
-# They pass values on, or choose among them, and change none.
-_MOVING = ops(
-    "alias", "cat", "chunk", "clone", "contiguous", "detach", "diagonal", "expand", "expand_as",
-    "flatten", "flip", "gather", "index", "index_select", "lift_fresh_copy", "masked_select",
-    "movedim", "narrow", "permute", "reflection_pad1d", "reflection_pad2d", "repeat",
-    "repeat_interleave", "replication_pad1d", "replication_pad2d", "reshape", "roll", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "t", "take_along_dim",
-    "transpose", "tril", "triu", "unbind", "unflatten", "unfold", "unsqueeze", "view", "where",
-    "max", "amax", "relu", "abs", "masked_fill", "topk", "sort", "constant_pad_nd", "pad",
-)  # fmt: skip
-_COPIES = ops("lift_fresh_copy", "clone", "detach", "alias", "expand", "reshape", "unsqueeze")
-# They pass on the values of a mask, or add to them.
-_SELECTING = ops("add", "where", "masked_fill", "dropout")
 
 
 class Sites:
@@ -103,9 +84,9 @@ class Sites:
         )
 
     def _operands(self, node: fx.Node) -> Iterator[Operand]:
+        facts = facts_of_target(node.target)
         # A table that is looked up first is stored low once the model is frozen.
-        lookup = casts_result(node.target)
-        kept = frozenset() if lookup else kept_arguments(node.target, self._device)
+        kept = frozenset() if facts.delivers_low else facts.kept_arguments(self._device)
         for name, producer in tensor_arguments(node, self._values):
             value = self._values[producer.name]
             if name not in kept and value.dtype == torch.float32:
@@ -130,7 +111,7 @@ class Sites:
         eps = eps_of(op, _numbers(arguments))
         if eps is not None:
             return eps
-        if op == "aten.sqrt":
+        if facts_of(op).name == "aten.sqrt":
             below = self._eps(node.all_input_nodes[0])
             return math.sqrt(below) if below is not None and below > 0 else None
         return self._eps(node.all_input_nodes[0]) if self._is_transparent(node) else None
@@ -145,10 +126,14 @@ class Sites:
         return seen.maximum if math.prod(value.shape) == 1 and seen.maximum > 0 else None
 
     def _is_copy(self, node: fx.Node) -> bool:
-        return self._ops[node.name] in _COPIES and bool(node.all_input_nodes)
+        moves = self._facts(node).is_a(Family.SHAPE, Family.COPY, Family.PART)
+        return moves and len(node.all_input_nodes) == 1
 
     def _is_transparent(self, node: fx.Node) -> bool:
-        return node.target is operator.getitem or self._ops.get(node.name, "") in _MOVING
+        return node.target is operator.getitem or self._facts(node).moves
+
+    def _facts(self, node: fx.Node) -> OpFacts:
+        return facts_of(self._ops.get(node.name, ""))
 
     def _readers(self, node: fx.Node) -> Iterator[tuple[fx.Node, Consumer]]:
         """Each reader of a value, as which argument it reads it."""
@@ -180,7 +165,7 @@ class Sites:
 
     def _passes_mask(self, reader: fx.Node, argument: str) -> bool:
         """Whether what a node reads there goes on as a mask, to softmaxes alone."""
-        selects = self._ops.get(reader.name, "") in _SELECTING or self._is_transparent(reader)
+        selects = self._facts(reader).passes_masks or self._is_transparent(reader)
         return reader in self._masked and selects and argument not in ("mask", "condition")
 
     def _is_masked(self, node: fx.Node) -> bool:
@@ -195,16 +180,18 @@ class Sites:
         )
 
     def _ends_mask(self, node: fx.Node, argument: str) -> bool:
-        op = self._ops.get(node.name, "")
-        return (op in EXPONENTIAL and argument == "self") or argument == "attn_mask"
+        exponentiates = self._facts(node).exponentiates
+        return (exponentiates and argument == "self") or argument == "attn_mask"
 
     def _ends(self, node: fx.Node) -> Iterator[Consumer]:
         for user, consumer in self._readers(node):
-            if consumer.op in PERIODIC or consumer.op in EXPONENTIAL:
-                yield replace(consumer, summed=any(c.op in SUMS for c in self._feeds[user]))
-            elif self._is_transparent(user) or (consumer.op in _SUMS and not _has_alpha(user)):
+            facts = consumer.facts
+            adds = facts.is_a(Family.SUM, Family.SIGN, Family.DROPOUT)
+            if facts.exponentiates or facts.is_a(Family.PERIODIC):
+                yield replace(consumer, summed=any(c.facts.sums for c in self._feeds[user]))
+            elif self._is_transparent(user) or (adds and not _has_alpha(user)):
                 yield from self._reaches[user]
-            elif consumer.op in _PRODUCTS or consumer.op in _SUMS:
+            elif adds or facts.is_a(Family.PRODUCT):
                 yield from (replace(end, scaled=True) for end in self._reaches[user])
 
 

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Captured, Region, Value
 from amp_convert.core.number_formats import name_of
-from amp_convert.core.op_facts import casts_result
+from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.plan import guards as guarding
 from amp_convert.plan.coloring import Painted, paint
 from amp_convert.plan.decision_writer import Ruling, Settled, Writer
@@ -43,8 +43,6 @@ from amp_convert.plan.plan import Casts, Decision, Plan
 from amp_convert.plan.rescaling import UNSCALED, Rescaler, Scaling
 from amp_convert.profile.calibrate import Range, RangeStats
 from amp_convert.rules.rule_set import Category, Painting, Place, Rules, Target
-
-aten = torch.ops.aten
 
 
 def make_plan(
@@ -108,9 +106,6 @@ _EXPLICIT = Ruling(
 _ACCUMULATING = Ruling(
     Category.DENY, "accumulating write", "it adds up values that fall on one place", "planner"
 )
-_CASTS = (aten.to.dtype, aten._to_copy.default)
-# It reads raw memory, and a cast may lay the same values out differently.
-_NEVER_CAST = (aten.as_strided.default,)
 
 
 class _GraphPlanner:
@@ -192,7 +187,8 @@ class _GraphPlanner:
             place, node=info.identity, layer=info.layer, modules=info.modules
         )
         result = self._values[node.name]
-        if node.target in _CASTS and isinstance(result, Value) and "dtype" in _arguments(node):
+        is_cast = facts_of_target(node.target).is_a(Family.CAST)
+        if is_cast and isinstance(result, Value) and "dtype" in _arguments(node):
             return _EXPLICIT
         by_op = self._rules.match_op(place, info.op)
         own = by_op.category if by_op is not None else None
@@ -214,7 +210,9 @@ class _GraphPlanner:
     def _accumulates(self, node: fx.Node) -> bool:
         """Whether the node is an `index_put` that adds to what is there: in FP16, 4096 values that
         fall on one place leave an error of 1e-2. Autocast's own painting does as autocast does."""
-        if self._rules.painting is Painting.AUTOCAST or "index_put" not in str(node.target):
+        if self._rules.painting is Painting.AUTOCAST or not facts_of_target(node.target).is_a(
+            Family.ACCUMULATING_WRITE
+        ):
             return False
         return True in (*node.args[3:4], *node.kwargs.values())
 
@@ -251,7 +249,9 @@ class _GraphPlanner:
         self._painted = paint(categories, edges, {index[name] for name in pinned})
         precision = {}
         for node in self._nodes:
-            if self._rulings[node.name].explicit or node.target in _NEVER_CAST:
+            if self._rulings[node.name].explicit or facts_of_target(node.target).is_a(
+                Family.RAW_MEMORY
+            ):
                 precision[node.name] = Precision.AS_IS
             elif index[node.name] in self._painted.low:
                 precision[node.name] = Precision.LOW
@@ -259,7 +259,7 @@ class _GraphPlanner:
                 precision[node.name] = Precision.ORIGINAL
         for node in self._nodes:
             # A lookup delivers low values only where nobody wants them back in FP32.
-            if casts_result(node.target) and any(
+            if facts_of_target(node.target).delivers_low and any(
                 precision.get(user.name) is not Precision.LOW for user in node.users
             ):
                 precision[node.name] = Precision.ORIGINAL

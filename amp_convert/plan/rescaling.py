@@ -34,9 +34,9 @@ from torch import fx
 
 from amp_convert.capture.regions import Value
 from amp_convert.core.number_formats import unit_roundoff
+from amp_convert.core.op_facts import OpFacts, facts_of
 from amp_convert.plan.dtype_flow import tensor_arguments
 from amp_convert.plan.evidence import Evidence
-from amp_convert.plan.guards.site import ops
 from amp_convert.profile.rounding_trials import NOTABLE
 from amp_convert.rules.rule_set import Rewrites
 
@@ -65,24 +65,6 @@ class Scaling:
 
 
 UNSCALED = Scaling("")
-
-_LAYERS = {
-    "aten.linear": ("input", "weight", "bias"),
-    "aten.addmm": ("mat1", "mat2", "self"),
-    "aten.conv1d": ("input", "weight", "bias"),
-    "aten.conv2d": ("input", "weight", "bias"),
-    "aten.conv3d": ("input", "weight", "bias"),
-}
-"""The names of a layer's input, weight and bias."""
-_PRODUCTS = ops("matmul", "bmm", "mm")
-_NUMBERS = ops("mul", "div", "true_divide")
-_PASSING = ops(
-    "abs", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "alias",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "clone", "contiguous", "detach", "dropout", "expand",
-    "flatten", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "movedim", "neg", "permute",
-    "relu", "reshape", "select", "slice", "squeeze", "t", "transpose", "unflatten", "unsqueeze",
-    "view",
-)  # fmt: skip
 
 
 class Rescaler:
@@ -133,10 +115,9 @@ class Rescaler:
         return found
 
     def _kind(self, node: fx.Node) -> str:
-        op = self._ops.get(node.name, "")
-        if op in _LAYERS and self._layer_weight(node) is not None:
+        if self._layer_weight(node) is not None:
             return "rescale_layers"
-        return "scale_scores" if op in _PRODUCTS else ""
+        return "scale_scores" if self._is_product(node) else ""
 
     def _needed(self, node: fx.Node, dtype: torch.dtype) -> float:
         """The power of two that brings a result into range: 1 where it is, or is not finite."""
@@ -178,19 +159,19 @@ class Rescaler:
 
     def _passes(self, node: fx.Node) -> bool:
         single = isinstance(self._values.get(node.name), Value)
-        return single and self._ops.get(node.name, "") in _PASSING
+        return single and self._facts(node).keeps_factors and len(list(self._reads(node))) == 1
 
     def _ends(self, user: fx.Node, value: fx.Node, kind: str) -> bool:
         """Whether a reader can take the factor back."""
-        op = self._ops.get(user.name, "")
+        facts = self._facts(user)
         if kind == "scale_scores":
-            if op not in _NUMBERS or len(user.args) != 2 or user.kwargs:
+            if not facts.factor or len(user.args) != 2 or user.kwargs:
                 return False
             return user.args[0] is value and self._is_number(user.args[1])
-        if op not in _LAYERS or self._layer_weight(user) is None:
+        if facts.weights is None or self._layer_weight(user) is None:
             return False
-        readers = [name for name, node in tensor_arguments(user, self._values) if node is value]
-        return readers == [_LAYERS[op][0]]
+        readers = [name for name, node in self._reads(user) if node is value]
+        return readers == [facts.weights[0]]
 
     def _is_number(self, argument: Any) -> bool:
         """Whether an argument is a number, or a constant tensor that holds one."""
@@ -206,10 +187,21 @@ class Rescaler:
         return all(map(self._is_constant, node.all_input_nodes))
 
     def _layer_weight(self, node: fx.Node) -> fx.Node | None:
-        """A layer's weight, if it is a parameter."""
-        name = _LAYERS[self._ops[node.name]][1]
-        found = [n for a, n in tensor_arguments(node, self._values) if a == name]
+        """The weight of a layer, if it is one and that is a parameter."""
+        weights = self._facts(node).weights
+        found = [n for a, n in self._reads(node) if weights and a == weights[1]]
         return found[0] if found and self._evidence.weight(found[0]) else None
+
+    def _is_product(self, node: fx.Node) -> bool:
+        """Whether a node multiplies two matrices, and does nothing else."""
+        facts, given = self._facts(node), {name for name, _ in self._reads(node)}
+        return bool(facts.contracted) and given in ({"self", "other"}, {"self", "mat2"})
+
+    def _facts(self, node: fx.Node) -> OpFacts:
+        return facts_of(self._ops.get(node.name, ""))
+
+    def _reads(self, node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
+        return tensor_arguments(node, self._values)
 
     def _fits(
         self,
@@ -226,7 +218,7 @@ class Rescaler:
         smallest = SMALLEST if dtype == torch.float16 else limits.tiny
         for node in concerned:
             scaling = self._scaling(node, trial, "")
-            arguments = [n for _, n in tensor_arguments(node, self._values)]
+            arguments = [n for _, n in self._reads(node)]
             for index, factor in scaling.operands.items():
                 seen = self._evidence.range(arguments[index])
                 if seen is None or not seen.abs_max * factor * NEEDED <= limits.max:
@@ -245,25 +237,25 @@ class Rescaler:
         return True
 
     def _bias_index(self, node: fx.Node) -> int | None:
-        bias = _LAYERS.get(self._ops.get(node.name, ""), ("", "", ""))[2]
-        names = [name for name, _ in tensor_arguments(node, self._values)]
-        return names.index(bias) if bias in names else None
+        weights = self._facts(node).weights
+        names = [name for name, _ in self._reads(node)]
+        return names.index(weights[2]) if weights and weights[2] in names else None
 
     def _scaling(self, node: fx.Node, scales: Mapping[fx.Node, float], kind: str) -> Scaling:
         """The factors that give `node` its own scale, given those of what it reads."""
-        op, own = self._ops.get(node.name, ""), scales.get(node, 1.0)
-        arguments = list(tensor_arguments(node, self._values))
+        facts, own = self._facts(node), scales.get(node, 1.0)
+        arguments = list(self._reads(node))
         read = {name: scales.get(source, 1.0) for name, source in arguments}
         factors: dict[str, float] = {}
         number = 1.0
-        if op in _LAYERS and self._layer_weight(node) is not None:
-            data, weight, bias = _LAYERS[op]
+        if facts.weights is not None and self._layer_weight(node) is not None:
+            data, weight, bias = facts.weights
             factors = {weight: own / read[data], bias: own}
-        elif op in _PRODUCTS:
+        elif self._is_product(node):
             factors = {arguments[0][0]: own}
-        elif op in _NUMBERS:
+        elif facts.factor:
             taken = read[arguments[0][0]]
-            back = taken if op != "aten.mul" else 1 / taken
+            back = 1 / taken if facts.name == "aten.mul" else taken
             factors = {name: back for name, _ in arguments[1:]}
             number = 1.0 if factors else back
         operands = dict(_by_position(arguments, factors))

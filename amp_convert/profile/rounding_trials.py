@@ -27,7 +27,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.core.number_formats import is_float_tensor, unit_roundoff
-from amp_convert.core.op_facts import kept_arguments
+from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.core.tensor_errors import ErrorSums, larger
 
 WINDOW = 32
@@ -186,7 +186,7 @@ def _repeatable(node: fx.Node) -> bool:
         return getattr(node.target, "__module__", "") == "_operator"
     if node.target.namespace != "aten" or node.target._schema.is_mutable:
         return False
-    if "empty" in node.target._schema.name:
+    if facts_of_target(node.target).is_a(Family.UNWRITTEN):
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return True
@@ -204,7 +204,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 def _kept_inputs(node: fx.Node) -> set[fx.Node]:
     """The inputs that a low node reads in FP32 on some device."""
-    kept = kept_arguments(node.target, "cpu")
+    kept = facts_of_target(node.target).kept_arguments("cpu")
     given = {n: a for n, a in _arguments(node).items() if n in kept}
     return {leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, fx.Node)}
 

@@ -22,6 +22,7 @@ from torch import fx
 
 from amp_convert.capture.graph_call import InputSpec, Signature, Source
 from amp_convert.core.number_formats import LOW_DTYPES, name_of, widened
+from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.rewrite.insert_casts import Rewritten
 
 aten = torch.ops.aten
@@ -57,7 +58,7 @@ def _cast_table(graph: fx.Graph, cast: fx.Node) -> None:
     if not _is_cast(cast):
         return
     lookup = cast.args[0]
-    if not isinstance(lookup, fx.Node) or lookup.target is not aten.embedding.default:
+    if not isinstance(lookup, fx.Node) or not facts_of_target(lookup.target).delivers_low:
         return
     weight = lookup.args[0]
     assert isinstance(weight, fx.Node)
@@ -194,6 +195,8 @@ def _dtype_name(node: fx.Node, value: torch.Tensor) -> str:
 
 def _is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    if schema is None or node.target is aten.reshape.default:
-        return node.target is aten.reshape.default
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    if facts_of_target(node.target).is_a(Family.SHAPE):
+        return True
+    return schema is not None and any(
+        r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
+    )

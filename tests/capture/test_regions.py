@@ -61,7 +61,7 @@ def line(function: Any, text: str) -> str:
     """`file:line` of the line of a function that holds `text`."""
     lines, start = inspect.getsourcelines(function)
     offset = next(i for i, content in enumerate(lines) if text in content)
-    return f"tests/test_capture.py:{start + offset}"
+    return f"tests/capture/test_regions.py:{start + offset}"
 
 
 # --- the whole model -----------------------------------------------------------------------------

@@ -421,7 +421,7 @@ def test_a_process_exits_with_the_verdict_and_quietly(tmp_path: Path) -> None:
     ],
 )
 def test_a_reader_that_goes_away_is_no_fault(code: str) -> None:
-    command = [sys.executable, "-c", f"from amp_convert import cli; {code}"]
+    command = [sys.executable, "-c", f"from amp_convert.cli import main as cli; {code}"]
     read, written = os.pipe()
     os.close(read)
     done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True, check=False)

@@ -493,7 +493,7 @@ def test_wrong_paths(tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amp_convert.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("amp_convert.core.optional_packages.find_spec", lambda name: None)
     mixed, _ = perceptron()
     with pytest.raises(UsageError) as caught:
         export_onnx(mixed, tmp_path / "m.onnx")
@@ -522,7 +522,7 @@ def test_an_operator_without_translation_is_named_with_its_layer(tmp_path: Path)
     text = str(caught.value)
     assert text.startswith(
         "this model cannot be written as ONNX: the operator amp_convert_tests.damped.default has "
-        "no translation to ONNX (at inner tests/test_onnx_export.py:"
+        "no translation to ONNX (at inner tests/onnx_file/test_write.py:"
     )
     assert not list(tmp_path.iterdir())
 
@@ -538,7 +538,7 @@ def test_what_the_exporter_refuses_is_said_with_its_layer(tmp_path: Path) -> Non
     with pytest.raises(UnsupportedModelError) as caught:
         export_onnx(mixed, tmp_path / "m.onnx")
     assert "only 4D query, key, and value are supported" in str(caught.value)
-    assert "(at 0 tests/test_onnx_export.py:" in str(caught.value)
+    assert "(at 0 tests/onnx_file/test_write.py:" in str(caught.value)
 
 
 def test_a_model_captured_in_parts_is_refused(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Value
+from amp_convert.core.op_facts import facts_of_target
 from amp_convert.plan.dtype_flow import (
     Flow,
     NoKernelError,
     Precision,
-    kept_arguments,
     propagate,
     tensor_arguments,
 )
@@ -219,10 +219,10 @@ def test_kept_arguments_come_back_to_fp32_where_something_made_them_low() -> Non
 
 def test_group_normalisation_goes_with_layer_normalisation() -> None:
     for op in (aten.group_norm.default, aten.native_group_norm.default):
-        assert kept_arguments(op, "cpu") == {"weight", "bias"}
-        assert kept_arguments(op, "cuda") == frozenset()
-    assert kept_arguments(aten.linear.default, "cpu") == frozenset()
-    assert kept_arguments(fx.Graph.output_node, "cpu") == frozenset()
+        assert facts_of_target(op).kept_arguments("cpu") == {"weight", "bias"}
+        assert facts_of_target(op).kept_arguments("cuda") == frozenset()
+    assert facts_of_target(aten.linear.default).kept_arguments("cpu") == frozenset()
+    assert facts_of_target(fx.Graph.output_node).kept_arguments("cpu") == frozenset()
 
 
 # --- what comes out ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.export import export_graph
-from amp_convert.core.op_facts import casts_result, kept_arguments
+from amp_convert.core.op_facts import facts_of_target
 from amp_convert.plan.plan import Decision
 from amp_convert.profile.calibrate import no_evidence
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
@@ -125,7 +125,7 @@ class Outcome:
 def converted_call(call: Call, low: torch.dtype, *, pinned: bool) -> Outcome:
     """Convert and run the graph of one call, its nodes pinned low or left to the default rules."""
     # A lookup delivers low values to low readers only.
-    reader = aten.clone.default if casts_result(call.op) else None
+    reader = aten.clone.default if facts_of_target(call.op).delivers_low else None
     model = captured(call, reader)
     graph = model.regions[0].graphs["eval"]
     rules = load_default()
@@ -151,9 +151,9 @@ def by_hand(call: Call, low: torch.dtype) -> Any:
     """The operator on inputs cast as planned, or what it raises."""
     if is_untouched(call):
         return call.run()
-    if casts_result(call.op):
+    if facts_of_target(call.op).delivers_low:
         return call.run().to(low)
-    kept = kept_arguments(call.op, "cpu")
+    kept = facts_of_target(call.op).kept_arguments("cpu")
 
     def cast(name: str, argument: Any) -> Any:
         return pytree.tree_map_only(

@@ -102,16 +102,17 @@ def test_half_leaves_out_only_what_has_no_kernel(
 
 def test_presets_are_found_inside_an_installed_package(tmp_path: Path) -> None:
     shutil.copytree(PRESETS.parent / "amp_convert", tmp_path / "amp_convert")
-    shutil.copytree(PRESETS, tmp_path / "amp_convert" / "rules")
+    shutil.copytree(PRESETS, tmp_path / "amp_convert" / "rules" / "presets")
     code = (
-        "from amp_convert import rules;"
-        "print(len(rules.load_rules(['default']).rules), rules.__file__)"
+        "from amp_convert.rules import rule_set;"
+        "print(len(rule_set.load_rules(['default']).rules), rule_set.__file__)"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     count = len(load_rules(["default"]).rules)
-    assert ran.stdout.split() == [str(count), str(tmp_path / "amp_convert" / "rules.py")]
+    file = tmp_path / "amp_convert" / "rules" / "rule_set.py"
+    assert ran.stdout.split() == [str(count), str(file)]
 
 
 def test_presets_are_read_without_torch() -> None:

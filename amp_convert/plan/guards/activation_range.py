@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import name_of
+from amp_convert.core.op_facts import Family
 from amp_convert.plan.guards.site import GuardFinding, Site
 from amp_convert.rules.rule_set import GuardLimits
 
@@ -23,8 +24,10 @@ class ActivationRange:
         if limits.activation_headroom is False:
             return None
         largest = torch.finfo(dtype).max
-        exponents = {"aten.square": 2.0, "aten.pow": site.scalars.get("exponent", 1.0)}
-        growth = min(max(abs(exponents.get(site.op, 1.0)), 1.0), 100.0)
+        exponent = 1.0
+        if site.facts.is_a(Family.POWER):  # a square has no argument for it
+            exponent = site.scalars.get("exponent", 2.0)
+        growth = min(max(abs(exponent), 1.0), 100.0)
         headroom = limits.activation_headroom
         seen = [("its result", site.result, headroom**growth, site.masked)]
         seen += [("an input", o.range, headroom, o.mask) for o in site.activations]

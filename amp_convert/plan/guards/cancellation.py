@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import unit_roundoff
-from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.core.op_facts import Family
+from amp_convert.plan.guards.site import GuardFinding, Site
 from amp_convert.profile.calibrate import Range
 from amp_convert.rules.rule_set import GuardLimits
-
-SUMS = ops("sub", "add", "rsub", "subtract")
 
 
 class Cancellation:
@@ -25,8 +24,8 @@ class Cancellation:
     def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.cancellation_error is False:
             return None
-        pairs = [(site.result, c.result) for c in site.feeds if c.op in SUMS]
-        if site.op in SUMS:
+        pairs = [(site.result, c.result) for c in site.feeds if c.facts.is_a(Family.SUM)]
+        if site.facts.is_a(Family.SUM):
             pairs += [(operand.range, site.result) for operand in site.operands]
         for large, small in pairs:
             if large is None or small is None or _is_exact(large, dtype):

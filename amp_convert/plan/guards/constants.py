@@ -7,36 +7,10 @@ import math
 import torch
 
 from amp_convert.core.number_formats import name_of
-from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.plan.guards.site import GuardFinding, Site
 from amp_convert.rules.rule_set import GuardLimits
 
-# Their number arguments meet tensor values. Those of others are sizes, or used by the kernel in
-# FP32: the eps of a normalisation, the scale of an attention, the exponent of a power.
-_OPERATORS = ops(
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "true_divide",
-    "masked_fill",
-    "where",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "maximum",
-    "minimum",
-    "fill",
-    "threshold",
-    "hardtanh",
-    "full_like",
-    "index_fill",
-    "constant_pad_nd",
-    "pad",
-    "fmod",
-    "remainder",
-)
-_OTHER = ("alpha", "dim", "lambd")
+_OTHER = ("alpha", "dim")
 
 
 class Constants:
@@ -46,7 +20,7 @@ class Constants:
     name = "constant"
 
     def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
-        if limits.smallest_constant is False or site.op not in _OPERATORS:
+        if limits.smallest_constant is False or not site.facts.meets_numbers:
             return None
         for argument, value in site.scalars.items():
             if argument in _OTHER or not math.isfinite(value):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.core.op_facts import Family
+from amp_convert.plan.guards.site import GuardFinding, Site
 from amp_convert.rules.rule_set import GuardLimits
-
-CUMULATIVE = ops("cumsum", "cumprod", "logcumsumexp", "cumulative_trapezoid")
 
 
 class Cumulative:
@@ -16,7 +15,9 @@ class Cumulative:
     name = "cumulative"
 
     def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
-        if limits.cumulative_length is False or site.op not in CUMULATIVE or not site.shape:
+        if limits.cumulative_length is False or not site.shape:
+            return None
+        if not site.facts.is_a(Family.CUMULATIVE):
             return None
         axis = site.axes[0] if site.axes else -1
         length = site.shape[axis]

@@ -10,17 +10,9 @@ from collections.abc import Mapping
 
 import torch
 
+from amp_convert.core.op_facts import facts_of
 from amp_convert.plan.guards.site import GuardFinding, Site
 from amp_convert.rules.rule_set import GuardLimits
-
-SINGULAR_AT_ZERO = frozenset(
-    {
-        ("aten.div", "other"), ("aten.true_divide", "other"), ("aten.divide", "other"),
-        ("aten.reciprocal", "self"), ("aten.rsqrt", "self"), ("aten.sqrt", "self"),
-        ("aten.log", "self"), ("aten.log2", "self"), ("aten.log10", "self"),
-        ("aten.addcdiv", "tensor2"), ("aten.pow", "self"), ("aten.atan2", "other"),
-    }
-)  # fmt: skip
 
 
 class Epsilon:
@@ -38,12 +30,10 @@ class Epsilon:
             return None
         reason = f"an eps under {limits.smallest_eps:.3g} becomes zero or loses digits in float16"
         for operand in site.operands:
-            if (site.op, operand.argument) in SINGULAR_AT_ZERO and _is_tiny(operand.eps, limits):
+            if operand.argument == site.facts.singular and _is_tiny(operand.eps, limits):
                 return GuardFinding(self.name, reason, f"eps = {operand.eps:g}")
         eps = eps_of(site.op, site.scalars)
-        if any((c.op, c.argument) in SINGULAR_AT_ZERO for c in site.feeds) and _is_tiny(
-            eps, limits
-        ):
+        if any(consumer.is_singular for consumer in site.feeds) and _is_tiny(eps, limits):
             return GuardFinding(self.name, reason, f"eps = {eps:g}")
         return None
 
@@ -54,8 +44,4 @@ def _is_tiny(eps: float | None, limits: GuardLimits) -> bool:
 
 def eps_of(op: str, scalars: Mapping[str, float]) -> float | None:
     """The least value that an operator with these number arguments leaves a non-negative input."""
-    if op in ("aten.add", "aten.maximum"):
-        return scalars.get("other")
-    if op in ("aten.clamp", "aten.clamp_min"):
-        return scalars.get("min")
-    return None
+    return scalars.get(facts_of(op).lower_bound)

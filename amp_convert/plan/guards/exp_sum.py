@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import unit_roundoff
-from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.core.op_facts import Family
+from amp_convert.plan.guards.site import GuardFinding, Site
 from amp_convert.rules.rule_set import GuardLimits
-
-EXPONENTIALS = ops("exp", "exp2", "expm1")
-SUMS = ops("sum", "mean", "cumsum", "matmul", "bmm", "mm", "logsumexp", "einsum")
 
 
 class ExpSum:
@@ -24,8 +22,11 @@ class ExpSum:
     def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.exp_growth is False:
             return None
-        exponents = [c.operand for c in site.reaches if c.op in EXPONENTIALS and c.summed]
-        if site.op in EXPONENTIALS and any(consumer.op in SUMS for consumer in site.feeds):
+        exponents = [
+            c.operand for c in site.reaches if c.facts.is_a(Family.EXPONENTIAL) and c.summed
+        ]
+        is_exponential = site.facts.is_a(Family.EXPONENTIAL)
+        if is_exponential and any(consumer.facts.sums for consumer in site.feeds):
             exponents += [operand.range for operand in site.operands]
         for exponent in exponents:
             if exponent is None:

@@ -5,23 +5,8 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import unit_roundoff
-from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.plan.guards.site import GuardFinding, Site
 from amp_convert.rules.rule_set import GuardLimits
-
-EXPONENTIAL = ops(
-    "softmax",
-    "_softmax",
-    "_safe_softmax",
-    "log_softmax",
-    "_log_softmax",
-    "logsumexp",
-    "logcumsumexp",
-    "exp",
-    "exp2",
-    "expm1",
-    "cross_entropy_loss",
-    "softplus",
-)
 
 
 class Logits:
@@ -41,9 +26,9 @@ class Logits:
         logits = [
             (consumer.operand, site.result if not consumer.scaled else None)
             for consumer in site.reaches
-            if consumer.op in EXPONENTIAL
+            if consumer.facts.exponentiates
         ]
-        if site.op in EXPONENTIAL:
+        if site.facts.exponentiates:
             logits += [(o.range, None) for o in site.operands if o.argument == "self"]
         for logit, term in logits:
             if logit is None:

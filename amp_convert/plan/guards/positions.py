@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 
 from amp_convert.core.number_formats import name_of, unit_roundoff
-from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.core.op_facts import Family
+from amp_convert.plan.guards.site import GuardFinding, Site
 from amp_convert.rules.rule_set import GuardLimits
-
-PERIODIC = ops("sin", "cos", "tan", "polar", "sinc")
 
 
 class Positions:
@@ -45,8 +44,10 @@ class Angles:
     def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.angle_error is False:
             return None
-        angles = [c.operand for c in site.reaches if c.op in PERIODIC and c.argument != "abs"]
-        if site.op in PERIODIC:
+        angles = [
+            c.operand for c in site.reaches if c.facts.is_a(Family.PERIODIC) and c.argument != "abs"
+        ]
+        if site.facts.is_a(Family.PERIODIC):
             angles += [operand.range for operand in site.operands if operand.argument != "abs"]
         for angle in angles:
             if angle is not None and not angle.abs_max * unit_roundoff(dtype) <= limits.angle_error:

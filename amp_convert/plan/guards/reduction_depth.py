@@ -10,24 +10,9 @@ import math
 
 import torch
 
-from amp_convert.plan.guards.site import GuardFinding, Site, ops
+from amp_convert.core.op_facts import Family
+from amp_convert.plan.guards.site import GuardFinding, Site
 from amp_convert.rules.rule_set import GuardLimits
-
-_CONTRACTIONS = ops("linear", "addmm", "mm", "bmm", "baddbmm", "addbmm", "matmul", "mv", "inner")
-_CONVOLUTIONS = ops("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
-_TRANSPOSED = ops("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-_REDUCTIONS = ops(
-    "sum",
-    "mean",
-    "nansum",
-    "nanmean",
-    "var",
-    "std",
-    "norm",
-    "linalg_vector_norm",
-    "prod",
-    "logsumexp",
-)
 
 
 class ReductionDepth:
@@ -50,19 +35,19 @@ class ReductionDepth:
 def reduction_depth(site: Site) -> int:
     """The number of terms in one element of the result; 1 where nothing is reduced."""
     shapes = {operand.argument: operand.shape for operand in site.operands}
-    if site.op in _CONVOLUTIONS:
+    facts = site.facts
+    if facts.is_a(Family.CONVOLUTION):
         weight = shapes.get("weight", ())
         return math.prod(weight[1:])
-    if site.op in _TRANSPOSED:
+    if facts.is_a(Family.TRANSPOSED_CONVOLUTION):
         weight = shapes.get("weight", (1, 1))
         return math.prod((weight[0], *weight[2:]))
-    if site.op in _CONTRACTIONS:
-        first = next((s for a, s in shapes.items() if a in ("input", "self", "mat1", "batch1")), ())
-        if site.op in ("aten.addmm", "aten.baddbmm", "aten.addbmm"):
-            first = shapes.get("mat1", shapes.get("batch1", ()))
-        batches = first[0] if site.op == "aten.addbmm" and first else 1
-        return batches * first[-1] if first else 1
-    if site.op in _REDUCTIONS:
+    if facts.contracted:
+        shape = shapes.get(facts.contracted, ())
+        # addbmm also adds up its batch.
+        batches = shape[0] if facts.name == "aten.addbmm" and shape else 1
+        return batches * shape[-1] if shape else 1
+    if facts.is_a(Family.REDUCTION):
         shape = shapes.get("self", shapes.get("input", ()))
         return math.prod(shape[axis] for axis in (site.axes or range(len(shape))))
     return 1

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from amp_convert.core.op_facts import OpFacts, facts_of
 from amp_convert.profile.calibrate import Range
 from amp_convert.profile.rounding_trials import Growth
 from amp_convert.rules.rule_set import GuardLimits
@@ -58,6 +59,16 @@ class Consumer:
     summed: bool = False
     scaled: bool = False
 
+    @property
+    def facts(self) -> OpFacts:
+        """What is known of its operator."""
+        return facts_of(self.op)
+
+    @property
+    def is_singular(self) -> bool:
+        """Whether it reads the value where a zero gives infinity."""
+        return bool(self.argument) and self.facts.singular == self.argument
+
 
 @dataclass(frozen=True)
 class Site:
@@ -76,6 +87,11 @@ class Site:
     batches: int = 1
     masked: bool = False
     growth: Growth | None = None
+
+    @property
+    def facts(self) -> OpFacts:
+        """What is known of its operator."""
+        return facts_of(self.op)
 
     @property
     def activations(self) -> list[Operand]:
@@ -98,8 +114,3 @@ class Guard(Protocol):
     def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         """What keeps the node in FP32, if `dtype` is the low dtype; None when nothing does."""
         ...
-
-
-def ops(*names: str) -> frozenset[str]:
-    """ATen operators as reports call them: `ops("exp")` is `{"aten.exp"}`."""
-    return frozenset(f"aten.{name}" for name in names)

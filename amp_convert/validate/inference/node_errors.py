@@ -28,14 +28,13 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Region
 from amp_convert.core.number_formats import is_float_tensor
+from amp_convert.core.op_facts import Family, facts_of, facts_of_target
 from amp_convert.core.tensor_errors import ErrorSums, RoundingSums
 from amp_convert.plan.plan import Decision
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rewrite.insert_casts import held
 from amp_convert.validate.inference import lockstep
 from amp_convert.validate.inference.results import NodeDivergence
-
-aten = torch.ops.aten
 
 
 @dataclass
@@ -74,7 +73,7 @@ class NodeErrors:
     def _visit(self, step: lockstep.NodeValues) -> None:
         name = step.node.name
         self.visited.add(self._decisions[name].node)
-        if name in self._source or ".empty" in self._decisions[name].op:
+        if name in self._source or facts_of(self._decisions[name].op).is_a(Family.UNWRITTEN):
             return  # what was not written yet holds no value
         sums = self._sums[name]
         reference, mixed = _float_leaves(step.reference), _float_leaves(step.accumulated)
@@ -118,14 +117,6 @@ class NodeErrors:
         )
 
 
-_VIEWS = {
-    aten.reshape.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.t.default,
-    aten.flatten.using_ints, aten.unflatten.int, aten.clone.default, aten.contiguous.default,
-    aten.alias.default, aten.detach.default, aten.movedim.int,
-}  # fmt: skip
-
-
 def _unchanged_source(
     node: fx.Node, values: Mapping[str, Any], decisions: Mapping[str, Decision]
 ) -> fx.Node | None:
@@ -138,7 +129,8 @@ def _unchanged_source(
     if node.target is operator.getitem:
         only = len([v for v in pytree.tree_leaves(values[source.name]) if v and 0 not in v.shape])
         return source if only == 1 else None
-    return source if node.target in _VIEWS else None
+    moves = facts_of_target(node.target).is_a(Family.SHAPE, Family.COPY)
+    return source if moves else None
 
 
 def _float_leaves(value: Any) -> list[torch.Tensor]:

@@ -226,8 +226,8 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     code = f"""
 import resource, signal, torch
 from pathlib import Path
-from amp_convert import checkpoint
-from amp_convert.errors import UsageError
+from amp_convert.validate.training import checkpoint
+from amp_convert.core.errors import UsageError
 folder = Path({str(tmp_path)!r})
 checkpoint.save(folder, {{"a": torch.ones(10)}}, fingerprint={{}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -249,7 +249,7 @@ print(found["a"].sum().item(), len(list(folder.iterdir())))
 WRITER = """
 import sys, torch
 from pathlib import Path
-from amp_convert import checkpoint
+from amp_convert.validate.training import checkpoint
 folder = Path(sys.argv[1])
 print("ready", flush=True)
 for seed in range(10**9):
