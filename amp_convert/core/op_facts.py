@@ -115,7 +115,6 @@ _ALIASES = {
     "igammac": "special_gammaincc",
     "le": "less_equal",
     "lgamma": "special_gammaln",
-    "linalg_cross": "cross",
     "linalg_det": "det",
     "linalg_householder_product": "orgqr",
     "linalg_inv": "inverse",
@@ -372,10 +371,12 @@ def facts_of_target(target: Any) -> OpFacts:
     return facts_of(op_name(target))
 
 
-def names_of(op: str) -> list[str]:
-    """The names that a rule may know an operator by, the nearest first: its own with its overload,
-    its own, and the folded one."""
-    return list(dict.fromkeys((op, short_name(op), canonical(op))))
+@cache
+def with_overload(op: str) -> str:
+    """The folded name of an operator with its overload, if it has one: `aten.div.Tensor_mode` for
+    `aten.divide_.Tensor_mode`. An `out=` form has that of the operator without."""
+    overload = op.removeprefix(short_name(op)).lstrip(".").removesuffix("out").rstrip("_")
+    return f"{canonical(op)}.{overload}" if overload else canonical(op)
 
 
 def _split(names: Mapping[str, str]) -> dict[str, str]:

@@ -20,8 +20,9 @@ Nothing here touches a graph, and equal inputs give equal plans.
 
 from __future__ import annotations
 
+import difflib
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -31,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Captured, Region, Value
 from amp_convert.core.number_formats import name_of
-from amp_convert.core.op_facts import Family, facts_of_target
+from amp_convert.core.op_facts import Family, canonical, facts_of_target
 from amp_convert.plan import guards as guarding
 from amp_convert.plan.coloring import Painted, paint
 from amp_convert.plan.decision_writer import Ruling, Settled, Writer
@@ -83,18 +84,33 @@ def make_plan(
 
 def _unmatched(captured: Captured, rules: Rules) -> tuple[str, ...]:
     """The user's node, layer and module rules that no node answers to: misspelt, perhaps."""
-    matched = {
-        index
+    infos = [
+        info
         for region in captured.regions
         for graph in region.graphs.values()
         for info in graph.nodes.values()
+    ]
+    matched = {
+        index
+        for info in infos
         for index in rules.overrides(node=info.identity, layer=info.layer, modules=info.modules)
     }
+    known = {
+        Target.NODE: {info.identity for info in infos},
+        Target.LAYER: {info.layer for info in infos},
+        Target.MODULE: {path for info in infos for path in info.modules},
+    }
     return tuple(
-        f"{rule.name} ({rule.source})"
+        f"{rule.name} ({rule.source}{_nearest(rule.pattern, known[rule.target])})"
         for index, rule in enumerate(rules.rules)
         if rule.target is not Target.OP and not rule.preset and index not in matched
     )
+
+
+def _nearest(pattern: str, known: Collection[str]) -> str:
+    """What may have been meant: the nearest layer, class or node that the model has."""
+    near = difflib.get_close_matches(pattern, sorted(known), n=1)
+    return f"; the nearest is {near[0]}" if near else ""
 
 
 _UNKNOWN = Ruling(None, "unknown op", "no rule names this op, so it stays in FP32", "")
@@ -131,7 +147,7 @@ class _GraphPlanner:
         self._nodes = [n for n in self._graph.nodes if self._is_concerned(n)]
         self._index = {node.name: i for i, node in enumerate(self._nodes)}
         self._rulings = {n.name: self._judge(n) for n in self._nodes}
-        self._ops = {name: info.short_op for name, info in self._infos.items()}
+        self._ops = {name: canonical(info.op) for name, info in self._infos.items()}
         kinds = rules.rewrites
         if mode == "train":  # see `rescaling`
             kinds = replace(kinds, rescale_layers=False)

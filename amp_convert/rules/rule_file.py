@@ -10,7 +10,7 @@ import math
 import operator
 import re
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -112,8 +112,9 @@ class Rewrites:
 
 @dataclass(frozen=True)
 class Rule:
-    """One `[[rule]]`. `dtype`, `device` and `mode` ("eval" or "train") of None mean any; `source`
-    is "file.toml:line", and `preset` says whether that file is one of ours."""
+    """One `[[rule]]`, or one operator of one with `ops`. `dtype`, `device` and `mode` ("eval" or
+    "train") of None mean any; `source` is "file.toml:line", `preset` says whether that file is one
+    of ours, and `rank` is the file's place in the order of all files of a run."""
 
     target: Target
     pattern: str
@@ -124,6 +125,7 @@ class Rule:
     mode: str | None
     source: str
     preset: bool = False
+    rank: int = 0
 
     @property
     def name(self) -> str:
@@ -160,10 +162,11 @@ def parse_rule_file(text: str, shown: str, *, preset: bool = False) -> RuleFile:
         mend = "Write every rule under its own [[rule]] line."
         raise UsageError("`rule` is not a list of tables", where=source.at_key("rule"), mend=mend)
     headed = zip(tables, source.headers, strict=True)
-    rules = [replace(_rule(source, table, line), preset=preset) for table, line in headed]
-    for rule, line in zip(rules, source.headers, strict=True):
-        if rule.target is Target.OP and not preset:
-            _check_op(rule.pattern, source.at_key("op", line))
+    rules = [
+        replace(rule, preset=preset)
+        for table, line in headed
+        for rule in _rules(source, table, line, preset=preset)
+    ]
     return RuleFile(
         shown=shown,
         extends=_extends(source, document.get("extends", [])),
@@ -195,7 +198,8 @@ def unknown(
 
 
 _TOP = ("extends", "painting", "guards", "rewrites", "rule")
-_RULE_KEYS = (*Target, "category", "reason", "dtype", "device", "mode")
+_OPS = "ops"
+_RULE_KEYS = (*Target, _OPS, "category", "reason", "dtype", "device", "mode")
 _CHOICES: dict[str, Collection[str]] = {
     "painting": tuple(Painting),
     "category": tuple(Category),
@@ -294,33 +298,48 @@ def _rewrites(source: _Source, table: Any) -> dict[str, bool]:
     return table
 
 
-def _rule(source: _Source, table: dict[str, Any], line: int) -> Rule:
+def _rules(source: _Source, table: dict[str, Any], line: int, *, preset: bool) -> Iterator[Rule]:
+    """The rules of one `[[rule]]`: one an operator that it names."""
     where = partial(source.at_key, start=line)
     _known_keys("key in a rule", table, _RULE_KEYS, where)
     for key, value in table.items():
-        if not isinstance(value, str) or not value.strip():
+        if key == _OPS:
+            _check_ops(value, where(key))
+        elif not isinstance(value, str) or not value.strip():
             mend = "Write a string that is not empty."
             raise UsageError(f"`{key}` is not a text", where=where(key), mend=mend)
         if key in _CHOICES:
             _choice(key, value, where(key))
-    targets = [t for t in Target if t in table]
+    targets = [t for t in (*Target, _OPS) if t in table]
     if len(targets) != 1:
-        mend = "Give it one of op, layer, module or node."
+        mend = "Give it one of op, ops, layer, module or node."
         raise UsageError(f"a rule has {len(targets)} targets", where=source.at(line), mend=mend)
     for key in ("category", "reason"):
         if key not in table:
             mend = f"Add a line `{key} = ...`."
             raise UsageError(f"a rule has no `{key}`", where=source.at(line), mend=mend)
-    return Rule(
-        target=targets[0],
-        pattern=table[targets[0]],
-        category=Category(table["category"]),
-        reason=" ".join(table["reason"].split()),
-        dtype=table.get("dtype"),
-        device=table.get("device"),
-        mode=table.get("mode"),
-        source=f"{Path(source.shown).name}:{line}",
-    )
+    key = targets[0]
+    target = Target.OP if key == _OPS else Target(key)
+    for pattern in table[key] if key == _OPS else [table[key]]:
+        if target is Target.OP and not preset:
+            _check_op(pattern, where(key))
+        yield Rule(
+            target=target,
+            pattern=pattern,
+            category=Category(table["category"]),
+            reason=" ".join(table["reason"].split()),
+            dtype=table.get("dtype"),
+            device=table.get("device"),
+            mode=table.get("mode"),
+            source=f"{Path(source.shown).name}:{line}",
+        )
+
+
+def _check_ops(value: Any, where: str) -> None:
+    named = isinstance(value, list) and all(isinstance(op, str) and op.strip() for op in value)
+    if not named or not value:
+        mend = 'Write a list of operators, such as ["aten.linear", "aten.mm"].'
+        raise UsageError("`ops` is not a list of operators", where=where, mend=mend)
 
 
 def _check_op(pattern: str, where: str) -> None:

@@ -4,8 +4,10 @@ How rules are found and matched:
 
 1. A name that is a preset is that preset; anything that looks like a path, or exists, is a file.
 2. A file's `extends` are read before it, each file once; files named later come later.
-3. A rule has one target. Overrides (`node`, `layer`, `module`) and op rules are looked up apart;
-   among the rules that match, the last one in that order wins.
+3. Overrides (`node`, `layer`, `module`) and op rules are looked up apart. Among the rules that
+   match, those of the last file win, whatever they are. Within a file an exact op beats one that is
+   another name for it (`clip` for `clamp`: see `op_facts`), and that beats a glob; then the last
+   one wins.
 4. The last file that states a `painting` decides it; the last that names a guard or a rewrite sets
    it.
 
@@ -16,14 +18,18 @@ from __future__ import annotations
 
 import importlib.resources
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from amp_convert.core.errors import UsageError
+from amp_convert.core.op_facts import canonical, short_name, with_overload
 from amp_convert.rules.rule_file import (
     Category,
     GuardLimits,
@@ -82,13 +88,12 @@ class Rules:
         `node` is its stable identity, `layer` its module path ("" at top level), `modules` the
         class paths of the modules around it, innermost first.
         """
-        found = [
-            index
-            for index, rule in self._patterns
-            if (rule.target is Target.LAYER and _in_layer(rule.pattern, layer))
-            or (rule.target is Target.MODULE and any(_is_class(rule.pattern, m) for m in modules))
+        own = {*modules, *(path.rpartition(".")[2] for path in modules)}
+        return [
+            *(index for index, pattern in self._layers if _in_layer(pattern, layer)),
+            *(index for index, paths in self._modules if not paths.isdisjoint(own)),
+            *self._nodes.get(node, ()),
         ]
-        return [*found, *self._exact.get((Target.NODE, node), ())]
 
     def match_override(
         self, place: Place, *, node: str, layer: str, modules: Sequence[str]
@@ -97,18 +102,20 @@ class Rules:
         return self._last(self.overrides(node=node, layer=layer, modules=modules), place)
 
     def match_op(self, place: Place, op: str) -> Rule | None:
-        """The last op rule for `op`, a full name such as "aten.pow.Tensor_Scalar".
+        """The op rule for `op`, a full name such as "aten.pow.Tensor_Scalar".
 
         A pattern without overload ("aten.pow") covers every overload.
         """
-        names = {op, ".".join(op.split(".")[:2])}
-        found = [
-            index
-            for index, rule in self._patterns
-            if rule.target is Target.OP and any(fnmatchcase(n, rule.pattern) for n in names)
-        ]
-        exact = (i for name in names for i in self._exact.get((Target.OP, name), ()))
-        return self._last([*found, *exact], place)
+        folded = (with_overload(op), canonical(op))
+        exact = [self._ops.get(name, ()) for name in (op, short_name(op))]
+        exact += [self._folded_ops.get(name, ()) for name in folded]
+        found = {i: -step for step, indices in reversed([*enumerate(exact)]) for i in indices}
+        names = {op, short_name(op), *folded}
+        for index in self._op_globs:
+            if any(fnmatchcase(name, self.rules[index].pattern) for name in names):
+                found[index] = -len(exact)
+        order = sorted(found, key=lambda i: (self.rules[i].rank, found[i], i), reverse=True)
+        return next((r for r in map(self.rules.__getitem__, order) if place.is_covered_by(r)), None)
 
     def _last(self, indices: Iterable[int], place: Place) -> Rule | None:
         for index in sorted(indices, reverse=True):
@@ -116,22 +123,42 @@ class Rules:
                 return self.rules[index]
         return None
 
+    # An edited plan pins thousands of nodes: those must not be scanned for every node.
+
     @cached_property
-    def _exact(self) -> dict[tuple[Target, str], list[int]]:
-        """Rules found by equality. An edited plan pins thousands of nodes: those must not be
-        scanned for every node."""
-        found: dict[tuple[Target, str], list[int]] = {}
+    def _nodes(self) -> dict[str, list[int]]:
+        return self._by(lambda rule: rule.pattern, Target.NODE)
+
+    @cached_property
+    def _ops(self) -> dict[str, list[int]]:
+        return self._by(lambda rule: rule.pattern, Target.OP)
+
+    @cached_property
+    def _folded_ops(self) -> dict[str, list[int]]:
+        return self._by(lambda rule: with_overload(rule.pattern), Target.OP)
+
+    def _by(self, key: Callable[[Rule], str], target: Target) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
         for index, rule in enumerate(self.rules):
-            found.setdefault((rule.target, rule.pattern), []).append(index)
+            if rule.target is target and not (target is Target.OP and is_glob(rule.pattern)):
+                found.setdefault(key(rule), []).append(index)
         return found
 
     @cached_property
-    def _patterns(self) -> tuple[tuple[int, Rule], ...]:
+    def _op_globs(self) -> tuple[int, ...]:
+        rules = enumerate(self.rules)
+        return tuple(i for i, r in rules if r.target is Target.OP and is_glob(r.pattern))
+
+    @cached_property
+    def _layers(self) -> tuple[tuple[int, str], ...]:
+        return tuple((i, r.pattern) for i, r in enumerate(self.rules) if r.target is Target.LAYER)
+
+    @cached_property
+    def _modules(self) -> tuple[tuple[int, frozenset[str]], ...]:
         return tuple(
-            (index, rule)
+            (index, _class_paths(rule.pattern))
             for index, rule in enumerate(self.rules)
-            if rule.target in (Target.LAYER, Target.MODULE)
-            or (rule.target is Target.OP and is_glob(rule.pattern))
+            if rule.target is Target.MODULE
         )
 
 
@@ -152,7 +179,11 @@ def load_rules(names: Sequence[str]) -> Rules:
     return Rules(
         name=", ".join(names),
         painting=[Painting.GRAPPLER, *(f.painting for f in loaded.values() if f.painting)][-1],
-        rules=tuple(rule for file in loaded.values() for rule in file.rules),
+        rules=tuple(
+            replace(rule, rank=rank)
+            for rank, file in enumerate(loaded.values())
+            for rule in file.rules
+        ),
         guards=guards,
         files=tuple(file.shown for file in loaded.values()),
         rewrites=rewrites,
@@ -168,12 +199,20 @@ def _in_layer(pattern: str, layer: str) -> bool:
     return fnmatchcase(layer, pattern) or fnmatchcase(layer, f"{pattern}.*")
 
 
-def _is_class(pattern: str, path: str) -> bool:
-    """A public alias ("torch.nn.LayerNorm") shares package and class name with the full path."""
-    if "." not in pattern:
-        return path.rpartition(".")[2] == pattern
-    ends = [(p.partition(".")[0], p.rpartition(".")[2]) for p in (pattern, path)]
-    return ends[0] == ends[1]
+def _class_paths(pattern: str) -> frozenset[str]:
+    """What a `module` rule is compared with: its pattern and, where that is a public name such as
+    "torch.nn.LayerNorm", the path of the class itself. Only modules that are imported already are
+    looked into: a rules file is data, and imports nothing."""
+    parts = pattern.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(parts[:cut]))
+        if found is None:
+            continue
+        for part in parts[cut:]:
+            found = vars(found).get(part) if isinstance(found, ModuleType | type) else None
+        if isinstance(found, type):
+            return frozenset({pattern, f"{found.__module__}.{found.__qualname__}"})
+    return frozenset({pattern})
 
 
 @lru_cache(maxsize=1)
@@ -201,7 +240,7 @@ def _find(name: str, folder: Path, where: str) -> _FilePlace:
     if preset is not None:
         return _FilePlace(preset, preset.name, f"preset {name}", Path(), preset=True)
     path = folder / name
-    is_path = name.endswith(".toml") or "/" in name or os.sep in name or os.path.exists(path)
+    is_path = "." in name or "/" in name or os.sep in name or os.path.exists(path)
     if not is_path or "\0" in name:
         raise unknown("preset", name, preset_names(), where)
     return _FilePlace(path, str(path), os.path.realpath(path), path.parent, preset=False)

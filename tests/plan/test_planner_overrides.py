@@ -57,7 +57,10 @@ def test_a_node_rule_is_no_glob() -> None:
     plan = example("residual").plan(
         rules_with(rule("deny", node="inner.act/*"), rule("deny", node="*"))
     )
-    assert plan.unmatched_rules == ("node inner.act/* (test.toml:1)", "node * (test.toml:1)")
+    assert plan.unmatched_rules == (
+        "node inner.act/* (test.toml:1; the nearest is inner.act/aten.tanh#0)",
+        "node * (test.toml:1)",
+    )
     assert replace(plan, unmatched_rules=()) == replace(
         example("residual").plan(), rules=plan.rules
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_every_op_of_a_preset_exists(preset: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy.toml"
     copy.write_text(text, encoding="utf-8")
     copied = load_rules([str(copy)])
-    assert len(copied.rules) == len(load_rules([preset]).rules) == text.count("[[rule]]")
+    assert len(copied.rules) == len(load_rules([preset]).rules) >= text.count("[[rule]]") > 0
 
 
 def test_the_sources_of_a_preset_point_at_its_rules(preset: str) -> None:
@@ -51,13 +52,17 @@ def test_the_sources_of_a_preset_point_at_its_rules(preset: str) -> None:
     for r in load_rules([preset]).rules:
         name, _, number = r.source.partition(":")
         assert name == f"{preset}.toml"
-        block = lines[int(number) - 1 : int(number) + 3]
-        assert block == [
-            "[[rule]]",
-            f'op = "{r.pattern}"',
-            f'category = "{r.category}"',
-            f'reason = "{r.reason}"',
-        ]
+        block = lines[int(number) - 1 :]
+        end = block.index("") if "" in block else len(block)
+        (table,) = tomllib.loads("\n".join(block[:end]))["rule"]
+        assert r.pattern in table.get("ops", [table.get("op")])
+        assert (table["category"], table["reason"]) == (r.category, r.reason)
+
+
+def test_a_person_can_read_the_default_preset() -> None:
+    lines = (PRESETS / "default.toml").read_text(encoding="utf-8").split("\n")
+    assert len(lines) <= 700
+    assert max(map(len, lines)) <= 100
 
 
 def test_no_rule_of_a_preset_is_overruled_by_a_later_pattern(preset: str) -> None:

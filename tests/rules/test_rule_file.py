@@ -53,7 +53,7 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
 
 
 TAIL = "category = 'deny'\nreason = 'r'\n"
-ONE_OF_FOUR = "Give it one of op, layer, module or node."
+ONE_TARGET = "Give it one of op, ops, layer, module or node."
 REFUSED = {
     "extend = 'fp32'": "unknown top-level key 'extend' (at {f}:1). Did you mean 'extends'?",
     "\n[guard]": "unknown top-level key 'guard' (at {f}:2). Did you mean 'guards'?",
@@ -69,9 +69,9 @@ REFUSED = {
     "Write every rule under its own [[rule]] line.",
     "\nrule = [{op = 'aten.mm'}]": "`rule` is not a list of tables (at {f}:2). "
     "Write every rule under its own [[rule]] line.",
-    RULE + "[[rule]]\n" + TAIL: "a rule has 0 targets (at {f}:5). " + ONE_OF_FOUR,
+    RULE + "[[rule]]\n" + TAIL: "a rule has 0 targets (at {f}:5). " + ONE_TARGET,
     "[[rule]]\nop = 'aten.mm'\nlayer = 'a'\n" + TAIL: "a rule has 2 targets (at {f}:1). "
-    + ONE_OF_FOUR,
+    + ONE_TARGET,
     "[[rule]]\nop = 'aten.mm'\ncategory = 'deny'\n": "a rule has no `reason` (at {f}:1). "
     "Add a line `reason = ...`.",
     "[[rule]]\nop = 'aten.mm'\nreason = 'r'\n": "a rule has no `category` (at {f}:1). "
@@ -82,6 +82,14 @@ REFUSED = {
     "Write a string that is not empty.",
     "[[rule]]\nop = ['aten.mm']\n" + TAIL: "`op` is not a text (at {f}:2). "
     "Write a string that is not empty.",
+    "[[rule]]\nops = 'aten.mm'\n" + TAIL: "`ops` is not a list of operators (at {f}:2). "
+    'Write a list of operators, such as ["aten.linear", "aten.mm"].',
+    "[[rule]]\nops = []\n" + TAIL: "`ops` is not a list of operators (at {f}:2). "
+    'Write a list of operators, such as ["aten.linear", "aten.mm"].',
+    "[[rule]]\nops = ['aten.mm', 'aten.liner']\n" + TAIL: "unknown op 'aten.liner' (at {f}:2). "
+    "Did you mean 'aten.linear'?",
+    "[[rule]]\nop = 'aten.mm'\nops = ['aten.bmm']\n" + TAIL: "a rule has 2 targets (at {f}:1). "
+    + ONE_TARGET,
     RULE + "\n" + RULE.replace("allow", "alow"): "unknown category 'alow' (at {f}:8). "
     "Did you mean 'allow'?",
     RULE + "catgory = 'deny'\n" + RULE: "unknown key in a rule 'catgory' (at {f}:5). "

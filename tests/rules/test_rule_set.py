@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         "gone.toml": f"cannot read rules file '{tmp_path}/gone.toml': no such file or directory. ",
         ".": f"cannot read rules file '{tmp_path}': is a directory. ",
         "bytes.toml": f"cannot read rules file '{tmp_path}/bytes.toml': not UTF-8 text. ",
+        "rules.tml": f"cannot read rules file '{tmp_path}/rules.tml': no such file or directory. ",
         "child.toml": f"cannot read rules file '{tmp_path}/gone.toml': no such file or directory "
         f"(at {child}). ",
     }.items():
@@ -174,6 +176,44 @@ def test_a_star_matches_every_op(tmp_path: Path) -> None:
     assert op(rules, "aten.linear.default") == op(rules, "operator.getitem") == "all"
 
 
+def test_one_rule_may_name_several_ops(tmp_path: Path) -> None:
+    text = "[[rule]]\nops = ['aten.mm', 'aten.fft_*']\ncategory = 'deny'\nreason = 'r'\n"
+    rules = load_rules([write(tmp_path / "r.toml", text)])
+    assert op(rules, "aten.mm.default") == op(rules, "aten.fft_fft.default") == "r"
+    assert op(rules, "aten.bmm.default") is None
+    assert {r.source for r in rules.rules} == {"r.toml:1"}
+
+
+def test_in_a_file_an_exact_name_beats_an_alias_and_that_a_glob(tmp_path: Path) -> None:
+    text = (
+        rule("op", "aten.clip.Tensor", "deny", "overload")
+        + rule("op", "aten.clip", "deny", "exact")
+        + rule("op", "aten.clamp", "deny", "alias")
+        + rule("op", "aten.cl*", "deny", "glob")
+    )
+    rules = load_rules([write(tmp_path / "r.toml", text)])
+    assert op(rules, "aten.clip.Tensor") == "overload"
+    assert op(rules, "aten.clip.default") == "exact"
+    assert op(rules, "aten.clamp.default") == "alias"
+    assert op(rules, "aten.clamp_.default") == "alias"
+    assert op(rules, "aten.clone.default") == "glob"
+
+
+def test_a_later_file_wins_whatever_its_pattern(tmp_path: Path) -> None:
+    text = "extends = 'default'\n" + rule("op", "aten.*", "deny", "mine")
+    rules = load_rules([write(tmp_path / "r.toml", text)])
+    assert op(rules, "aten.linear.default") == op(rules, "aten.view.default") == "mine"
+
+
+def test_a_rule_for_one_name_of_a_function_holds_for_the_others(tmp_path: Path) -> None:
+    rules = load_rules([write(tmp_path / "r.toml", rule("op", "aten.divide.Tensor_mode", "deny"))])
+    assert op(rules, "aten.div.Tensor_mode") == op(rules, "aten.div_.Tensor_mode") == "r"
+    assert op(rules, "aten.true_divide.Tensor") is None
+    rules = load_rules([write(tmp_path / "s.toml", rule("op", "aten.clip", "deny"))])
+    assert op(rules, "aten.clamp.default") == "r"
+    assert op(rules, "aten.clamp_min.default") is None
+
+
 def test_the_last_rule_that_matches_dtype_and_device_wins(tmp_path: Path) -> None:
     text = (
         rule("op", "aten.mm", "deny", "any")
@@ -183,7 +223,8 @@ def test_the_last_rule_that_matches_dtype_and_device_wins(tmp_path: Path) -> Non
     )
     rules = load_rules([write(tmp_path / "r.toml", text)])
     assert op(rules, "aten.mm.default", "float16", "cpu") == "any"
-    assert op(rules, "aten.mm.default", "float16", "cuda") == "star on cuda"
+    assert op(rules, "aten.mm.default", "float16", "cuda") == "any"
+    assert op(rules, "aten.bmm.default", "float16", "cuda") == "star on cuda"
     assert op(rules, "aten.mm.default", "bfloat16", "cpu") == "bf16"
     assert op(rules, "aten.mm.default", "bfloat16", "cuda") == "both"
 
@@ -220,6 +261,9 @@ def test_layer_patterns(tmp_path: Path, pattern: str, layer: str, matches: bool)
         ("Block", True),
         ("model.Block", True),
         ("my.nn.LayerNorm", False),
+        ("model.sub.Block", False),
+        ("torch.optim.LayerNorm", False),
+        ("torch.nn.functional.LayerNorm", False),
         ("torch.nn.Norm", False),
         ("Norm", False),
         ("layernorm", False),
@@ -231,6 +275,13 @@ def test_module_patterns_match_any_module_around_the_node(
     rules = load_rules([write(tmp_path / "r.toml", rule("module", pattern, "deny"))])
     around = ("torch.nn.modules.normalization.LayerNorm", "model.Block")
     assert (override(rules, modules=around) == "r") is matches
+
+
+def test_a_module_rule_imports_nothing(tmp_path: Path) -> None:
+    rules = load_rules([write(tmp_path / "r.toml", rule("module", "antigravity.Net", "deny"))])
+    assert override(rules, modules=("antigravity.Net",)) == "r"
+    assert override(rules, modules=("antigravity.inner.Net",)) is None
+    assert "antigravity" not in sys.modules
 
 
 def test_overrides_and_op_rules_are_apart_and_the_last_override_wins(tmp_path: Path) -> None:
