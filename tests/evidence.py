@@ -15,6 +15,7 @@ from amp_convert.gate.baseline import baseline_of
 from amp_convert.gate.compare import GateResult, compare
 from amp_convert.plan.plan import Casts, Decision, Plan
 from amp_convert.report import Environment, ModelInfo, PlanSection, RunReport, Unchecked
+from amp_convert.report.records import NodeRecord
 from amp_convert.validate.inference.results import (
     Divergence,
     MetricPair,
@@ -23,6 +24,7 @@ from amp_convert.validate.inference.results import (
 )
 from amp_convert.validate.training.results import TrainingParity
 from amp_convert.verdict.verdict import Check, Thresholds, Verdict, judge
+from tests import decisions
 
 FP16 = Thresholds.for_dtype("float16")
 
@@ -35,43 +37,12 @@ FIRST, SOFTMAX, LAST = (
 
 def decision(node: str = FIRST, **changes: Any) -> Decision:
     """A node that the default rules allow in float16."""
-    layer, _, op = node.partition("/")
-    base = Decision(
-        node=node,
-        name=layer.replace(".", "_"),
-        layer=layer,
-        module="torch.nn.modules.linear.Linear",
-        op=op.partition("#")[0],
-        location="model.py:41",
-        category="allow",
-        dtype="float16",
-        rule="op aten.linear",
-        reason="matrix product",
-        source="default.toml:12",
-        evidence="",
-        low=True,
-        macs=1000,
-        input_dtypes=("float16", None),
-        output_dtype=None,
-        output_dtypes=("float16",),
-    )
-    return replace(base, **changes)
+    return decisions.decision(node, **changes)
 
 
 def in_fp32(node: str = SOFTMAX, **changes: Any) -> Decision:
     """A node that stays FP32 because its op is denied."""
-    kept = {
-        "category": "deny",
-        "dtype": "float32",
-        "low": False,
-        "macs": 0,
-        "rule": "op aten.softmax",
-        "reason": "exp feeds a sum",
-        "source": "default.toml:40",
-        "input_dtypes": ("float32",),
-        "output_dtypes": ("float32",),
-    }
-    return decision(node, **(kept | changes))
+    return decisions.in_fp32(node, **({"rule": "op aten.softmax"} | changes))
 
 
 DECISIONS = (decision(FIRST), in_fp32(SOFTMAX), decision(LAST))
@@ -210,7 +181,7 @@ def report(
         "unknown_ops": {},
         "uncaptured": uncaptured,
         "unmatched_rules": (),
-        "decisions": decisions,
+        "decisions": tuple(map(NodeRecord.of, decisions)),
     }
     return RunReport(
         amp_convert="0.1.0",

@@ -14,6 +14,7 @@ from amp_convert.capture.regions import Captured, capture
 from amp_convert.plan.plan import Casts, Decision, Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
+from amp_convert.report.records import NodeRecord
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rules.rule_set import Category, GuardLimits, Rule, Rules, Target, load_rules
@@ -95,7 +96,7 @@ def table(plan: Plan, mode: str = "eval") -> list[str]:
     "aten." is left out; "." is an input that nothing casts.
     """
     lines = []
-    for d in decisions_of(plan, mode):
+    for d in map(NodeRecord.of, decisions_of(plan, mode)):
         casts = " ".join(SHORT[dtype] for dtype in d.input_dtypes)
         dtype, level = SHORT.get(d.dtype, d.dtype), "low" if d.low else "-"
         lines.append(f"{d.node} | {d.category} | {d.rule} | {dtype} | {level} | {casts}")

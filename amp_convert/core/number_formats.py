@@ -13,6 +13,8 @@ import torch
 from torch import fx
 
 LOW_DTYPES = (torch.float16, torch.bfloat16)
+FULL = "float32"
+"""The name of the format that everything else is held against."""
 
 
 def name_of(dtype: torch.dtype) -> str:

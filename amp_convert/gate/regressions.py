@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from amp_convert.gate.baseline import Baseline
-from amp_convert.plan.plan import Decision
 from amp_convert.report import RunReport
+from amp_convert.report.records import NodeRecord
 from amp_convert.verdict.thresholds import metric_holds, metric_limit, rounding_unit
 
 # Checks on training, which is a draw: measured, and still unchecked, they ran and cannot tell.
@@ -99,14 +99,14 @@ def added_casts(now: Baseline, before: Baseline) -> Iterator[Regression]:
 
 
 def newly_fp32(
-    decisions: dict[str, Decision], now: Baseline, before: Baseline
+    decisions: dict[str, NodeRecord], now: Baseline, before: Baseline
 ) -> Iterator[Regression]:
     for node, was in sorted(before.nodes.items()):
         if was.low and node in now.nodes and not now.nodes[node].low:
             yield _in_fp32(node, was.dtype, decisions[node])
 
 
-def _in_fp32(subject: str, before: str, decision: Decision) -> Regression:
+def _in_fp32(subject: str, before: str, decision: NodeRecord) -> Regression:
     measured = f", measured: {decision.evidence}" if decision.evidence else ""
     reason = f"{decision.rule}: {decision.reason} ({decision.source}{measured})"
     kind, after = RegressionKind.NEWLY_FP32, decision.dtype
@@ -120,7 +120,7 @@ def replaced(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Reg
     that a new torch calls by another name, would slip through. In a layer that is still partly low,
     only a new node with multiply-adds counts: the rest may be an edit of the model.
     """
-    by_layer: dict[str, list[Decision]] = {}
+    by_layer: dict[str, list[NodeRecord]] = {}
     for decision in report.plan.decisions:
         if decision.node in now.nodes:
             by_layer.setdefault(decision.layer, []).append(decision)

@@ -107,7 +107,7 @@ def labels_of(rewritten: Rewritten) -> dict[str, Label]:
                 layer=info.layer,
                 dtype=decision.dtype if decision else "",
                 rule=decision.rule if decision else "",
-                reason=decision.reason if decision else "",
+                reason=decision.why if decision else "",
                 location=info.location,
             )
         elif node.op == "call_function":

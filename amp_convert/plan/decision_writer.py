@@ -7,7 +7,7 @@ nodes count as low.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Region, Value
-from amp_convert.core.number_formats import castable, name_of
+from amp_convert.core.number_formats import FULL, castable, name_of
 from amp_convert.core.op_facts import facts_of_target
 from amp_convert.plan.coloring import Painted
 from amp_convert.plan.dtype_flow import Flow, tensor_arguments
 from amp_convert.plan.evidence import Evidence
 from amp_convert.plan.node_context import Sites
-from amp_convert.plan.plan import Casts, Decision
+from amp_convert.plan.plan import Casts, Decision, DecisionKind, PlannedInput, RewriteKind
 from amp_convert.plan.rescaling import UNSCALED, Scaling
 from amp_convert.rules.rule_set import Category, Painting
 
@@ -30,15 +30,26 @@ from amp_convert.rules.rule_set import Category, Painting
 class Ruling:
     """Why a node is what it is: the rule that gave its category, or what overruled it."""
 
+    kind: DecisionKind
     category: Category | None
     rule: str
     reason: str
     source: str
     pinned: bool = False
-    explicit: bool = False
     evidence: str = ""
+    guard: str = ""
+    measured: float | None = None
+    limit: float | None = None
     # What the op is by its own rule: a pinned node still passes a denial on.
     own: Category | None = None
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the model's own code decided."""
+        return self.kind is DecisionKind.EXPLICIT
+
+
+_NOTHING = Ruling(DecisionKind.NONE, None, "", "", "")
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,6 @@ class Settled:
     scalings: Mapping[str, Scaling]
     sites: Sites
     flows: Mapping[str, Flow]
-
-
-_CLAMPED = "its mask is raised into range (rewrite clamp_masks)"
 
 
 class Writer:
@@ -89,28 +97,17 @@ class Writer:
             for dtype in pytree.tree_leaves(flow.result)
             if dtype is None or isinstance(dtype, torch.dtype)
         )
-        low_name = name_of(self._dtype)
         owner = node
         while owner.target is operator.getitem:
             owner = owner.args[0]  # type: ignore[assignment]
-        ruling = self._settled.rulings.get(owner.name)
-        category, rule, reason, source, evidence = "none", "", "", "", ""
-        if ruling is not None and node is owner:
-            category = ruling.category.value if ruling.category is not None else "unknown"
-            rule, source = ruling.rule, ruling.source
-            reason = self._reason(node, ruling)
-            evidence = ruling.evidence or self._evidence.text(node)
+        ruling = self._settled.rulings.get(owner.name, _NOTHING) if node is owner else _NOTHING
+        decided = ruling is not _NOTHING
+        kind, reason = self._settle(node, ruling)
         clamp = self._clamp(node, flow)
-        rewrites = [_CLAMPED] if clamp is not None else []
         scaling = self._settled.scalings.get(node.name, UNSCALED)
-        if scaling != UNSCALED:
-            how = f"its result is held times {scaling.result:g}"
-            if scaling.result == 1:
-                how = "it takes the factor of what it reads back"
-            rewrites.append(f"{how} (rewrite {scaling.rewrite})")
-        rewrite = "; ".join(rewrites)
-        originals = pytree.tree_leaves(self._values[node.name])
-        was_low = all(isinstance(v, Value) and name_of(v.dtype) == low_name for v in originals)
+        rewrites = [RewriteKind.CLAMP_MASKS] if clamp is not None else []
+        if scaling.rewrite is not None:
+            rewrites.append(scaling.rewrite)
         return Decision(
             node=info.identity,
             name=node.name,
@@ -118,28 +115,40 @@ class Writer:
             module=info.modules[0] if info.modules else "",
             op=info.short_op,
             location=info.location,
-            category=category,
+            kind=kind,
+            category=ruling.category,
+            precision=self._precision(node, ruling, flow) if decided else "",
             dtype=next((name for name in outputs if name), ""),
-            rule=rule,
-            reason=f"{reason}; {rewrite}" if rewrite else reason,
-            source=source,
-            evidence=evidence,
-            low=ruling is not None
-            and node is owner
-            and not was_low
-            and self._is_low(node, ruling, flow),
+            rule=ruling.rule,
+            reason=reason,
+            source=ruling.source,
+            evidence=ruling.evidence or (self._evidence.text(node) if decided else ""),
             macs=self._macs.get(node.name, 0),
-            input_dtypes=tuple(name_of(d) if d is not None else None for d in flow.inputs),
+            inputs=tuple(self._inputs(node, flow, scaling)),
             output_dtype=name_of(flow.output) if flow.output is not None else None,
             output_dtypes=outputs,
-            rewrite=rewrite,
+            guard=ruling.guard,
+            measured=ruling.measured,
+            limit=ruling.limit,
+            rewrites=tuple(rewrites),
             clamp=clamp,
             scale=scaling.result,
-            input_scales=tuple(scaling.operands.get(i, 1.0) for i in range(len(flow.inputs)))
-            if scaling.operands
-            else (),
             number_scale=scaling.number,
         )
+
+    def _inputs(self, node: fx.Node, flow: Flow, scaling: Scaling) -> Iterator[PlannedInput]:
+        arguments = tensor_arguments(node, self._values)
+        for index, ((name, _), dtype) in enumerate(zip(arguments, flow.inputs, strict=True)):
+            wanted = name_of(dtype) if dtype is not None else None
+            yield PlannedInput(name, wanted, scaling.operands.get(index, 1.0))
+
+    def _precision(self, node: fx.Node, ruling: Ruling, flow: Flow) -> str:
+        """The number format that a decided node computes in. One whose results the model has in
+        the low dtype already was not converted."""
+        low_name = name_of(self._dtype)
+        originals = pytree.tree_leaves(self._values[node.name])
+        was_low = all(isinstance(v, Value) and name_of(v.dtype) == low_name for v in originals)
+        return low_name if not was_low and self._is_low(node, ruling, flow) else FULL
 
     def _clamp(self, node: fx.Node, flow: Flow) -> float | None:
         """What a low node's mask values are raised to: half of the lowest number, so that a score
@@ -168,22 +177,22 @@ class Writer:
         }
         return read == {self._dtype}
 
-    def _reason(self, node: fx.Node, ruling: Ruling) -> str:
-        """The rule's reason and, where painting had the last word, what painting did."""
-        if ruling.pinned or ruling.explicit or ruling.category is None:
-            return ruling.reason
-        if self._painting is Painting.AUTOCAST:
-            return ruling.reason
-        if ruling.category in (Category.ALLOW, Category.DENY):
-            return ruling.reason
+    def _settle(self, node: fx.Node, ruling: Ruling) -> tuple[DecisionKind, str]:
+        """What had the last word, and the reason: the rule's and, where painting decided, what
+        painting did."""
+        painted = ruling.category in (Category.INFER, Category.CLEAR) and not ruling.pinned
+        if ruling.explicit or not painted or self._painting is Painting.AUTOCAST:
+            return ruling.kind, ruling.reason
         index = self._settled.index[node.name]
         if index in self._settled.painted.low:
-            return f"{ruling.reason}; joins the low-precision ops around it"
+            return DecisionKind.PAINTING, f"{ruling.reason}; joins the low-precision ops around it"
         if index in self._settled.painted.denied:
             root = self._infos[self._names[self._settled.painted.denied[index]]]
             where = f" in {root.layer}" if root.layer else ""
-            return f"{ruling.reason}; follows {root.short_op}{where}, which stays in FP32"
-        return f"{ruling.reason}; not between two low-precision ops, so a cast would gain nothing"
+            follows = f"follows {root.short_op}{where}, which stays in FP32"
+            return DecisionKind.PROPAGATION, f"{ruling.reason}; {follows}"
+        alone = "not between two low-precision ops, so a cast would gain nothing"
+        return DecisionKind.PAINTING, f"{ruling.reason}; {alone}"
 
     def casts(self) -> Casts:
         """Distinct (value, dtype) pairs and border edges, the graph's outputs included."""

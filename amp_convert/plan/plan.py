@@ -8,14 +8,58 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from amp_convert.capture.regions import Uncaptured
-from amp_convert.rules.rule_set import Rewrites
+from amp_convert.core.number_formats import FULL
+from amp_convert.rules.rule_set import Category, Painting, Rewrites
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class DecisionKind(StrEnum):
+    """What had the last word about a node."""
+
+    NONE = "none"
+    """Nothing: it has no FP32 input to decide about."""
+    RULE = "rule"
+    """The rule for its operator."""
+    OVERRIDE = "override"
+    """A rule for its node, layer or module."""
+    GUARD = "guard"
+    """A guard, on a measured value."""
+    PAINTING = "painting"
+    """The nodes around it: it joins them, or would gain nothing by it."""
+    PROPAGATION = "propagation"
+    """A node before it that stays in FP32."""
+    REFUSED = "refused"
+    """Its kernel, which does not take the low dtype."""
+    EXPLICIT = "explicit"
+    """The model's own code, which asks for a dtype."""
+    UNKNOWN = "unknown"
+    """Nothing: no rule names its operator, so it stays in FP32."""
+
+
+class RewriteKind(StrEnum):
+    """What is done to a node besides casting; the names are those of the table `[rewrites]`."""
+
+    CLAMP_MASKS = "clamp_masks"
+    SCALE_SCORES = "scale_scores"
+    RESCALE_LAYERS = "rescale_layers"
+
+
+@dataclass(frozen=True)
+class PlannedInput:
+    """What is done to one tensor argument on its way in. `argument` is its name in the operator's
+    schema: the tensors of a list share one. It is multiplied by `scale`, a power of two, and then
+    cast to `dtype`; None leaves it as it is."""
+
+    argument: str
+    dtype: str | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -23,20 +67,21 @@ class Decision:
     """What was decided about one node, by which rule, and on what evidence.
 
     `node` is its stable identity, `name` its FX name, `op` the operator without overload, `module`
-    the class around it, `location` the user's file and line. `category` is allow, infer, deny or
-    clear, "unknown" when no rule names the op, or "none" when the node has no FP32 input to decide
-    about. `low` says whether it computes in (for a lookup: delivers) the low dtype; `dtype` is that
-    of its first tensor result. `macs` are multiply-adds for the example inputs.
+    the class around it, `location` the user's file and line. `kind` says what had the last word,
+    and `category` is what the rules say of it, None where there was nothing to decide or no rule
+    names it. `precision` is the number format that it computes in (for a lookup: delivers);
+    `dtype` is that of its first tensor result. `macs` are multiply-adds for the example inputs.
 
-    The casts: `input_dtypes` has an entry a tensor argument, `output_dtype` is for the result: the
-    dtype to cast to, or None. `output_dtypes` are those that the node's consumers see. `clamp` is
-    the value that finite FP32 inputs and number arguments below it are raised to before they become
-    low (the rewrite `clamp_masks`), or None.
+    `rule`, `reason` and `source` are for people: the rule's name, its sentence and its place. Where
+    a guard fired, `guard` is its name, `measured` the value that it saw and `limit` what that was
+    held to; `evidence` says what was measured in words.
 
-    `rewrite` says what else than casts is done, and is the end of `reason`; "" for most nodes.
-    Rescaling (the rewrites `scale_scores` and `rescale_layers`): the result is held times `scale`;
-    `input_scales` has the factor for each tensor argument, and is empty where all are 1;
-    `number_scale` is that of a number argument. All are powers of two.
+    The casts: `inputs` has an entry a tensor argument, in order; `output_dtype` is for the result:
+    the dtype to cast to, or None. `output_dtypes` are those that the node's consumers see.
+
+    `rewrites` names what else than casts is done. `clamp` is the value that finite FP32 inputs and
+    number arguments below it are raised to before they become low, or None. The result is held
+    times `scale`, a power of two, and number arguments are multiplied by `number_scale`.
     """
 
     node: str
@@ -45,27 +90,57 @@ class Decision:
     module: str
     op: str
     location: str
-    category: str
+    kind: DecisionKind
+    category: Category | None
+    precision: str
     dtype: str
     rule: str
     reason: str
     source: str
     evidence: str
-    low: bool
     macs: int
-    input_dtypes: tuple[str | None, ...]
+    inputs: tuple[PlannedInput, ...]
     output_dtype: str | None
     output_dtypes: tuple[str | None, ...]
-    rewrite: str = ""
+    guard: str = ""
+    measured: float | None = None
+    limit: float | None = None
+    rewrites: tuple[RewriteKind, ...] = ()
     clamp: float | None = None
     scale: float = 1.0
-    input_scales: tuple[float, ...] = ()
     number_scale: float = 1.0
 
     @property
     def decided(self) -> bool:
         """Whether there was anything to decide."""
-        return self.category != "none"
+        return self.kind is not DecisionKind.NONE
+
+    @property
+    def low(self) -> bool:
+        """Whether it computes in another number format than FP32."""
+        return self.precision not in ("", FULL)
+
+    @property
+    def input_dtypes(self) -> tuple[str | None, ...]:
+        """The dtypes that its tensor arguments are cast to, in order; None for no cast."""
+        return tuple(planned.dtype for planned in self.inputs)
+
+    @property
+    def rewrite(self) -> str:
+        """What its rewrites do, as a clause; "" for most nodes."""
+        return "; ".join(f"{self._done(kind)} (rewrite {kind})" for kind in self.rewrites)
+
+    @property
+    def why(self) -> str:
+        """The whole reason in words, rewrites included."""
+        return f"{self.reason}; {self.rewrite}" if self.rewrites else self.reason
+
+    def _done(self, kind: RewriteKind) -> str:
+        if kind is RewriteKind.CLAMP_MASKS:
+            return "its mask is raised into range"
+        if self.scale == 1:
+            return "it takes the factor of what it reads back"
+        return f"its result is held times {self.scale:g}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +186,7 @@ class Plan:
 
     def unknown_ops(self) -> dict[str, int]:
         """Operators that no rule names and how many nodes of each stayed FP32 for that, sorted."""
-        unknown = Counter(d.op for d in self.eval if d.category == "unknown")
+        unknown = Counter(d.op for d in self.eval if d.kind is DecisionKind.UNKNOWN)
         return dict(sorted(unknown.items()))
 
     def low_nodes(self) -> int:
@@ -133,12 +208,18 @@ class Plan:
         return sum(d.macs for d in self.eval if d.low) / max(sum(d.macs for d in self.eval), 1)
 
     def to_frame(self, mode: str = "eval") -> pd.DataFrame:
-        """One row a node of the graph of `mode` ("eval" or "train"), one column a field."""
+        """One row a node of the graph of `mode` ("eval" or "train"), one column a field, and some
+        that follow from those; `reason` is the whole one."""
         import pandas as pd
 
         decisions = self.eval if mode == "eval" else self.train
-        columns = list(Decision.__dataclass_fields__)
-        return pd.DataFrame([asdict(d) for d in decisions], columns=columns)
+        columns = [*Decision.__dataclass_fields__, "low", "input_dtypes", "rewrite"]
+        derived = (
+            {"reason": d.why, "low": d.low, "input_dtypes": d.input_dtypes, "rewrite": d.rewrite}
+            for d in decisions
+        )
+        rows = [vars(d) | more for d, more in zip(decisions, derived, strict=True)]
+        return pd.DataFrame(rows, columns=columns)
 
     def to_toml(self) -> str:
         """The plan as a rules file with one `[[rule]]` a decided node; `--rules plan.toml` gives it
@@ -167,17 +248,14 @@ class Plan:
                 f"node = {_quoted(decision.node)}",
                 f"category = {_quoted(self._category(decision))}",
                 *([f"mode = {_quoted(mode)}"] if mode else []),
-                f"reason = {_quoted(decision.reason.removesuffix(f'; {decision.rewrite}'))}",
+                f"reason = {_quoted(decision.reason)}",
             ]
         return "\n".join(lines) + "\n"
 
     def _rewrites(self) -> dict[str, bool]:
         """The name of each rewrite, and whether some node of the plan has it."""
-        used = {d.rewrite for d in (*self.eval, *self.train)}
-        return {
-            rewrite.name: any(f"(rewrite {rewrite.name})" in text for text in used)
-            for rewrite in fields(Rewrites)
-        }
+        used = {kind for d in (*self.eval, *self.train) for kind in d.rewrites}
+        return {rewrite.name: rewrite.name in used for rewrite in fields(Rewrites)}
 
     def _pinned(self) -> Iterator[tuple[Decision, str]]:
         """Each decided node, with the one mode that it is pinned for, or "" for both."""
@@ -195,9 +273,9 @@ class Plan:
             yield decision, ""
 
     def _category(self, decision: Decision) -> str:
-        if self.painting == "autocast" and decision.category != "unknown":
+        if self.painting == Painting.AUTOCAST and decision.category is not None:
             return decision.category
-        return "allow" if decision.low else "deny"
+        return Category.ALLOW if decision.low else Category.DENY
 
 
 def _quoted(text: str) -> str:

@@ -38,9 +38,9 @@ from amp_convert.plan.coloring import Painted, paint
 from amp_convert.plan.decision_writer import Ruling, Settled, Writer
 from amp_convert.plan.dtype_flow import NoKernelError, Precision, propagate, tensor_arguments
 from amp_convert.plan.evidence import Evidence
-from amp_convert.plan.guards import Site
+from amp_convert.plan.guards import GuardFinding, Site
 from amp_convert.plan.node_context import Sites
-from amp_convert.plan.plan import Casts, Decision, Plan
+from amp_convert.plan.plan import Casts, Decision, DecisionKind, Plan
 from amp_convert.plan.rescaling import UNSCALED, Rescaler, Scaling
 from amp_convert.profile.calibrate import Range, RangeStats
 from amp_convert.rules.rule_set import Category, Painting, Place, Rules, Target
@@ -109,19 +109,26 @@ def _unmatched(captured: Captured, rules: Rules) -> tuple[str, ...]:
 
 def _nearest(pattern: str, known: Collection[str]) -> str:
     """What may have been meant: the nearest layer, class or node that the model has."""
+    ends = {name.rpartition(".")[2].lower(): name for name in sorted(known)}
     near = difflib.get_close_matches(pattern, sorted(known), n=1)
+    if not near:
+        last = pattern.rpartition(".")[2].lower()
+        near = [ends[end] for end in difflib.get_close_matches(last, ends, n=1)]
     return f"; the nearest is {near[0]}" if near else ""
 
 
-_UNKNOWN = Ruling(None, "unknown op", "no rule names this op, so it stays in FP32", "")
+_UNKNOWN = Ruling(
+    DecisionKind.UNKNOWN, None, "unknown op", "no rule names this op, so it stays in FP32", ""
+)
 _EXPLICIT = Ruling(
-    Category.DENY, "explicit cast", "the model's own code asks for this dtype", "model",
-    explicit=True,
+    DecisionKind.EXPLICIT, Category.DENY, "explicit cast",
+    "the model's own code asks for this dtype", "model",
 )  # fmt: skip
 # An op rule cannot see arguments.
 _ACCUMULATING = Ruling(
-    Category.DENY, "accumulating write", "it adds up values that fall on one place", "planner"
-)
+    DecisionKind.RULE, Category.DENY, "accumulating write",
+    "it adds up values that fall on one place", "planner",
+)  # fmt: skip
 
 
 class _GraphPlanner:
@@ -167,7 +174,11 @@ class _GraphPlanner:
                 flows = propagate(self._graph, self._values, precision, self._dtype, self._device)
             except NoKernelError as refusal:
                 reason = f"it has no {name_of(self._dtype)} kernel"
-                self._pin(refusal.node, "no kernel", reason, refusal.cause)
+                refused = Ruling(
+                    DecisionKind.REFUSED, Category.DENY, "no kernel", reason, "",
+                    evidence=refusal.cause,
+                )  # fmt: skip
+                self._pin(refusal.node, refused)
                 continue
             settled = Settled(
                 self._rulings, self._index, self._painted, self._scalings, self._sites, flows
@@ -216,12 +227,16 @@ class _GraphPlanner:
             return _UNKNOWN
         if info.op in self._refused and rule.category is not Category.DENY:
             return Ruling(
-                Category.DENY, "no kernel", f"no {place.dtype} kernel for it on {place.device}",
-                "measured",
+                DecisionKind.REFUSED, Category.DENY, "no kernel",
+                f"no {place.dtype} kernel for it on {place.device}", "measured",
                 pinned=True, evidence=self._refused[info.op], own=own,
             )  # fmt: skip
-        pinned = rule.target is not Target.OP and rule.category in (Category.ALLOW, Category.DENY)
-        return Ruling(rule.category, rule.name, rule.reason, rule.source, pinned=pinned, own=own)
+        override = rule.target is not Target.OP
+        return Ruling(
+            DecisionKind.OVERRIDE if override else DecisionKind.RULE,
+            rule.category, rule.name, rule.reason, rule.source,
+            pinned=override and rule.category in (Category.ALLOW, Category.DENY), own=own,
+        )  # fmt: skip
 
     def _accumulates(self, node: fx.Node) -> bool:
         """Whether the node is an `index_put` that adds to what is there: in FP16, 4096 values that
@@ -312,7 +327,7 @@ class _GraphPlanner:
                 finding = guarding.first_finding(self._site(node), self._rules.guards, self._dtype)
                 if finding is not None:
                     fired = True
-                    self._pin(node.name, f"guard {finding.guard}", finding.reason, finding.evidence)
+                    self._pin(node.name, _ruling_of(finding))
         return fired
 
     def _site(self, node: fx.Node) -> Site:
@@ -341,12 +356,18 @@ class _GraphPlanner:
         seen, scaling = self._evidence.range(node), self._scalings.get(node.name, UNSCALED)
         return seen.scaled(scaling.result) if seen is not None else None
 
-    def _pin(self, name: str, rule: str, reason: str, evidence: str = "") -> None:
+    def _pin(self, name: str, ruling: Ruling) -> None:
         was = self._rulings[name]
-        self._rulings[name] = Ruling(
-            Category.DENY, rule, reason, "measured" if evidence else was.source,
-            pinned=True, evidence=evidence, own=was.own,
-        )  # fmt: skip
+        source = "measured" if ruling.evidence else was.source
+        self._rulings[name] = replace(ruling, source=source, pinned=True, own=was.own)
+
+
+def _ruling_of(finding: GuardFinding) -> Ruling:
+    return Ruling(
+        DecisionKind.GUARD, Category.DENY, f"guard {finding.guard}", finding.reason, "",
+        evidence=finding.evidence, guard=finding.guard, measured=finding.measured,
+        limit=finding.limit,
+    )  # fmt: skip
 
 
 def _arguments(node: fx.Node) -> set[str]:

@@ -37,6 +37,7 @@ from amp_convert.core.number_formats import unit_roundoff
 from amp_convert.core.op_facts import OpFacts, facts_of
 from amp_convert.plan.dtype_flow import tensor_arguments
 from amp_convert.plan.evidence import Evidence
+from amp_convert.plan.plan import RewriteKind
 from amp_convert.profile.rounding_trials import NOTABLE
 from amp_convert.rules.rule_set import Rewrites
 
@@ -58,13 +59,13 @@ class Scaling:
     position among them, `number` that of its number argument. `rewrite` is the region's kind.
     """
 
-    rewrite: str
+    rewrite: RewriteKind | None
     result: float = 1.0
     operands: Mapping[int, float] = field(default_factory=dict)
     number: float = 1.0
 
 
-UNSCALED = Scaling("")
+UNSCALED = Scaling(None)
 
 
 class Rescaler:
@@ -82,7 +83,8 @@ class Rescaler:
         rewrites: Rewrites,
     ) -> None:
         self._graph, self._values, self._ops, self._evidence = graph, values, ops, evidence
-        self._on = {name for name in ("scale_scores", "rescale_layers") if getattr(rewrites, name)}
+        scaling = (RewriteKind.SCALE_SCORES, RewriteKind.RESCALE_LAYERS)
+        self._on = {kind for kind in scaling if getattr(rewrites, kind)}
 
     def find(self, is_low: Callable[[fx.Node], bool], dtype: torch.dtype) -> dict[str, Scaling]:
         """The scaling of every node in a region, and of those that end one, by FX name.
@@ -91,16 +93,16 @@ class Rescaler:
         dtype's largest number.
         """
         scales: dict[fx.Node, float] = {}
-        kinds: dict[fx.Node, str] = {}
+        kinds: dict[fx.Node, RewriteKind] = {}
         for node in self._graph.nodes:
             kind = self._kind(node)
-            if kind not in self._on or not is_low(node):
+            if kind is None or kind not in self._on or not is_low(node):
                 continue
             scale = self._needed(node, dtype)
             region = self._region(node, kind) if scale < 1 else None
             if region is None or any(map(self._is_sensitive, region)):
                 continue
-            if kind == "scale_scores" and not self._are_small(region, dtype):
+            if kind is RewriteKind.SCALE_SCORES and not self._are_small(region, dtype):
                 continue
             if not self._fits(node, region, scale, scales, dtype):
                 continue
@@ -114,10 +116,10 @@ class Rescaler:
                 found[node.name] = self._scaling(node, scales, kind)
         return found
 
-    def _kind(self, node: fx.Node) -> str:
+    def _kind(self, node: fx.Node) -> RewriteKind | None:
         if self._layer_weight(node) is not None:
-            return "rescale_layers"
-        return "scale_scores" if self._is_product(node) else ""
+            return RewriteKind.RESCALE_LAYERS
+        return RewriteKind.SCALE_SCORES if self._is_product(node) else None
 
     def _needed(self, node: fx.Node, dtype: torch.dtype) -> float:
         """The power of two that brings a result into range: 1 where it is, or is not finite."""
@@ -127,7 +129,7 @@ class Rescaler:
         excess = seen.abs_max / torch.finfo(dtype).max
         return 2.0 ** -math.ceil(math.log2(excess * HEADROOM)) if excess * NEEDED > 1 else 1.0
 
-    def _region(self, source: fx.Node, kind: str) -> list[fx.Node] | None:
+    def _region(self, source: fx.Node, kind: RewriteKind) -> list[fx.Node] | None:
         """The nodes whose values are held scaled; None where a reader cannot take it."""
         region, pending = [source], [source]
         while pending:
@@ -161,10 +163,10 @@ class Rescaler:
         single = isinstance(self._values.get(node.name), Value)
         return single and self._facts(node).keeps_factors and len(list(self._reads(node))) == 1
 
-    def _ends(self, user: fx.Node, value: fx.Node, kind: str) -> bool:
+    def _ends(self, user: fx.Node, value: fx.Node, kind: RewriteKind) -> bool:
         """Whether a reader can take the factor back."""
         facts = self._facts(user)
-        if kind == "scale_scores":
+        if kind is RewriteKind.SCALE_SCORES:
             if not facts.factor or len(user.args) != 2 or user.kwargs:
                 return False
             return user.args[0] is value and self._is_number(user.args[1])
@@ -217,7 +219,7 @@ class Rescaler:
         limits = torch.finfo(dtype)
         smallest = SMALLEST if dtype == torch.float16 else limits.tiny
         for node in concerned:
-            scaling = self._scaling(node, trial, "")
+            scaling = self._scaling(node, trial, None)
             arguments = [n for _, n in self._reads(node)]
             for index, factor in scaling.operands.items():
                 seen = self._evidence.range(arguments[index])
@@ -241,7 +243,9 @@ class Rescaler:
         names = [name for name, _ in self._reads(node)]
         return names.index(weights[2]) if weights and weights[2] in names else None
 
-    def _scaling(self, node: fx.Node, scales: Mapping[fx.Node, float], kind: str) -> Scaling:
+    def _scaling(
+        self, node: fx.Node, scales: Mapping[fx.Node, float], kind: RewriteKind | None
+    ) -> Scaling:
         """The factors that give `node` its own scale, given those of what it reads."""
         facts, own = self._facts(node), scales.get(node, 1.0)
         arguments = list(self._reads(node))

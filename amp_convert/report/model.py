@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from amp_convert.capture.fidelity import Fidelity
 from amp_convert.capture.regions import Uncaptured
 from amp_convert.onnx_file.write import OnnxModel
-from amp_convert.plan.plan import Decision, Plan
+from amp_convert.plan.plan import Plan
+from amp_convert.report.records import NodeRecord
 from amp_convert.validate.inference.results import Divergence
 from amp_convert.validate.onnx.results import OnnxParity
 from amp_convert.validate.training.results import TrainingParity
@@ -86,7 +87,7 @@ class PlanSection(Section):
     unknown_ops: dict[str, int]
     uncaptured: tuple[Uncaptured, ...]
     unmatched_rules: tuple[str, ...]
-    decisions: tuple[Decision, ...]
+    decisions: tuple[NodeRecord, ...]
 
     @classmethod
     def of(cls, plan: Plan) -> PlanSection:
@@ -106,7 +107,7 @@ class PlanSection(Section):
             unknown_ops=plan.unknown_ops(),
             uncaptured=plan.uncaptured,
             unmatched_rules=plan.unmatched_rules,
-            decisions=plan.eval,
+            decisions=tuple(map(NodeRecord.of, plan.eval)),
         )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from torch.utils import _pytree as pytree
 from amp_convert.capture.export import CapturedGraph
 from amp_convert.capture.regions import Region, Value
 from amp_convert.core.number_formats import castable, from_name, name_of
-from amp_convert.plan.plan import Decision, Plan
+from amp_convert.plan.dtype_flow import tensor_arguments
+from amp_convert.plan.plan import Decision, Plan, PlannedInput
 
 aten = torch.ops.aten
 
@@ -102,17 +102,15 @@ class _Rewriter:
 
     def _cast_arguments(self, node: fx.Node, decision: Decision) -> Iterator[fx.Node]:
         """The new node for every FX node among the arguments, in order, cast where planned."""
-        wanted = zip(decision.input_dtypes, decision.input_scales or repeat(1.0), strict=False)
+        planned = planned_inputs(node, self._recorded, decision)
         for leaf in pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(leaf, fx.Node):
                 new = self._values[leaf.name]
-                dtype, scale = None, 1.0
-                if isinstance(self._recorded.get(leaf.name), Value):
-                    dtype, scale = next(wanted)
-                if scale != 1:
-                    new = self._times(new, scale)
-                if dtype is not None:
-                    new = self._casted(new, from_name(dtype), decision.clamp)
+                wanted = next(planned) if isinstance(self._recorded.get(leaf.name), Value) else None
+                if wanted is not None and wanted.scale != 1:
+                    new = self._times(new, wanted.scale)
+                if wanted is not None and wanted.dtype is not None:
+                    new = self._casted(new, from_name(wanted.dtype), decision.clamp)
                 yield new
 
     def _casted(self, value: fx.Node, dtype: torch.dtype, clamp: float | None = None) -> fx.Node:
@@ -146,6 +144,16 @@ class _Rewriter:
             return new if decision.dtype == want else self._casted(new, value.dtype)
 
         self._graph.output(fx.map_arg(node.args[0], restored))
+
+
+def planned_inputs(
+    node: fx.Node, recorded: Mapping[str, object], decision: Decision
+) -> Iterator[PlannedInput]:
+    """What is planned for each tensor argument of a call, in order: a plan for a call with other
+    arguments is a fault of ours."""
+    names = [name for name, _ in tensor_arguments(node, recorded)]
+    assert names == [planned.argument for planned in decision.inputs], decision.node
+    return iter(decision.inputs)
 
 
 def planned_numbers(arguments: Any, decision: Decision) -> Any:

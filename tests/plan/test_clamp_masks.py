@@ -101,7 +101,7 @@ def test_the_whole_plan_with_a_clamped_mask() -> None:
     assert {d.node: d.clamp for d in plan.eval if d.clamp is not None} == {
         f"/aten.{op}#0": LOWEST[F16] for op in masks
     }
-    assert all(("rewrite clamp_masks" in d.reason) == (d.clamp is not None) for d in plan.eval)
+    assert all(("rewrite clamp_masks" in d.why) == (d.clamp is not None) for d in plan.eval)
     assert table(plan)[-10:] == rows(
         """
         /masked_fill#0     | clear | op masked_fill | f16 | low | f16 .

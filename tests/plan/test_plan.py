@@ -16,31 +16,14 @@ from torch import nn
 
 from amp_convert.plan.plan import Casts, Decision, Plan
 from amp_convert.rules.rule_set import Place, Target, load_rules
+from tests import decisions
 from tests.small_models import example, ramp
 from tests.staged import Staged, casts_of, decisions_of
 
 
 def decision(node: str, **changes: Any) -> Decision:
-    base = Decision(
-        node=node,
-        name="linear",
-        layer=node.partition("/")[0],
-        module="torch.nn.modules.linear.Linear",
-        op="aten.linear",
-        location="model.py:41",
-        category="allow",
-        dtype="float16",
-        rule="op aten.linear",
-        reason="matrix product",
-        source="default.toml:12",
-        evidence="",
-        low=True,
-        macs=100,
-        input_dtypes=("float16", None),
-        output_dtype=None,
-        output_dtypes=("float16",),
-    )
-    return replace(base, **changes)
+    said = {"name": "linear", "op": "aten.linear", "macs": 100, "layer": node.partition("/")[0]}
+    return decisions.decision(node, **(said | changes))
 
 
 FP32: dict[str, Any] = {"low": False, "dtype": "float32", "category": "deny"}
@@ -115,7 +98,8 @@ def test_the_table_has_a_row_a_node_and_a_column_a_field() -> None:
     eval_only, train_only = decision("a", evidence="abs max 3"), decision("b", **FP32)
     found = plan(eval_only, decision("c"), train=(train_only,))
     frame = found.to_frame()
-    assert list(frame.columns) == [field.name for field in fields(Decision)]
+    derived = ["low", "input_dtypes", "rewrite"]
+    assert list(frame.columns) == [*(field.name for field in fields(Decision)), *derived]
     assert list(frame["node"]) == ["a", "c"]
     row = frame.iloc[0]
     assert (row["evidence"], row["macs"], row["low"]) == ("abs max 3", 100, True)

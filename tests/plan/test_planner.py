@@ -345,7 +345,8 @@ def test_a_rule_of_the_users_that_matches_nothing_is_named(tmp_path: Path) -> No
     )  # fmt: skip
     found = example("block").plan(load_rules(["default", str(file)]))
     assert found.unmatched_rules == (
-        "layer upp (mine.toml:5)",
-        "node down/aten.linear#1 (mine.toml:13)",
-        "module torch.nn.Layernorm (mine.toml:21)",
+        "layer upp (mine.toml:5; the nearest is up)",
+        "node down/aten.linear#1 (mine.toml:13; the nearest is down/aten.linear#0)",
+        "module torch.nn.Layernorm (mine.toml:21; the nearest is "
+        "torch.nn.modules.normalization.LayerNorm)",
     )

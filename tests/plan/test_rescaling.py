@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import amp_convert as amp
 from amp_convert.plan.plan import Plan
+from amp_convert.report.records import NodeRecord
 from amp_convert.rules.rule_set import Rewrites, Rules, load_rules
 from tests.staged import BF16, F16, Staged, rows, table
 
@@ -29,7 +30,11 @@ def only(rewrite: str) -> Rules:
 def scaled(plan: Plan) -> dict[str, tuple[float, tuple[float, ...], float]]:
     """The factors of each node that has one: of its result, its tensors and its number."""
     found = {
-        d.node.replace("aten.", "").removesuffix("#0"): (d.scale, d.input_scales, d.number_scale)
+        d.node.replace("aten.", "").removesuffix("#0"): (
+            d.scale,
+            NodeRecord.of(d).input_scales,
+            d.number_scale,
+        )
         for d in plan.eval
     }
     return {node: factors for node, factors in found.items() if factors != (1.0, (), 1.0)}
@@ -115,7 +120,7 @@ def test_the_whole_plan_of_scores() -> None:
         out/linear#0  | allow | op linear    | f16 | low | . f16 f16
         """
     )
-    reasons = {d.node: d.reason for d in of.plan().eval if "rewrite" in d.reason}
+    reasons = {d.node: d.why for d in of.plan().eval if d.rewrites}
     assert reasons.keys() == {"/aten.matmul#0", "/aten.div#0"}
     assert reasons["/aten.matmul#0"].endswith(
         "its result is held times 0.0078125 (rewrite scale_scores)"

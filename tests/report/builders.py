@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 from amp_convert.capture.regions import Uncaptured
 from amp_convert.plan.plan import Casts, Decision, Plan
 from amp_convert.report import Environment, PlanSection
 from amp_convert.validate.inference.results import NodeDivergence, OutputError
+from tests import decisions
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -21,43 +22,16 @@ HOSTILE = (
 )
 
 
-def decision(layer: str, op: str = "aten.linear", **changes: object) -> Decision:
+def decision(layer: str, op: str = "aten.linear", **changes: Any) -> Decision:
     """A node that computes in float16 by the default rules, unless `changes` say otherwise."""
-    base = Decision(
-        node=f"{layer}/{op}#0",
-        name=layer.replace(".", "_"),
-        layer=layer,
-        module="torch.nn.modules.linear.Linear",
-        op=op,
-        location="model.py:41",
-        category="allow",
-        dtype="float16",
-        rule=f"op {op}",
-        reason="matrix product: fast on tensor cores",
-        source="default.toml:12",
-        evidence="",
-        low=True,
-        macs=1000,
-        input_dtypes=("float16", None),
-        output_dtype=None,
-        output_dtypes=("float16",),
-    )
-    return replace(base, **changes)  # type: ignore[arg-type]
+    said = {"op": op, "rule": f"op {op}", "reason": "matrix product: fast on tensor cores"}
+    return decisions.decision(f"{layer}/{op}#0", **(said | {"layer": layer} | changes))
 
 
-def fp32(layer: str, op: str, **changes: object) -> Decision:
+def fp32(layer: str, op: str, **changes: Any) -> Decision:
     """A node that stays FP32 because its op is denied."""
-    kept: dict[str, object] = {
-        "category": "deny",
-        "dtype": "float32",
-        "low": False,
-        "macs": 0,
-        "reason": "its sum of squares overflows",
-        "source": "default.toml:40",
-        "input_dtypes": ("float32",),
-        "output_dtypes": ("float32",),
-    }
-    return decision(layer, op, **(kept | changes))
+    said = {"op": op, "rule": f"op {op}", "reason": "its sum of squares overflows"}
+    return decisions.in_fp32(f"{layer}/{op}#0", **(said | {"layer": layer} | changes))
 
 
 def divergence_of(node: Decision, local: float | None, accumulated: float | None) -> NodeDivergence:

@@ -17,6 +17,7 @@ from amp_convert.capture.regions import Uncaptured
 from amp_convert.core.exponent_histogram import ExponentHistogram
 from amp_convert.plan.plan import Decision
 from amp_convert.report import RunReport, Unchecked
+from amp_convert.report.records import NodeRecord
 from amp_convert.report.writers.json_report import json_text
 from amp_convert.validate.inference.results import (
     ArmCost,
@@ -94,7 +95,9 @@ def test_a_report_survives_json(
     decisions: tuple[Decision, ...],
     uncaptured: tuple[Uncaptured, ...],
 ) -> None:
-    plan = small_report.plan.model_copy(update={"decisions": decisions, "uncaptured": uncaptured})
+    plan = small_report.plan.model_copy(
+        update={"decisions": tuple(map(NodeRecord.of, decisions)), "uncaptured": uncaptured}
+    )
     report = RunReport.model_validate(dict(small_report) | stages | {"plan": plan})
     text = json_text(report)
     again = RunReport.model_validate_json(text)

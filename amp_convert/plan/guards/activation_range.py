@@ -40,7 +40,9 @@ class ActivationRange:
                     f"{what} comes too near to the largest {name_of(dtype)} number, "
                     f"{largest:.5g} (head room {headroom:g})"
                 )
-                return GuardFinding(self.name, reason, site.measured(range_))
+                return GuardFinding(
+                    self.name, reason, site.measured(range_), size, largest / headroom
+                )
         return None
 
 
@@ -59,5 +61,11 @@ class ActivationFloor:
         for what, range_ in seen:
             if range_ is not None and 0 < range_.abs_max < limits.activation_floor:
                 reason = f"{what} is nowhere above {limits.activation_floor:.3g}: float16 loses it"
-                return GuardFinding(self.name, reason, site.measured(range_))
+                return GuardFinding(
+                    self.name,
+                    reason,
+                    site.measured(range_),
+                    range_.abs_max,
+                    limits.activation_floor,
+                )
         return None

@@ -36,7 +36,8 @@ class Cancellation:
                     f"large values cancel, which leaves an error of {error / small.abs_max:.0%}"
                 )
                 evidence = f"abs max {large.abs_max:.5g} becomes {small.abs_max:.5g}"
-                return GuardFinding(self.name, reason, evidence)
+                share = error / small.abs_max
+                return GuardFinding(self.name, reason, evidence, share, limits.cancellation_error)
         return None
 
 

@@ -27,10 +27,11 @@ class Constants:
                 continue
             if value < 0 and site.masked:
                 continue
-            if abs(value) > torch.finfo(dtype).max:
+            evidence, largest = f"{argument} = {value:g}", torch.finfo(dtype).max
+            if abs(value) > largest:
                 reason = f"its constant {argument} is beyond the range of {name_of(dtype)}"
-                return GuardFinding(self.name, reason, f"{argument} = {value:g}")
+                return GuardFinding(self.name, reason, evidence, value, largest)
             if dtype == torch.float16 and 0 < abs(value) < limits.smallest_constant:
                 reason = f"its constant {argument} is too small for {name_of(dtype)}"
-                return GuardFinding(self.name, reason, f"{argument} = {value:g}")
+                return GuardFinding(self.name, reason, evidence, value, limits.smallest_constant)
         return None

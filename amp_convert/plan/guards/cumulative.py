@@ -24,4 +24,5 @@ class Cumulative:
         if length <= limits.cumulative_length:
             return None
         reason = "it adds up one element after the other, and each keeps the errors before it"
-        return GuardFinding(self.name, reason, f"{length} elements")
+        evidence = f"{length} elements"
+        return GuardFinding(self.name, reason, evidence, length, limits.cumulative_length)

@@ -28,18 +28,21 @@ class Epsilon:
     def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
         if limits.smallest_eps is False or dtype != torch.float16:
             return None
-        reason = f"an eps under {limits.smallest_eps:.3g} becomes zero or loses digits in float16"
         for operand in site.operands:
-            if operand.argument == site.facts.singular and _is_tiny(operand.eps, limits):
-                return GuardFinding(self.name, reason, f"eps = {operand.eps:g}")
+            if operand.argument == site.facts.singular:
+                found = _finding(operand.eps, limits.smallest_eps)
+                if found is not None:
+                    return found
         eps = eps_of(site.op, site.scalars)
-        if any(consumer.is_singular for consumer in site.feeds) and _is_tiny(eps, limits):
-            return GuardFinding(self.name, reason, f"eps = {eps:g}")
+        feeds = any(consumer.is_singular for consumer in site.feeds)
+        return _finding(eps, limits.smallest_eps) if feeds else None
+
+
+def _finding(eps: float | None, smallest: float) -> GuardFinding | None:
+    if eps is None or not 0 < eps < smallest:
         return None
-
-
-def _is_tiny(eps: float | None, limits: GuardLimits) -> bool:
-    return eps is not None and 0 < eps < limits.smallest_eps
+    reason = f"an eps under {smallest:.3g} becomes zero or loses digits in float16"
+    return GuardFinding(Epsilon.name, reason, f"eps = {eps:g}", eps, smallest)
 
 
 def eps_of(op: str, scalars: Mapping[str, float]) -> float | None:

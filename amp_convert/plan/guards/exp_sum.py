@@ -36,5 +36,7 @@ class ExpSum:
                 reason = (
                     f"an exponential feeds a sum, whose largest term would be off by {error:.1%}"
                 )
-                return GuardFinding(self.name, reason, f"max {exponent.maximum:.5g}")
+                evidence = f"max {exponent.maximum:.5g}"
+                size = abs(exponent.maximum)
+                return GuardFinding(self.name, reason, evidence, size, limits.exp_growth)
         return None

@@ -39,5 +39,6 @@ class Logits:
             error = size * unit_roundoff(dtype)
             if not error <= limits.logit_error:
                 reason = f"it computes logits, the largest of which would be off by {error:.2g}"
-                return GuardFinding(self.name, reason, f"max {logit.maximum:.5g}")
+                evidence = f"max {logit.maximum:.5g}"
+                return GuardFinding(self.name, reason, evidence, error, limits.logit_error)
         return None

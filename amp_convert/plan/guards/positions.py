@@ -29,9 +29,11 @@ class Positions:
         for range_ in seen:
             if range_ is None or not range_.integral:
                 continue
-            if not range_.abs_max * unit_roundoff(dtype) <= limits.position_error:
+            error = range_.abs_max * unit_roundoff(dtype)
+            if not error <= limits.position_error:
                 reason = f"it counts beyond {name_of(dtype)}'s exact integers"
-                return GuardFinding(self.name, reason, site.measured(range_))
+                evidence = site.measured(range_)
+                return GuardFinding(self.name, reason, evidence, error, limits.position_error)
         return None
 
 
@@ -50,10 +52,9 @@ class Angles:
         if site.facts.is_a(Family.PERIODIC):
             angles += [operand.range for operand in site.operands if operand.argument != "abs"]
         for angle in angles:
-            if angle is not None and not angle.abs_max * unit_roundoff(dtype) <= limits.angle_error:
-                reason = (
-                    "it computes angles, which would be off by "
-                    f"{angle.abs_max * unit_roundoff(dtype):.2g} radians"
-                )
-                return GuardFinding(self.name, reason, site.measured(angle))
+            error = angle.abs_max * unit_roundoff(dtype) if angle is not None else 0.0
+            if angle is not None and not error <= limits.angle_error:
+                reason = f"it computes angles, which would be off by {error:.2g} radians"
+                evidence = site.measured(angle)
+                return GuardFinding(self.name, reason, evidence, error, limits.angle_error)
         return None

@@ -29,7 +29,7 @@ class ReductionDepth:
         if limits.reduction_depth is False or depth <= limits.reduction_depth:
             return None
         reason = f"each element sums up more than {limits.reduction_depth:g} terms"
-        return GuardFinding(self.name, reason, f"depth {depth}")
+        return GuardFinding(self.name, reason, f"depth {depth}", depth, limits.reduction_depth)
 
 
 def reduction_depth(site: Site) -> int:

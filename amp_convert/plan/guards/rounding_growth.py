@@ -28,10 +28,10 @@ class RoundingGrowth:
         if not growth.result <= limits.rounding_growth:
             off = _share(growth.result, dtype)
             reason = f"its result {rounded} throws {growth.reader} off by {off}"
-            return GuardFinding(self.name, reason, _evidence(growth.result, site))
+            return _finding(reason, growth.result, limits.rounding_growth, site)
         if not growth.inputs <= limits.rounding_growth:
             reason = f"its inputs {rounded} throw it off by {_share(growth.inputs, dtype)}"
-            return GuardFinding(self.name, reason, _evidence(growth.inputs, site))
+            return _finding(reason, growth.inputs, limits.rounding_growth, site)
         return None
 
 
@@ -39,6 +39,7 @@ def _share(growth: float, dtype: torch.dtype) -> str:
     return f"{growth * unit_roundoff(dtype):.2g} (relative L2)"
 
 
-def _evidence(growth: float, site: Site) -> str:
+def _finding(reason: str, growth: float, limit: float, site: Site) -> GuardFinding:
     batches = f"{site.batches} batch" if site.batches == 1 else f"{site.batches} batches"
-    return f"the rounding error grows {growth:.3g} times in {batches}"
+    evidence = f"the rounding error grows {growth:.3g} times in {batches}"
+    return GuardFinding(RoundingGrowth.name, reason, evidence, growth, limit)

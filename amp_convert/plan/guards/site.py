@@ -22,11 +22,14 @@ from amp_convert.rules.rule_set import GuardLimits
 
 @dataclass(frozen=True)
 class GuardFinding:
-    """A guard that fired: its name, the sentence for the plan and the measured value as text."""
+    """A guard that fired: its name, the sentence for the plan, the measured value as text and as a
+    number, and the limit that it passes, in the same unit."""
 
     guard: str
     reason: str
     evidence: str
+    measured: float
+    limit: float
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class WeightRange:
                     f"weight {operand.weight} does not fit {name_of(dtype)}, "
                     f"whose largest number is {largest:.5g}"
                 )
-                return GuardFinding(self.name, reason, f"abs max {seen.abs_max:.5g}")
+                evidence, limit = f"abs max {seen.abs_max:.5g}", largest / limits.weight_headroom
+                return GuardFinding(self.name, reason, evidence, size, limit)
         return None
 
 
@@ -50,5 +51,7 @@ class WeightTiny:
                     self.name,
                     f"most of weight {operand.weight} is under 6.1e-05, where float16 loses digits",
                     f"{share:.1%} of its nonzero values",
+                    share,
+                    limits.weight_tiny_share,
                 )
         return None

@@ -17,10 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from amp_convert.capture.regions import Uncaptured
-from amp_convert.plan.plan import Decision, Plan
+from amp_convert.plan.plan import DecisionKind, Plan
 from amp_convert.report import text as fmt
 from amp_convert.report.folder import write_folder
 from amp_convert.report.model import SCHEMA_VERSION, ModelInfo, Section
+from amp_convert.report.records import NodeRecord
 from amp_convert.report.sections.grouping import (
     layer_name,
     layer_patterns,
@@ -52,7 +53,7 @@ class AuditRow:
 
     `module` is the class of the layer, `ops` its operators with their counts, `macs_share` the
     fraction of the model's multiply-adds, `dtype` that of the nodes' results, `source` the line of
-    the rules file, `location` the line of the user's file.
+    the rules file, `location` the line of the user's file, `kind` what had the last word.
     """
 
     layer: str
@@ -66,6 +67,7 @@ class AuditRow:
     evidence: str
     source: str
     location: str
+    kind: DecisionKind
 
 
 class AuditTotals(Section):
@@ -99,7 +101,8 @@ class AuditReport(Section):
 
 def audit_report(plan: Plan, model: ModelInfo, version: str) -> AuditReport:
     """The audit of `plan`; `version` is amp-convert's."""
-    decided = [decision for decision in plan.eval if decision.decided]
+    records = [NodeRecord.of(decision) for decision in plan.eval]
+    decided = [record for record in records if record.decided]
     kept = [decision for decision in decided if stays_fp32(decision)]
     return AuditReport(
         amp_convert=version,
@@ -127,15 +130,15 @@ def audit_report(plan: Plan, model: ModelInfo, version: str) -> AuditReport:
 def audit_rows(plan: Plan) -> list[AuditRow]:
     """The rows, in the order in which the layers run."""
     total = sum(decision.macs for decision in plan.eval)
-    groups: dict[tuple[str, ...], list[Decision]] = {}
-    for decision in plan.eval:
+    groups: dict[tuple[str, ...], list[NodeRecord]] = {}
+    for decision in map(NodeRecord.of, plan.eval):
         if stays_fp32(decision):
             key = (decision.layer, decision.rule, decision.reason, decision.evidence)
             groups.setdefault(key, []).append(decision)
     return [_row(members, total) for members in groups.values()]
 
 
-def _row(members: list[Decision], total_macs: int) -> AuditRow:
+def _row(members: list[NodeRecord], total_macs: int) -> AuditRow:
     first = members[0]
     macs = sum(member.macs for member in members)
     return AuditRow(
@@ -150,6 +153,7 @@ def _row(members: list[Decision], total_macs: int) -> AuditRow:
         evidence=first.evidence,
         source=first.source,
         location=first.location,
+        kind=first.kind,
     )
 
 
@@ -222,6 +226,7 @@ def _row_text(rows: Sequence[AuditRow]) -> Text:
         rule_text(row.rule, row.source),
         shown,
         row.location,
+        stands_out=row.kind is DecisionKind.GUARD,
     )
 
 

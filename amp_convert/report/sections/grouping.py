@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from amp_convert.plan.plan import Decision
+from amp_convert.plan.plan import DecisionKind
 from amp_convert.report import text as fmt
+from amp_convert.report.records import NodeRecord
 
 TOP_LEVEL = "(top level)"
 _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
@@ -31,6 +32,7 @@ class LayerPattern:
 class Fp32Group:
     """Nodes that stay out of low precision for one reason; `macs_share` is a fraction of 1."""
 
+    kind: DecisionKind
     rule: str
     reason: str
     source: str
@@ -52,30 +54,28 @@ def pattern_of(layer: str) -> str:
     return _INDEX.sub("*", layer)
 
 
-def stays_fp32(decision: Decision) -> bool:
+def stays_fp32(decision: NodeRecord) -> bool:
     """Whether the node has a floating point tensor and does not compute in low precision."""
-    return decision.category != "none" and not decision.low
+    return decision.decided and not decision.low
 
 
-def fp32_groups(decisions: Iterable[Decision]) -> list[Fp32Group]:
-    """Nodes that stay FP32 by rule and reason, painting last, then by multiply-adds and count."""
+def fp32_groups(decisions: Iterable[NodeRecord]) -> list[Fp32Group]:
+    """Nodes that stay FP32 by rule and reason, by multiply-adds and then by count."""
     decisions = tuple(decisions)
     total = sum(decision.macs for decision in decisions)
-    groups: dict[tuple[str, str], list[Decision]] = {}
+    groups: dict[tuple[str, str], list[NodeRecord]] = {}
     for decision in decisions:
         if stays_fp32(decision):
             groups.setdefault((decision.rule, decision.reason), []).append(decision)
     found = [_group(members, total) for members in groups.values()]
-    return sorted(
-        found,
-        key=lambda group: (group.rule.startswith("painting"), -group.macs_share, -group.nodes),
-    )
+    return sorted(found, key=lambda group: (-group.macs_share, -group.nodes))
 
 
-def _group(members: Sequence[Decision], total_macs: int) -> Fp32Group:
+def _group(members: Sequence[NodeRecord], total_macs: int) -> Fp32Group:
     first = next((member for member in members if member.evidence), members[0])
     macs = sum(member.macs for member in members)
     return Fp32Group(
+        kind=first.kind,
         rule=first.rule,
         reason=first.reason,
         source=first.source,

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from amp_convert.plan.plan import Decision
+from amp_convert.report.records import NodeRecord
 from amp_convert.report.sections.grouping import ops_text
 from amp_convert.report.sections.summary import severity
 from amp_convert.validate.onnx.results import OnnxNode, OnnxParity
@@ -53,7 +53,7 @@ class FirstNode:
     text: str
 
 
-def node_rows(parity: OnnxParity, decisions: Iterable[Decision]) -> dict[str, NodeRow]:
+def node_rows(parity: OnnxParity, decisions: Iterable[NodeRecord]) -> dict[str, NodeRow]:
     """The rows of all nodes that were compared, by identity, in graph order."""
     locations = {decision.node: decision.location for decision in decisions}
     return {node.node: _row(node, locations) for node in parity.nodes}

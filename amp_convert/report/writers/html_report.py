@@ -15,11 +15,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from amp_convert.plan.plan import Decision
 from amp_convert.report import text as fmt
 from amp_convert.report.charts import charts, gradient_chart, svg, training_charts
 from amp_convert.report.charts.tiles import tiles, training_tiles
 from amp_convert.report.model import RunReport, Unchecked
+from amp_convert.report.records import NodeRecord
 from amp_convert.report.sections import (
     gradient_summary,
     onnx_node_summary,
@@ -145,7 +145,7 @@ def _bar(error: float | None) -> float:
     return round(min(max((math.log10(error) + 7) / 7 * 100, 1.0), 100.0), 1)
 
 
-def _shares(report: RunReport, decisions: tuple[Decision, ...]) -> list[tuple[str, float, str]]:
+def _shares(report: RunReport, decisions: tuple[NodeRecord, ...]) -> list[tuple[str, float, str]]:
     macs = sum(decision.macs for decision in decisions)
     plan = report.plan
     return [

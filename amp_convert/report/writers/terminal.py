@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from amp_convert.plan.plan import DecisionKind
 from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport
 from amp_convert.report.sections.grouping import (
@@ -227,12 +228,14 @@ def group_text(group: Fp32Group) -> Text:
 
     Under any other rule the measured range is not the reason; the audit and layers.csv have it.
     """
+    by_guard = group.kind is DecisionKind.GUARD
     return reason_text(
         layers_text(group.layers) + "\n",
         f"{ops_text(group.ops)}: {short(group.reason, _PROSE)}\n",
         rule_text(group.rule, group.source),
-        group.evidence if group.rule.startswith("guard") else "",
+        group.evidence if by_guard else "",
         group.location,
+        stands_out=by_guard,
     )
 
 
@@ -241,13 +244,15 @@ def rule_text(rule: str, source: str) -> str:
     return f"{rule}, {source}" if ":" in source else rule
 
 
-def reason_text(layers: str, why: str, rule: str, evidence: str, location: str) -> Text:
-    """The lines that say why nodes stay FP32; what a guard measured stands out."""
+def reason_text(
+    layers: str, why: str, rule: str, evidence: str, location: str, *, stands_out: bool
+) -> Text:
+    """The lines that say why nodes stay FP32; where it `stands_out`, the evidence is the reason."""
     measured = f"measured: {short(evidence, _PROSE)}\n" if evidence else ""
     return Text.assemble(
         (layers, "bold"),
         why,
-        (measured, "" if rule.startswith("guard") else "dim"),
+        (measured, "" if stands_out else "dim"),
         (f"[{short(rule)}]{place(location)}", "dim"),
     )
 

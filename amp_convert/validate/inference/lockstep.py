@@ -109,7 +109,7 @@ class _Lockstep:
         """
         holder = self._rewritten.values[node.name]
         decisions = self._rewritten.decisions
-        decision, scales = decisions[node.name], iter(decisions[node.name].input_scales)
+        decision, planned = decisions[node.name], iter(decisions[node.name].inputs)
         delivered_low = holder.target is not node.target
         call = holder.all_input_nodes[0] if delivered_low else holder
 
@@ -117,7 +117,7 @@ class _Lockstep:
             value = reference.values[source]
             if not isinstance(value, torch.Tensor):
                 return value
-            scale = next(scales, 1.0)
+            scale = next(planned).scale
             if source in self._weights:
                 return twin
             if source.name in decisions:
@@ -128,6 +128,7 @@ class _Lockstep:
 
         twins = [mixed.values[n] for n in _leaves(call)]
         made = iter([stand_in(s, t) for s, t in zip(_leaves(node), twins, strict=True)])
+        assert next(planned, None) is None, decision.node
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(made))
         args, kwargs = planned_numbers((args, kwargs), decision)
         result = node.target(*args, **kwargs)  # type: ignore[operator]

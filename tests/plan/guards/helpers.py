@@ -70,6 +70,20 @@ def finding(guard: Guard, at: Site, dtype: torch.dtype = F16, **limits: Any) -> 
     return guard.find(at, replace(GuardLimits(), **limits), dtype)
 
 
+def said(
+    guard: Guard, at: Site, dtype: torch.dtype = F16, **limits: Any
+) -> tuple[str, str, str] | None:
+    """Its name, its reason and its evidence in words, if it fires."""
+    found = finding(guard, at, dtype, **limits)
+    if found is None:
+        return None
+    # The number that fired is on the wrong side of its limit, or none at all.
+    small = found.guard in ("epsilon", "activation-floor", "constant")
+    inside = found.limit <= abs(found.measured) if small else found.measured <= found.limit
+    assert not inside or abs(found.measured) > torch.finfo(dtype).max
+    return found.guard, found.reason, found.evidence
+
+
 def fires(guard: Guard, at: Site, dtype: torch.dtype = F16, **limits: Any) -> bool:
     return finding(guard, at, dtype, **limits) is not None
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import GuardFinding
 from amp_convert.plan.guards.activation_range import ActivationFloor
 from tests.plan.guards.helpers import (
     INF,
@@ -18,8 +17,8 @@ from tests.plan.guards.helpers import (
     chain,
     diagonal,
     error,
-    finding,
     fires,
+    said,
     site,
     spread,
     weight,
@@ -58,13 +57,13 @@ def test_results_and_inputs_are_somewhere_as_large_as_the_floor(
 
 def test_the_finding_names_the_value_the_limit_and_the_evidence() -> None:
     at = site("tanh", result=1e-5, operands=(activation(1e-6),), batches=3)
-    assert finding(GUARD, at) == GuardFinding(
+    assert said(GUARD, at) == (
         "activation-floor",
         "its result is nowhere above 6.1e-05: float16 loses it",
         "abs max 1e-05 in 3 batches",
     )
     at = site("tanh", result=1.0, operands=(activation(1e-6),))
-    assert finding(GUARD, at, activation_floor=1e-3) == GuardFinding(
+    assert said(GUARD, at, activation_floor=1e-3) == (
         "activation-floor",
         "an input is nowhere above 0.001: float16 loses it",
         "abs max 1e-06 in 1 batch",

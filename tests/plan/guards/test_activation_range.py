@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import GuardFinding, Operand
+from amp_convert.plan.guards import Operand
 from amp_convert.plan.guards.activation_range import ActivationRange
 from amp_convert.profile.calibrate import Range
 from tests.plan.guards.helpers import (
@@ -23,6 +23,7 @@ from tests.plan.guards.helpers import (
     finding,
     fires,
     guarded,
+    said,
     seen,
     site,
     spread,
@@ -67,7 +68,7 @@ def test_results_and_inputs_keep_their_head_room(
 
 def test_the_finding_names_the_value_the_limit_and_the_evidence() -> None:
     at = site("tanh", result=1.0, operands=(activation(2.0), activation(-60000.0)), batches=4)
-    assert finding(GUARD, at) == GuardFinding(
+    assert said(GUARD, at) == (
         "activation-range",
         "an input comes too near to the largest float16 number, 65504 (head room 2)",
         "abs max 60000 in 4 batches",
@@ -76,7 +77,7 @@ def test_the_finding_names_the_value_the_limit_and_the_evidence() -> None:
 
 def test_the_result_comes_first() -> None:
     at = site("tanh", result=71234.0, operands=(activation(99999.0),))
-    assert finding(GUARD, at, activation_headroom=1.5) == GuardFinding(
+    assert said(GUARD, at, activation_headroom=1.5) == (
         "activation-range",
         "its result comes too near to the largest float16 number, 65504 (head room 1.5)",
         "abs max 71234 in 1 batch",
@@ -87,7 +88,7 @@ def test_the_result_comes_first() -> None:
 def test_the_evidence_says_what_was_seen_of_a_value_that_is_no_number(
     value: float, text: str
 ) -> None:
-    assert finding(GUARD, site("tanh", result=value, batches=2), BF16) == GuardFinding(
+    assert said(GUARD, site("tanh", result=value, batches=2), BF16) == (
         "activation-range",
         "its result comes too near to the largest bfloat16 number, 3.3895e+38 (head room 2)",
         f"abs max {text} in 2 batches",

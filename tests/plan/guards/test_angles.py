@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from amp_convert.core.op_facts import KNOWN, Family
-from amp_convert.plan.guards import GuardFinding, Operand
+from amp_convert.plan.guards import Operand
 from amp_convert.plan.guards.positions import Angles
 from tests.plan.guards.helpers import (
     INF,
@@ -17,10 +17,10 @@ from tests.plan.guards.helpers import (
     all_low,
     diagonal,
     error,
-    finding,
     fires,
     guarded,
     reader,
+    said,
     site,
     spread,
 )
@@ -62,15 +62,17 @@ def test_angles_are_nearly_exact(
 
 
 def test_the_finding_says_how_far_the_angle_would_be_off() -> None:
-    assert finding(
+    assert said(
         GUARD, site("linear", result=7.0, reaches=(reader("sin", operand=-100.0),), batches=2)
-    ) == GuardFinding(
+    ) == (
         "angles",
         "it computes angles, which would be off by 0.049 radians",
         "abs max 100 in 2 batches",
     )
-    assert finding(GUARD, site("cos", operands=(activation(100.0),)), BF16) == GuardFinding(
-        "angles", "it computes angles, which would be off by 0.39 radians", "abs max 100 in 1 batch"
+    assert said(GUARD, site("cos", operands=(activation(100.0),)), BF16) == (
+        "angles",
+        "it computes angles, which would be off by 0.39 radians",
+        "abs max 100 in 1 batch",
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from amp_convert.core.op_facts import KNOWN, Family
-from amp_convert.plan.guards import GuardFinding, Operand
+from amp_convert.plan.guards import Operand
 from amp_convert.plan.guards.cancellation import Cancellation
 from tests.plan.guards.helpers import (
     INF,
@@ -16,10 +16,10 @@ from tests.plan.guards.helpers import (
     activation,
     all_low,
     error,
-    finding,
     fires,
     guarded,
     reader,
+    said,
     seen,
     site,
     spread,
@@ -68,13 +68,13 @@ def test_a_difference_is_not_much_smaller_than_what_it_reads(
 
 def test_the_finding_says_what_becomes_of_what() -> None:
     at = site("sub", result=0.25, operands=(activation(-1000.0),), batches=3)
-    assert finding(GUARD, at) == GuardFinding(
+    assert said(GUARD, at) == (
         "cancellation",
         "large values cancel, which leaves an error of 195%",
         "abs max 1000 becomes 0.25",
     )
     at = site("mul", result=1000.0, feeds=(reader("add", result=20.0),))
-    assert finding(GUARD, at, BF16) == GuardFinding(
+    assert said(GUARD, at, BF16) == (
         "cancellation",
         "large values cancel, which leaves an error of 20%",
         "abs max 1000 becomes 20",

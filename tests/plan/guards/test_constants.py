@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import GuardFinding
 from amp_convert.plan.guards.constants import Constants
 from tests.plan.guards.helpers import (
     INF,
@@ -19,9 +18,9 @@ from tests.plan.guards.helpers import (
     below,
     diagonal,
     error,
-    finding,
     fires,
     guarded,
+    said,
     site,
     spread,
 )
@@ -63,14 +62,20 @@ def test_constants_survive_the_cast(
 
 
 def test_the_finding_names_the_constant() -> None:
-    assert finding(GUARD, site("masked_fill", scalars={"value": -1e9})) == GuardFinding(
-        "constant", "its constant value is beyond the range of float16", "value = -1e+09"
+    assert said(GUARD, site("masked_fill", scalars={"value": -1e9})) == (
+        "constant",
+        "its constant value is beyond the range of float16",
+        "value = -1e+09",
     )
-    assert finding(GUARD, site("mul", scalars={"other": 1e-8})) == GuardFinding(
-        "constant", "its constant other is too small for float16", "other = 1e-08"
+    assert said(GUARD, site("mul", scalars={"other": 1e-8})) == (
+        "constant",
+        "its constant other is too small for float16",
+        "other = 1e-08",
     )
-    assert finding(GUARD, site("where", scalars={"self": -1e39}), BF16) == GuardFinding(
-        "constant", "its constant self is beyond the range of bfloat16", "self = -1e+39"
+    assert said(GUARD, site("where", scalars={"self": -1e39}), BF16) == (
+        "constant",
+        "its constant self is beyond the range of bfloat16",
+        "self = -1e+39",
     )
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from amp_convert.core.op_facts import KNOWN, Family
-from amp_convert.plan.guards import GuardFinding
 from amp_convert.plan.guards.cumulative import Cumulative
 from tests.plan.guards.helpers import (
     INF,
@@ -15,9 +14,9 @@ from tests.plan.guards.helpers import (
     activation,
     all_low,
     error,
-    finding,
     fires,
     guarded,
+    said,
     site,
 )
 from tests.staged import BF16, F16, Staged, rows, rule, rules_with, table
@@ -51,7 +50,7 @@ def test_it_runs_over_so_many_elements_at_most(
 )
 def test_the_finding_counts_along_the_operators_axis(axes: tuple[int, ...], length: int) -> None:
     """Without an axis it is the last one."""
-    assert finding(GUARD, site("cumprod", shape=(100, 200, 300), axes=axes)) == GuardFinding(
+    assert said(GUARD, site("cumprod", shape=(100, 200, 300), axes=axes)) == (
         "cumulative",
         "it adds up one element after the other, and each keeps the errors before it",
         f"{length} elements",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from amp_convert.core.op_facts import KNOWN
-from amp_convert.plan.guards import GuardFinding, Operand
+from amp_convert.plan.guards import Operand
 from amp_convert.plan.guards.epsilon import Epsilon, eps_of
 from tests.plan.guards.helpers import (
     INF,
@@ -19,10 +19,10 @@ from tests.plan.guards.helpers import (
     below,
     diagonal,
     error,
-    finding,
     fires,
     guarded,
     reader,
+    said,
     site,
 )
 from tests.staged import BF16, F16, Staged, rows, rule, rules_with, table
@@ -59,12 +59,16 @@ def test_an_eps_is_a_normal_number(
 
 def test_the_finding_names_the_eps() -> None:
     reason = "an eps under 6.1e-05 becomes zero or loses digits in float16"
-    assert finding(
-        GUARD, site("div", operands=(Operand("other", None, eps=1e-6),), batches=2)
-    ) == GuardFinding("epsilon", reason, "eps = 1e-06")
-    assert finding(
-        GUARD, site("clamp_min", scalars={"min": 1e-12}, feeds=(reader("rsqrt"),))
-    ) == GuardFinding("epsilon", reason, "eps = 1e-12")
+    assert said(GUARD, site("div", operands=(Operand("other", None, eps=1e-6),), batches=2)) == (
+        "epsilon",
+        reason,
+        "eps = 1e-06",
+    )
+    assert said(GUARD, site("clamp_min", scalars={"min": 1e-12}, feeds=(reader("rsqrt"),))) == (
+        "epsilon",
+        reason,
+        "eps = 1e-12",
+    )
 
 
 @pytest.mark.parametrize(("op", "argument"), [(f.name, f.singular) for f in KNOWN if f.singular])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from amp_convert.core.op_facts import KNOWN, Family
-from amp_convert.plan.guards import GuardFinding, Operand
+from amp_convert.plan.guards import Operand
 from amp_convert.plan.guards.exp_sum import ExpSum
 from tests.plan.guards.helpers import (
     INF,
@@ -18,10 +18,10 @@ from tests.plan.guards.helpers import (
     b16_table,
     diagonal,
     error,
-    finding,
     fires,
     guarded,
     reader,
+    said,
     site,
     spread,
 )
@@ -58,12 +58,12 @@ def test_the_terms_of_the_sum_are_nearly_exact(
 
 def test_the_finding_says_how_far_the_terms_would_be_off() -> None:
     at = site("exp", operands=(activation(40.0),), feeds=(reader("sum"),), batches=2)
-    assert finding(GUARD, at) == GuardFinding(
+    assert said(GUARD, at) == (
         "exp-sum",
         "an exponential feeds a sum, whose largest term would be off by 2.0%",
         "max 40",
     )
-    assert finding(GUARD, at, BF16) == GuardFinding(
+    assert said(GUARD, at, BF16) == (
         "exp-sum",
         "an exponential feeds a sum, whose largest term would be off by 15.6%",
         "max 40",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from amp_convert.core.op_facts import KNOWN
-from amp_convert.plan.guards import GuardFinding, Operand
+from amp_convert.plan.guards import Operand
 from amp_convert.plan.guards.logits import Logits
 from amp_convert.profile.calibrate import Range
 from tests.plan.guards.helpers import (
@@ -18,10 +18,10 @@ from tests.plan.guards.helpers import (
     all_low,
     diagonal,
     error,
-    finding,
     fires,
     guarded,
     reader,
+    said,
     site,
     spread,
 )
@@ -67,14 +67,16 @@ def test_what_lies_far_below_the_maximum_does_not_count() -> None:
 
 
 def test_the_finding_says_how_far_the_largest_would_be_off() -> None:
-    assert finding(
-        GUARD, site("add", reaches=(reader("softmax", operand=1000.0),))
-    ) == GuardFinding(
-        "logits", "it computes logits, the largest of which would be off by 0.49", "max 1000"
+    assert said(GUARD, site("add", reaches=(reader("softmax", operand=1000.0),))) == (
+        "logits",
+        "it computes logits, the largest of which would be off by 0.49",
+        "max 1000",
     )
     at = site("_log_softmax", operands=(Operand("self", Range(1e9, -100.0)),))
-    assert finding(GUARD, at, BF16) == GuardFinding(
-        "logits", "it computes logits, the largest of which would be off by 0.39", "max -100"
+    assert said(GUARD, at, BF16) == (
+        "logits",
+        "it computes logits, the largest of which would be off by 0.39",
+        "max -100",
     )
 
 

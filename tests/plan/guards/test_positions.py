@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import GuardFinding
 from amp_convert.plan.guards.positions import Positions
 from tests.plan.guards.helpers import (
     INF,
@@ -15,9 +14,9 @@ from tests.plan.guards.helpers import (
     all_low,
     diagonal,
     error,
-    finding,
     fires,
     guarded,
+    said,
     seen,
     site,
     spread,
@@ -66,10 +65,8 @@ def test_the_finding_says_how_far_it_counts() -> None:
     at = site("mul", operands=(activation(4000.0, integral=True),), batches=2)
     reason = "it counts beyond {}'s exact integers"
     evidence = "abs max 4000 in 2 batches"
-    assert finding(GUARD, at) == GuardFinding("positions", reason.format("float16"), evidence)
-    assert finding(GUARD, at, BF16) == GuardFinding(
-        "positions", reason.format("bfloat16"), evidence
-    )
+    assert said(GUARD, at) == ("positions", reason.format("float16"), evidence)
+    assert said(GUARD, at, BF16) == ("positions", reason.format("bfloat16"), evidence)
 
 
 # --- in a plan -----------------------------------------------------------------------------------

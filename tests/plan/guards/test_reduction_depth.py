@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import GuardFinding, Operand
+from amp_convert.plan.guards import Operand
 from amp_convert.plan.guards.reduction_depth import ReductionDepth, reduction_depth
 from tests.plan.guards.helpers import (
     INF,
@@ -15,9 +15,9 @@ from tests.plan.guards.helpers import (
     all_low,
     diagonal,
     error,
-    finding,
     fires,
     guarded,
+    said,
     site,
     spread,
 )
@@ -53,8 +53,10 @@ def test_it_sums_up_so_many_terms_at_most(
 
 def test_the_finding_names_the_depth() -> None:
     at = site("sum", operands=operands(self=(2, 500, 600)), axes=(1, 2))
-    assert finding(GUARD, at) == GuardFinding(
-        "reduction-depth", "each element sums up more than 131072 terms", "depth 300000"
+    assert said(GUARD, at) == (
+        "reduction-depth",
+        "each element sums up more than 131072 terms",
+        "depth 300000",
     )
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import GuardFinding
 from amp_convert.plan.guards.rounding_growth import RoundingGrowth
 from amp_convert.profile.rounding_trials import Growth
 from tests.plan.guards.helpers import (
@@ -17,9 +16,9 @@ from tests.plan.guards.helpers import (
     chain,
     diagonal,
     error,
-    finding,
     fires,
     guarded,
+    said,
     site,
     spread,
 )
@@ -59,13 +58,13 @@ def test_what_was_not_tried_does_not_fire() -> None:
 
 def test_the_finding_says_whom_it_throws_off_and_how_far() -> None:
     at = site("linear", growth=Growth(40.0, 204.8, "aten.layer_norm in norm"), batches=1)
-    assert finding(GUARD, at) == GuardFinding(
+    assert said(GUARD, at) == (
         "rounding-growth",
         "its result rounded to float16 throws aten.layer_norm in norm off by 0.1 (relative L2)",
         "the rounding error grows 205 times in 1 batch",
     )
     at = site("layer_norm", growth=Growth(40.0, 3.0, "aten.sub in head"), batches=2)
-    assert finding(GUARD, at, BF16) == GuardFinding(
+    assert said(GUARD, at, BF16) == (
         "rounding-growth",
         "its inputs rounded to bfloat16 throw it off by 0.16 (relative L2)",
         "the rounding error grows 40 times in 2 batches",

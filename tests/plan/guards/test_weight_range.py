@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import GuardFinding, Operand
+from amp_convert.plan.guards import Operand
 from amp_convert.plan.guards.weight_range import WeightRange
 from tests.plan.guards.helpers import (
     INF,
@@ -19,9 +19,9 @@ from tests.plan.guards.helpers import (
     chain,
     diagonal,
     error,
-    finding,
     fires,
     guarded,
+    said,
     site,
     spread,
     weight,
@@ -61,7 +61,7 @@ def test_weights_fit_their_dtype(
 
 def test_the_finding_names_the_weight() -> None:
     at = site("linear", operands=(weight(1.0), weight(-1e6, name="decoder.bias")), batches=3)
-    assert finding(GUARD, at) == GuardFinding(
+    assert said(GUARD, at) == (
         "weight-range",
         "weight decoder.bias does not fit float16, whose largest number is 65504",
         "abs max 1e+06",

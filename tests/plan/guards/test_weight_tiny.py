@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.plan.guards import GuardFinding, Operand
+from amp_convert.plan.guards import Operand
 from amp_convert.plan.guards.weight_range import WeightTiny
 from tests.plan.guards.helpers import (
     NAN,
@@ -16,9 +16,9 @@ from tests.plan.guards.helpers import (
     chain,
     diagonal,
     error,
-    finding,
     fires,
     guarded,
+    said,
     site,
     spread,
     weight,
@@ -53,7 +53,7 @@ def test_most_of_a_weight_keeps_its_digits(
 
 
 def test_the_finding_names_the_weight_and_its_share() -> None:
-    assert finding(GUARD, site("linear", operands=(weight(1e-5, 0.9456),))) == GuardFinding(
+    assert said(GUARD, site("linear", operands=(weight(1e-5, 0.9456),))) == (
         "weight-tiny",
         "most of weight encoder.weight is under 6.1e-05, where float16 loses digits",
         "94.6% of its nonzero values",

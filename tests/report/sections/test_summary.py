@@ -9,6 +9,7 @@ import pytest
 
 from amp_convert.capture.regions import Uncaptured
 from amp_convert.report import RunReport
+from amp_convert.report.records import NodeRecord
 from amp_convert.report.sections.grouping import fp32_groups, layer_patterns, layers_text, ops_text
 from amp_convert.report.sections.summary import (
     comparison,
@@ -154,23 +155,22 @@ def test_gaps_of_one_reason_are_one_entry(small_report: RunReport) -> None:
     ]
 
 
-def test_fp32_groups_put_multiply_adds_first_and_painting_last() -> None:
-    groups = fp32_groups(
-        [
-            fp32("p", "aten.add", macs=500, rule="painting deny-flood", reason="follows exp"),
-            fp32("block.0.norm", "aten.layer_norm"),
-            fp32("block.1.norm", "aten.layer_norm", evidence="abs max 3"),
-            fp32("head", "aten.mm", macs=250, rule="unknown op", reason="in no rule"),
-            decision("low", macs=250),
-            fp32("index", "aten.argmax", category="none"),
-        ]
+def test_fp32_groups_are_in_order_of_multiply_adds_and_nodes() -> None:
+    kept = (
+        fp32("p", "aten.add", macs=500, reason="follows exp"),
+        fp32("block.0.norm", "aten.layer_norm"),
+        fp32("block.1.norm", "aten.layer_norm", evidence="abs max 3"),
+        fp32("head", "aten.mm", macs=250, rule="unknown op", reason="in no rule"),
+        decision("low", macs=250),
+        fp32("index", "aten.argmax", category="none"),
     )
+    groups = fp32_groups(map(NodeRecord.of, kept))
     assert [(group.rule, group.nodes, group.macs_share) for group in groups] == [
+        ("op aten.add", 1, 0.5),
         ("unknown op", 1, 0.25),
         ("op aten.layer_norm", 2, 0.0),
-        ("painting deny-flood", 1, 0.5),
     ]
-    norms = groups[1]
+    norms = groups[2]
     assert norms.evidence == "abs max 3"
     assert norms.ops == (("aten.layer_norm", 2),)
     assert layers_text(norms.layers) == "block.*.norm (2 layers)"
