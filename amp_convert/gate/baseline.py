@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from amp_convert.core.atomic_files import write_file
 from amp_convert.core.errors import UsageError
 from amp_convert.report import SCHEMA_VERSION, RunReport, Unchecked
 from amp_convert.report.model import Section
@@ -155,14 +156,8 @@ def write_baseline(report: RunReport, path: Path) -> Baseline:
         mend = "Choose another path, or remove that file."
         raise UsageError(f"{path} is not a baseline, so it is not overwritten", mend=mend)
     baseline = baseline_of(report)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(baseline_text(baseline), encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_file(path, baseline_text(baseline))
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
     return baseline

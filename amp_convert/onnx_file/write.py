@@ -10,7 +10,6 @@ taken away before the data are replaced, since it would read the new ones as its
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from amp_convert import __version__
+from amp_convert.core.atomic_files import replacing
 from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.optional_packages import require
@@ -167,8 +167,8 @@ def write(
     model.producer_version = f"{__version__} with PyTorch {torch.__version__}"
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     external = external_data or weights > EXTERNAL_ABOVE
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        draft, data = Path(folder) / target.name, f"{target.name}.data"
+    data = f"{target.name}.data"
+    with replacing(target) as draft:
         ir.save(model, draft, external_data=data if external else None)
         try:
             if check:
@@ -181,7 +181,6 @@ def write(
         if external:
             target.unlink(missing_ok=True)
             os.replace(draft.with_name(data), target.with_name(data))
-        os.replace(draft, target)
     return target.with_name(data) if external else None
 
 

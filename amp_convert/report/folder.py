@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from amp_convert.core.atomic_files import sync_file, sync_folder
 from amp_convert.core.errors import UsageError
 
 # Every file a report folder may hold: a folder with any other is not replaced. The last three are
@@ -90,9 +91,9 @@ def write_folder(out: Path, files: Mapping[str, str | bytes | Path]) -> None:
         with _staging(target) as staged:
             for name, content in files.items():
                 _write(staged / name, content)
-            _sync(staged)
+            sync_folder(staged)
             _exchange(staged, target)
-            _sync(target.parent)
+            sync_folder(target.parent)
 
 
 @contextlib.contextmanager
@@ -150,26 +151,9 @@ def _staging(target: Path) -> Iterator[Path]:
 def _write(path: Path, content: str | bytes | Path) -> None:
     if isinstance(content, Path):
         shutil.move(content, path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        return
-    with path.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the folder's entries durable, where the system can (Windows cannot)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems refuse to sync a folder; the files themselves are synced.
-        with contextlib.suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync_file(path)
 
 
 def _exchange(staged: Path, target: Path) -> None:

@@ -227,7 +227,7 @@ def test_a_small_model_is_written_as_this(tmp_path: Path) -> None:
         "amp_convert.layer": "first",
         "amp_convert.dtype": "float16",
         "amp_convert.rule": decision.rule,
-        "amp_convert.reason": decision.reason,
+        "amp_convert.reason": decision.why,
         "amp_convert.location": decision.location,
     }
     stored = weights(proto)

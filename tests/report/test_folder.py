@@ -160,7 +160,7 @@ def test_a_mount_point_is_found_early(tmp_path: Path, monkeypatch: pytest.Monkey
         check_writable(tmp_path / "report")
 
 
-@pytest.mark.parametrize("step", ["_write", "_sync", "_exchange"])
+@pytest.mark.parametrize("step", ["_write", "sync_folder", "_exchange"])
 def test_a_failure_leaves_the_old_report_and_nothing_else(
     out: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

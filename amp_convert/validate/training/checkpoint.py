@@ -18,9 +18,9 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from amp_convert.core.atomic_files import is_leftover, replacing, try_to_write, write_file
 from amp_convert.core.errors import UsageError
 
 INDEX = "checkpoint.json"
 _VERSION = 1
 _KIND = "amp-convert checkpoint"
-_OURS = re.compile(r"state-\d+-[0-9a-f]{8}\.safetensors(\.part)?|checkpoint\.json(\.part)?")
+_STATE = re.compile(r"state-\d+-[0-9a-f]{8}\.safetensors")
+_OURS = re.compile(rf"{_STATE.pattern}|{re.escape(INDEX)}")
 _WITHOUT = "Leave --checkpoint out, or use an optimizer of plain state."
 _ELSEWHERE = "Give another folder, or delete this one to begin anew."
 
@@ -46,13 +48,11 @@ def check(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(e.name for e in folder.iterdir() if not _OURS.fullmatch(e.name))
+        foreign = sorted(entry.name for entry in folder.iterdir() if not _is_ours(entry))
         if foreign:
             what = f"the folder {folder} is no checkpoint: it holds {foreign[0]}"
             raise UsageError(what, mend="Give a new or empty folder.")
-        probe = folder / f"{INDEX}.part"
-        probe.write_bytes(b"")
-        probe.unlink()
+        try_to_write(folder / INDEX)
     except OSError as error:
         raise UsageError(f"cannot write the checkpoint {folder}: {_said(error)}") from error
 
@@ -67,8 +67,8 @@ def save(folder: Path, state: Mapping[str, Any], *, fingerprint: Mapping[str, An
     content = _packed(state, tensors, "state")
     file = folder / f"state-{len(tensors)}-{secrets.token_hex(4)}.safetensors"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_tensors(file, tensors)
+        with replacing(file) as draft:
+            save_file(tensors, draft)
         index = {
             "kind": _KIND,
             "version": _VERSION,
@@ -77,10 +77,9 @@ def save(folder: Path, state: Mapping[str, Any], *, fingerprint: Mapping[str, An
             "sha256": _sha256(file),
             "state": content,
         }
-        _replace(folder / INDEX, json.dumps(index, allow_nan=False).encode())
+        write_file(folder / INDEX, json.dumps(index, allow_nan=False))
     except (OSError, SafetensorError) as error:
         _remove(file)
-        _remove(folder / f"{INDEX}.part")
         what = f"the checkpoint {folder} cannot be written: {_said(error)}"
         raise UsageError(what, mend="Make room, or give another folder.") from error
     _remove_others(folder, file.name)
@@ -109,7 +108,7 @@ def load(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         stored, name, digest = index["fingerprint"], index["tensors"], index["sha256"]
         _refuse_other_run(folder, stored, json.loads(json.dumps(dict(fingerprint))))
-        if not _OURS.fullmatch(name):  # or a crafted file could name any path
+        if not _STATE.fullmatch(name):  # or a crafted file could name any path
             raise _damaged(path, f"it names {name!r}")
         file = folder / name
         if _sha256(file) != digest:
@@ -193,33 +192,6 @@ def _unpacked(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 # --- files ---
 
 
-def _write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    part = file.with_name(f"{file.name}.part")
-    try:
-        save_file(tensors, part)
-        with part.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        part.rename(file)
-    finally:
-        _remove(part)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.replace(path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-                os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -233,8 +205,14 @@ def _remove(path: Path) -> None:
 def _remove_others(folder: Path, keep: str) -> None:
     with contextlib.suppress(OSError):
         for entry in folder.iterdir():
-            if entry.name not in (keep, INDEX) and _OURS.fullmatch(entry.name):
+            if is_leftover(entry, _OURS):
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name not in (keep, INDEX) and _is_ours(entry):
                 _remove(entry)
+
+
+def _is_ours(entry: Path) -> bool:
+    return bool(_OURS.fullmatch(entry.name)) or is_leftover(entry, _OURS)
 
 
 def _damaged(path: Path, why: str) -> UsageError:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from torch import nn
 
 from amp_convert import __version__
+from amp_convert.core.atomic_files import try_to_write, write_file
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.data import Data
@@ -117,13 +118,7 @@ class Fp32Baseline(_Part):
         """Write the file whole, or not at all. Raises UsageError as `check_writable` does."""
         with _usage_errors(path):
             _refuse_foreign(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = _part_of(path)
-            try:
-                part.write_text(self.text, encoding="utf-8")
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
+            write_file(path, self.text)
 
 
 def check_writable(path: Path) -> None:
@@ -134,12 +129,7 @@ def check_writable(path: Path) -> None:
     """
     with _usage_errors(path):
         _refuse_foreign(path)
-        ancestor = path.absolute().parent
-        while not ancestor.exists():
-            ancestor = ancestor.parent
-        probe = _part_of(ancestor / path.name)
-        probe.write_bytes(b"")
-        probe.unlink()
+        try_to_write(path)
 
 
 def load_fp32_baseline(path: Path) -> Fp32Baseline:
@@ -244,10 +234,6 @@ def _refuse_foreign(path: Path) -> None:
     if not isinstance(document, dict) or document.get("kind") != _KIND:
         what = f"{path} is not an FP32 training baseline, so it is not overwritten"
         raise UsageError(what, mend="Choose another path, or remove that file.")
-
-
-def _part_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextlib.contextmanager

@@ -199,7 +199,7 @@ def test_what_a_checkpoint_cannot_hold(kind: str, tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path, MINE) == {"a": 1}
 
 
-@pytest.mark.parametrize("call", ["save_file", "_replace"])
+@pytest.mark.parametrize("call", ["save_file", "write_file"])
 def test_a_full_disk_leaves_the_old_state(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

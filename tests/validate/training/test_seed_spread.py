@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from amp_convert.core.batches import Batch
 from amp_convert.core.errors import ModelError, UsageError
-from amp_convert.validate.training import seed_spread as fp32_baseline
 from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.noninferiority import MarginSource
@@ -240,7 +239,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fp32_baseline.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(UsageError, match=r"cannot write .*b\.json: No space left on device\."):
         made.model_copy(update={"model": "other"}).write(path)
     assert load_fp32_baseline(path) == made
