@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from amp_convert.core.errors import ModelError
+
+_T = TypeVar("_T")
 
 
 class Source(StrEnum):
@@ -90,6 +92,16 @@ class Signature:
     out_spec: pytree.TreeSpec
     buffer_outputs: tuple[str, ...]
     input_outputs: tuple[int, ...]
+
+    def placeholders(self, graph: fx.Graph) -> dict[fx.Node, InputSpec]:
+        """What each placeholder of a captured graph, or of a rewritten copy of it, stands for."""
+        return dict(zip(graph.find_nodes(op="placeholder"), self.inputs, strict=True))
+
+    def users(self, values: Iterable[_T]) -> list[tuple[UserInput, _T]]:
+        """Those of all inputs that the user gives, each with what the graph expects of it; `values`
+        has one for each input."""
+        given = [v for v, s in zip(values, self.inputs, strict=True) if s.source is Source.USER]
+        return list(zip(self.user_inputs, given, strict=True))
 
 
 def bind(

@@ -32,7 +32,7 @@ from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.node_info import is_library_frame, short_path
 from amp_convert.capture.pytree_containers import register_containers
 from amp_convert.core import device as devices
-from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError
+from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError, first_line
 from amp_convert.core.random_state import preserved_rng
 
 
@@ -156,7 +156,7 @@ class _CannotCaptureError(Exception):
 
     def __init__(self, path: str, cause: Exception) -> None:
         self.path = path
-        self.reason = f"{type(cause).__name__}: {_first_line(cause)}"
+        self.reason = f"{type(cause).__name__}: {first_line(cause)}"
         self.location = _user_line(cause)
         super().__init__(self.reason)
 
@@ -180,7 +180,7 @@ def _region(
         traces = {mode: _record(graph, module, args, kwargs) for mode, graph in graphs.items()}
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"the model refuses its inputs: {type(error).__name__}: {_first_line(error)}",
+            f"the model refuses its inputs: {type(error).__name__}: {first_line(error)}",
             mend="Give example inputs that the model takes.",
         ) from error
     return Region(path, module, args, kwargs, graphs, traces, train_failure)
@@ -308,7 +308,7 @@ def _observed_calls(
         raise
     except Exception as error:
         raise ModelError(
-            f"the model refuses its inputs: {type(error).__name__}: {_first_line(error)}",
+            f"the model refuses its inputs: {type(error).__name__}: {first_line(error)}",
             where=_user_line(error),
             mend="Give example inputs that the model takes.",
         ) from error
@@ -353,11 +353,6 @@ def _merged(region: Sequence[tuple[str, Fidelity]]) -> tuple[Fidelity, ...]:
         reason = f"{path}: {worst.reason}" if len(found) > 1 else worst.reason
         merged.append(dataclasses.replace(worst, reason=reason))
     return tuple(merged)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _user_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from typer.exceptions import TyperException
 from amp_convert import __version__
 from amp_convert.cli import flags
 from amp_convert.cli.console import reserve_stdout, running
-from amp_convert.core.errors import AmpConvertError, UsageError
+from amp_convert.core.errors import AmpConvertError, UsageError, first_line
 from amp_convert.loading.settings import SETTINGS, load_settings
 from amp_convert.validate.training.noninferiority import MIN_BASELINE_SEEDS, require_baseline
 
@@ -264,7 +264,7 @@ def run(arguments: Sequence[str]) -> int:
     except (BrokenPipeError, SystemExit):  # the latter is what typer makes of the former
         return _READER_GONE
     except Exception as error:  # noqa: BLE001  the last line of defence: no bare traceback for users
-        what = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        what = f"{type(error).__name__}: {first_line(error)}"
         mend = "This is a fault in amp-convert; --debug shows where."
         _show(errors, f"{what}. {mend}", debug=debug)
         return UsageError.exit_code

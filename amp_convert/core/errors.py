@@ -7,6 +7,13 @@ The command line prints `str(error)` as its only line and exits with `error.exit
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to its first line that is not blank; its type where it says
+    nothing. For errors of others, which may be pages long."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 class AmpConvertError(Exception):
     """Base of every error that amp-convert raises on purpose.
 

@@ -7,12 +7,18 @@ scratch space inside a kernel.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """The bytes of these tensors' storages, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:

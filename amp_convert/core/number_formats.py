@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 LOW_DTYPES = (torch.float16, torch.bfloat16)
+LOW_NAMES = ("float16", "bfloat16")
 FULL = "float32"
 """The name of the format that everything else is held against."""
 

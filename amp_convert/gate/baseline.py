@@ -78,7 +78,7 @@ def baseline_of(report: RunReport) -> Baseline:
     measured = {row.node: row for row in inference.nodes} if inference else {}
     nodes = {}
     for decision in plan.decisions:
-        if not decision.decided and not decision.low:
+        if not decision.decided:
             continue
         row = measured.get(decision.node)
         nodes[decision.node] = BaselineNode(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_is_leaf, tree_map_only
 
+from amp_convert.core import digests
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.number_formats import name_of
 from amp_convert.loading.settings import split_source
@@ -85,7 +85,7 @@ def load_case(source: str) -> Case:
     return Case(
         name=Path(path).stem if is_file else place.rpartition(".")[2],
         source=source,
-        digest=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        digest=digests.of_file(Path(path)),
         model=model,
         args=args,
         kwargs=kwargs,

@@ -35,7 +35,7 @@ from amp_convert.capture.export import CapturedGraph, collector_paused
 from amp_convert.capture.graph_call import GraphRunner, Source
 from amp_convert.capture.regions import Region
 from amp_convert.core import device as devices
-from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.core.errors import UnsupportedModelError, first_line
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.core.random_state import preserved_rng
@@ -163,15 +163,18 @@ def _cast_parameters(norm: fx.Node, decision: Decision | None) -> None:
 
 def _widen_inputs(region: Region, graph: fx.Graph) -> None:
     """Cast each FP32 input of the original to FP32, which it will not be."""
-    placeholders = graph.find_nodes(op="placeholder")
     first = next(node for node in graph.nodes if node.op != "placeholder")
-    specs = region.graphs["eval"].signature.inputs
-    users = [n for n, spec in zip(placeholders, specs, strict=True) if spec.source is Source.USER]
-    for node, leaf in zip(users, region.graphs["eval"].signature.user_inputs, strict=True):
+    signature = region.graphs["eval"].signature
+    for leaf, node in signature.users(signature.placeholders(graph)):
         if leaf.dtype == torch.float32:
             with graph.inserting_before(first):
                 wide = _cast(graph, node, torch.float32)
-            node.replace_all_uses_with(wide, lambda user, wide=wide: user is not wide)
+            _replace_elsewhere(node, wide)
+
+
+def _replace_elsewhere(node: fx.Node, by: fx.Node) -> None:
+    """Let everything but `by` read that in place of `node`."""
+    node.replace_all_uses_with(by, lambda user: user is not by)
 
 
 def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -281,7 +284,7 @@ def _untranslated(region: Region, error: Exception) -> UnsupportedModelError:
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
-    lines = str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__]
+    what = first_line(causes[-1])
     where = ""
     # Its words: Error when translating node %name : [...] = call_function[target=torch.ops.OP](
     stumbled = r"translating node %(\w+) .*?\[target=torch\.ops\.([\w.]+)\]"
@@ -289,10 +292,10 @@ def _untranslated(region: Region, error: Exception) -> UnsupportedModelError:
         info = region.graphs["eval"].nodes.get(found[1])
         if info is not None and info.op == found[2]:
             where = f"{info.layer} {info.location}".strip()
-        if lines[0].startswith("No ONNX function"):
-            lines[0] = f"the operator {found[2]} has no translation to ONNX"
+        if what.startswith("No ONNX function"):
+            what = f"the operator {found[2]} has no translation to ONNX"
     return UnsupportedModelError(
-        f"this model cannot be written as ONNX: {lines[0]}",
+        f"this model cannot be written as ONNX: {what}",
         where=where,
         mend="Write that part of the model with other operators.",
     )

@@ -77,6 +77,5 @@ def example_tensors(region: Region) -> list[torch.Tensor]:
     args, kwargs = (
         doubled_batch(region.args, region.kwargs) if varies else (region.args, region.kwargs)
     )
-    flat = zip(runner.inputs(args, kwargs), runner.signature.inputs, strict=True)
-    users = [value for value, spec in flat if spec.source is Source.USER]
+    users = [value for _, value in runner.signature.users(runner.inputs(args, kwargs))]
     return [value.detach().clone() for value in users if isinstance(value, torch.Tensor)]

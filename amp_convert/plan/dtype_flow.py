@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Value
+from amp_convert.core.errors import first_line
 from amp_convert.core.number_formats import castable
 from amp_convert.core.op_facts import facts_of_target
 
@@ -66,7 +67,7 @@ class NoKernelError(Exception):
 
     def __init__(self, node: str, cause: Exception) -> None:
         self.node = node
-        self.cause = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        self.cause = first_line(cause)
         super().__init__(f"{node}: {self.cause}")
 
 

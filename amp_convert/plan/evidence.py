@@ -37,12 +37,11 @@ class Evidence:
         self._eval_groups = _by_layer_and_op(region.graphs["eval"].nodes.values())
         self._given: dict[str, str] = {}
         self._weights: dict[str, str] = {}
-        paths = iter(captured.signature.user_inputs)
-        placeholders = captured.graph_module.graph.find_nodes(op="placeholder")
-        for node, spec in zip(placeholders, captured.signature.inputs, strict=True):
-            if spec.source is Source.USER:
-                self._given[node.name] = input_key(region, next(paths).path)
-            else:
+        placeholders = captured.signature.placeholders(captured.graph_module.graph)
+        for given, node in captured.signature.users(placeholders):
+            self._given[node.name] = input_key(region, given.path)
+        for node, spec in placeholders.items():
+            if spec.source is not Source.USER:
                 self._given[node.name] = self._weights[node.name] = region.qualified(spec.target)
 
     def weight(self, node: fx.Node) -> str:

@@ -155,19 +155,12 @@ def _profile_call(
         if spec.source is not Source.USER and _measurable(value) and name not in ranges:
             may_count = spec.source is not Source.PARAMETER
             ranges[name] = Range.of(value, is_weight=True, may_count=may_count)
-    users = (
-        v for s, v in zip(runner.signature.inputs, inputs, strict=True) if s.source is Source.USER
-    )
-    for given, value in zip(runner.signature.user_inputs, users, strict=True):
+    for given, value in runner.signature.users(inputs):
         if _measurable(value):
             _merge(ranges, input_key(region, given.path), Range.of(value))
     counting = {
         node
-        for node, spec in zip(
-            runner.graph_module.graph.find_nodes(op="placeholder"),
-            runner.signature.inputs,
-            strict=True,
-        )
+        for node, spec in runner.signature.placeholders(runner.graph_module.graph).items()
         if spec.source is not Source.USER
         and (seen := ranges.get(region.qualified(spec.target))) is not None
         and seen.integral

@@ -241,7 +241,7 @@ def fold_weights(region: Region, rewritten: Rewritten, *, wide: bool = False) ->
     """The graph for inference, with the weights that the region's module has now; `wide` as in
     `fold`."""
     runner = _runner(rewritten, region.module)
-    names = [n.name for n in rewritten.graph_module.graph.nodes if n.op == "placeholder"]
-    held = runner.tensors()
-    tensors = {n: t for n, t in zip(names, held, strict=True) if t is not None}
+    placeholders = runner.signature.placeholders(rewritten.graph_module.graph)
+    held = zip(placeholders, runner.tensors(), strict=True)
+    tensors = {node.name: tensor for node, tensor in held if tensor is not None}
     return fold(rewritten, tensors, wide=wide)

@@ -86,13 +86,13 @@ class _Folder:
     ) -> None:
         self._graph, self._root, self._wide = graph, rewritten.graph_module, wide
         self._signature = rewritten.captured.signature
-        self._placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        self._specs = dict(zip(self._placeholders, self._signature.inputs, strict=True))
-        originals = [n.name for n in rewritten.graph_module.graph.nodes if n.op == "placeholder"]
+        self._specs = self._signature.placeholders(graph)
+        self._placeholders = list(self._specs)
+        originals = self._signature.placeholders(rewritten.graph_module.graph)
         self._known = {
-            node: tensors[name]
-            for node, name in zip(self._placeholders, originals, strict=True)
-            if name in tensors
+            node: tensors[original.name]
+            for node, original in zip(self._placeholders, originals, strict=True)
+            if original.name in tensors
         }
         self._constant = self._constants()
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from amp_convert.capture.node_info import NodeInfo
-from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.core.errors import UnsupportedModelError, first_line
 from amp_convert.rewrite.insert_casts import Rewritten
 
 
@@ -20,7 +20,7 @@ class KernelError(UnsupportedModelError):
 
     def __init__(self, info: NodeInfo | None, cause: Exception) -> None:
         self.info = info
-        self.cause = str(cause).strip().splitlines()[0] if str(cause).strip() else repr(cause)
+        self.cause = first_line(cause)
         op = info.short_op if info else "a cast"
         super().__init__(
             f"{op} refuses the dtypes that the plan gives it: {self.cause}",

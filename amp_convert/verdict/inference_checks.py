@@ -64,7 +64,7 @@ def capture_check(plan: Plan) -> Check:
 def low_precision_check(plan: Plan) -> Check:
     """A plan that converts nothing has perfect parity: only the `fp32` preset asks for that."""
     name = "plan.low_precision"
-    floating = [decision for decision in plan.eval if decision.low or decision.decided]
+    floating = [decision for decision in plan.eval if decision.decided]
     low = sum(decision.low for decision in floating)
     if low:
         reason = f"{low} of {len(floating)} floating point nodes compute in {plan.dtype}"

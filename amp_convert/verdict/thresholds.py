@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from amp_convert.core.errors import UsageError
+from amp_convert.core.number_formats import LOW_NAMES, from_name, unit_roundoff
 
-# Largest relative error of one rounding: half the distance from 1 to the next number.
-_ROUNDING_UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 # (relative L2 error, cosine)
 _OUTPUT_LIMITS = {"float16": (2e-2, 0.999), "bfloat16": (1.6e-1, 0.99)}
 # (relative L2 error of all gradients of a step, relative difference of the loss at the end).
@@ -110,11 +109,10 @@ class Thresholds:
 
 def rounding_unit(dtype: str) -> float:
     """The largest relative error of one rounding to `dtype`. Raises UsageError for no low dtype."""
-    try:
-        return _ROUNDING_UNITS[dtype]
-    except KeyError:
-        known = " and ".join(_ROUNDING_UNITS)
-        raise UsageError(f"{dtype!r} is not a low dtype", mend=f"Use {known}.") from None
+    if dtype not in LOW_NAMES:
+        known = " and ".join(LOW_NAMES)
+        raise UsageError(f"{dtype!r} is not a low dtype", mend=f"Use {known}.")
+    return unit_roundoff(from_name(dtype))
 
 
 def metric_limit(

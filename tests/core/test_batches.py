@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from amp_convert.core.batches import MetricMeans, batch_size
+from amp_convert.core.batches import MetricMeans, batch_size, no_score
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,12 @@ def test_the_size_is_that_of_the_first_tensor(
 
 
 def test_means_are_weighted_by_size() -> None:
-    means = MetricMeans(lambda outputs, target: {"error": abs(outputs - target)})
-    means.add("fp32", 1.0, 3.0, 4)
-    means.add("fp32", 1.0, 1.0, 1)
-    means.add("mixed", 5.0, 1.0, 4)
+    means = MetricMeans()
+    means.add("fp32", {"error": 2.0}, 4)
+    means.add("fp32", {"error": 0.0}, 1)
+    means.add("mixed", {"error": 4.0}, 4)
     assert means.of("fp32") == {"error": 8 / 5}
+    assert (means.samples("fp32"), means.samples("other")) == (5, 0)
     assert means.value("mixed", "error") == 4.0
     assert math.isnan(means.value("mixed", "accuracy"))
     means.drop("mixed")
@@ -41,19 +42,20 @@ def test_means_are_weighted_by_size() -> None:
 
 
 def test_a_metric_is_the_mean_of_the_batches_that_give_it() -> None:
-    means = MetricMeans(lambda outputs, target: {outputs: target})
+    means = MetricMeans()
     for name, value, size in (("recall", 0.5, 2), ("accuracy", 1.0, 6), ("recall", 1.0, 2)):
-        means.add("fp32", name, value, size)
-    assert means.of("fp32") == {"recall": 0.75, "accuracy": 1.0}
+        means.add("fp32", {name: value, "loss": 3.0}, size)
+    assert means.of("fp32") == {"recall": 0.75, "loss": 3.0, "accuracy": 1.0}
+    assert means.complete("fp32") == {"loss": 3.0}
 
 
 def test_without_metrics_there_are_no_means() -> None:
-    means = MetricMeans(None)
-    means.add("fp32", 1.0, 1.0, 4)
+    means = MetricMeans()
+    means.add("fp32", no_score(1.0, 1.0), 4)
     assert means.of("fp32") == {}
 
 
 def test_batches_without_a_sample_have_no_mean() -> None:
-    means = MetricMeans(lambda outputs, target: {"error": outputs - target})
-    means.add("fp32", 1.0, 1.0, 0)
+    means = MetricMeans()
+    means.add("fp32", {"error": 0.0}, 0)
     assert math.isnan(means.value("fp32", "error"))

@@ -19,6 +19,7 @@ import amp_convert as amp
 from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.onnx_file import write as onnx_export
 from amp_convert.onnx_file.write import OnnxTensor, export_onnx
+from amp_convert.report.records import NodeRecord
 from tests.graphs import damped
 from tests.onnx_files import (
     ELEMENTS,
@@ -128,7 +129,7 @@ def test_nodes_say_what_the_plan_says_of_them(name: str) -> None:
         if "node" not in found:
             silent.append(node)
             continue
-        row = dataclasses.asdict(plan[found["node"]])
+        row = dataclasses.asdict(NodeRecord.of(plan[found["node"]]))
         keys = ("node", "layer", "dtype", "rule", "reason", "location")
         assert {key: found.get(key, "") for key in keys} == {key: row[key] for key in keys}
     # What is left are casts, and the sizes of inputs.

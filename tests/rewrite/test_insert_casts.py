@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.plan.plan import Plan
+from amp_convert.plan.plan import Decision, Plan
 from amp_convert.rewrite.insert_casts import Rewritten
 from tests.small_models import EXAMPLES, example, ramp
 from tests.staged import (
@@ -197,9 +197,13 @@ def test_every_fp32_node_has_a_twin_and_every_other_node_is_a_cast(model: str) -
 
 def changed(plan: Plan, node: str, **changes: Any) -> Plan:
     """The plan with one decision of the eval graph changed by hand."""
-    return replace(
-        plan, eval=tuple(replace(d, **changes) if d.node == node else d for d in plan.eval)
-    )
+    dtypes = changes.pop("input_dtypes")
+
+    def cast(d: Decision) -> Decision:
+        pairs = zip(d.inputs, dtypes, strict=True)
+        return replace(d, inputs=tuple(replace(i, dtype=dtype) for i, dtype in pairs), **changes)
+
+    return replace(plan, eval=tuple(cast(d) if d.node == node else d for d in plan.eval))
 
 
 def test_a_cast_is_where_the_plan_says_however_odd() -> None:

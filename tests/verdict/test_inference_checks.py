@@ -15,7 +15,6 @@ from tests.evidence import (
     LAST,
     NODES,
     check,
-    decision,
     divergence,
     fidelity,
     in_fp32,
@@ -114,11 +113,6 @@ def test_a_plan_that_converts_nothing_must_be_exact(changes: dict[str, Any], fai
         divergence(outputs=(same, replace(same, name="other", **changes))), planned=planned
     )
     assert [one.name for one in found.checks if one.status == "fail"] == [failing]
-
-
-def test_lookups_that_deliver_low_values_count_as_converted() -> None:
-    planned = plan(decision(FIRST, category="none"))
-    assert check("plan.low_precision", verdict(planned=planned)).status == "pass"
 
 
 def test_a_node_that_overflows_fails_and_is_named() -> None:

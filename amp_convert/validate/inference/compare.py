@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
-from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size
-from amp_convert.core.errors import ModelError
+from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size, no_score
+from amp_convert.core.errors import ModelError, first_line
 from amp_convert.core.number_formats import from_name, is_float_tensor
 from amp_convert.core.random_state import preserved_rng, rng_state, set_rng_state
 from amp_convert.core.tensor_errors import larger
@@ -85,7 +85,7 @@ class _Comparison:
         self._outputs: dict[str, OutputSums] = {}
         self._native: dict[str, OutputSums] = {}
         self._native_reason = "" if autocast else "it was not asked for"
-        self._metrics = MetricMeans(score)
+        self._metrics, self._score = MetricMeans(), score or no_score
         self._batches = self._samples = 0
         self._reference_rel_l2 = 0.0
 
@@ -97,8 +97,8 @@ class _Comparison:
         size = batch_size(args, kwargs)
         self._batches += 1
         self._samples += size
-        self._metrics.add("fp32", reference, target, size)
-        self._metrics.add("mixed", mixed, target, size)
+        self._metrics.add("fp32", self._score(reference, target), size)
+        self._metrics.add("mixed", self._score(mixed, target), size)
         del mixed
         self._check_reference(args, kwargs, reference, state)
         if not self._native_reason:
@@ -106,13 +106,14 @@ class _Comparison:
                 with torch.autocast(self._device.type, dtype=self._low):
                     native = self._original(args, kwargs, state)
             except Exception as error:  # noqa: BLE001  autocast bans or breaks some models: a result
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                first = first_line(error)
                 self._native_reason = f"the original fails under torch.autocast: {first}"
                 self._native.clear()
                 self._metrics.drop("autocast")
             else:
                 accumulate(self._native, reference, native)
-                self._metrics.add("autocast", _as_dtypes_of(native, reference), target, size)
+                scores = self._score(_as_dtypes_of(native, reference), target)
+                self._metrics.add("autocast", scores, size)
 
     def _refuse_nan(self, reference: Any) -> None:
         for name, leaf in named_leaves(reference):

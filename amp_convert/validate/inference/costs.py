@@ -17,7 +17,8 @@ from torch import nn
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
-from amp_convert.core.memory_meter import peak_bytes
+from amp_convert.core.errors import first_line
+from amp_convert.core.memory_meter import held_bytes, peak_bytes
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.rewrite.converted_model import ConvertedModel
@@ -51,9 +52,11 @@ def measure(
         for name, run in list(arms.items()):
             try:
                 # This also warms the arm up.
-                peaks[name] = _resident_bytes(models[name]) + peak_bytes(run)
+                model = models[name]
+                held = held_bytes((*model.parameters(), *model.buffers()))
+                peaks[name] = held + peak_bytes(run)
             except Exception as error:  # noqa: BLE001  autocast breaks some models: a result
-                notes[name] = f"failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
+                notes[name] = f"failed: {first_line(error)}"
                 del arms[name]
         begin = time.perf_counter()
         for turn in range(TURNS):
@@ -70,15 +73,6 @@ def measure(
         )
         for name, taken in times.items()
     )
-
-
-def _resident_bytes(model: nn.Module) -> int:
-    """The bytes of a model's parameters and buffers, each storage counted once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*model.parameters(), *model.buffers())
-    }
-    return sum(storages.values())
 
 
 def _arms(

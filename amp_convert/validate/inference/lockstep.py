@@ -60,11 +60,8 @@ class _Lockstep:
         self._rewritten, self._visit, self._device = rewritten, visit, device
         self._wants_local = wants_local
         self._reference_graph = rewritten.captured.graph_module.graph
-        specs = rewritten.captured.signature.inputs
-        placeholders = self._reference_graph.find_nodes(op="placeholder")
-        self._weights = {
-            n for n, s in zip(placeholders, specs, strict=True) if s.source is not Source.USER
-        }
+        given = rewritten.captured.signature.placeholders(self._reference_graph)
+        self._weights = {n for n, spec in given.items() if spec.source is not Source.USER}
 
     def run(
         self, reference_inputs: Sequence[Any], mixed_inputs: Sequence[Any]

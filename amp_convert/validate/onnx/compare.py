@@ -22,7 +22,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import Source
-from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size
+from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size, no_score
 from amp_convert.core.number_formats import from_name, ulp_at
 from amp_convert.loading.model_file import named_leaves
 from amp_convert.onnx_file import build as onnx_program
@@ -94,7 +94,7 @@ class _Validation:
         written = ir.load(model.path)
         self._table = OnnxNodeErrors(rewritten, self._folded.graph_module.graph, written, self._low)
         self._node_batches = node_batches
-        self._metrics = MetricMeans(score)
+        self._metrics, self._score = MetricMeans(), score or no_score
         self._batches = self._samples = 0
         lockstep = OnnxLockstep(written, self._folded.graph_module)
         self._fp32 = fp32
@@ -111,8 +111,8 @@ class _Validation:
         mixed = self._called(self._converted, args, kwargs)
         fed = self._fed(args, kwargs)
         size = batch_size(args, kwargs)
-        self._metrics.add("fp32", fp32, target, size)
-        self._metrics.add("converted", mixed, target, size)
+        self._metrics.add("fp32", self._score(fp32, target), size)
+        self._metrics.add("converted", self._score(mixed, target), size)
         for run in self._runs:
             if run.arm == "node by node" and self._batches >= self._node_batches:
                 continue
@@ -124,7 +124,8 @@ class _Validation:
             accumulate(run.against_fp32, _tensors(fp32), named)
             if run is not self._fp32:
                 accumulate(run.against_converted, _tensors(mixed), named)
-                self._metrics.add(run.arm, _rebuilt(mixed, outputs), target, size)
+                scores = self._score(_rebuilt(mixed, outputs), target)
+                self._metrics.add(run.arm, scores, size)
         self._batches += 1
         self._samples += size
 

@@ -17,7 +17,6 @@ model or a running mean in the loss: all arms write to that.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,9 +28,10 @@ from torch import nn
 
 from amp_convert.capture.gradient_probe import real_gradient
 from amp_convert.core import device as devices
+from amp_convert.core import digests
 from amp_convert.core.batches import Batch
 from amp_convert.core.errors import ModelError, UsageError
-from amp_convert.core.memory_meter import StorageMeter
+from amp_convert.core.memory_meter import StorageMeter, held_bytes
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.random_state import RngState, rng_state, set_rng_state
 from amp_convert.loading.model_file import kind_of, user_code
@@ -231,8 +231,7 @@ class Arm:
         """The bytes of weights, buffers and the optimizer's state, each storage counted once."""
         state = [v for s in self.optimizer.state.values() for v in s.values()]
         tensors = (*self.tensors.values(), *(v for v in state if isinstance(v, torch.Tensor)))
-        held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-        return sum(held.values())
+        return held_bytes(tensors)
 
     @property
     def scale_history(self) -> str:
@@ -249,12 +248,7 @@ class Arm:
 
     def sha256(self) -> str:
         """The digest of weights and buffers, names and all."""
-        digest = hashlib.sha256()
-        for name, tensor in self.tensors.items():
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-        return digest.hexdigest()
+        return digests.of_tensors(self.tensors.items())
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, and the records, for a checkpoint.

@@ -15,7 +15,6 @@ folder can run code when it is read: it holds no pickles.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import re
@@ -29,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from amp_convert.core import digests
 from amp_convert.core.atomic_files import is_leftover, replacing, try_to_write, write_file
 from amp_convert.core.errors import UsageError
 
@@ -74,7 +74,7 @@ def save(folder: Path, state: Mapping[str, Any], *, fingerprint: Mapping[str, An
             "version": _VERSION,
             "fingerprint": dict(fingerprint),
             "tensors": file.name,
-            "sha256": _sha256(file),
+            "sha256": digests.of_file(file),
             "state": content,
         }
         write_file(folder / INDEX, json.dumps(index, allow_nan=False))
@@ -111,7 +111,7 @@ def load(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
         if not _STATE.fullmatch(name):  # or a crafted file could name any path
             raise _damaged(path, f"it names {name!r}")
         file = folder / name
-        if _sha256(file) != digest:
+        if digests.of_file(file) != digest:
             raise _damaged(path, f"{name} is not what was written")
         found: dict[str, Any] = _unpacked(index["state"], load_file(file))
     except (OSError, SafetensorError) as error:
@@ -190,11 +190,6 @@ def _unpacked(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 # --- files ---
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -18,7 +18,6 @@ said at once and costs nothing else: the old one stays whole, and the run goes o
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ import torch
 
 from amp_convert import __version__
 from amp_convert.core import device as devices
+from amp_convert.core import digests
 from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
 from amp_convert.loading.user_code import placed
 from amp_convert.rewrite.converted_model import ConvertedModel
@@ -261,7 +261,7 @@ class _Comparison:
     @property
     def _fingerprint(self) -> dict[str, Any]:
         options, recipe = self._options, self._recipe
-        plan = hashlib.sha256(self._converted.plan.to_toml().encode()).hexdigest()
+        plan = digests.of_text(self._converted.plan.to_toml())
         return {
             "steps": options.steps or "as many as there are",
             "seeds": options.seeds,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from amp_convert.core import digests
 from amp_convert.core.batches import Batch, Score
 from amp_convert.core.errors import ModelError
 from amp_convert.core.number_formats import name_of
@@ -73,12 +73,8 @@ class Stream:
 
     def digest(self) -> str:
         """The SHA-256 of the batches of the last step."""
-        digest = hashlib.sha256()
-        for leaf in pytree.tree_leaves(self._last):
-            if isinstance(leaf, torch.Tensor):
-                flat = leaf.detach().cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-        return digest.hexdigest()
+        leaves = pytree.tree_leaves(self._last)
+        return digests.of_tensors(("", leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def initial_weights(

@@ -30,8 +30,8 @@ from torch.utils import _pytree as pytree
 from amp_convert.capture.gradient_probe import real_gradient
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
-from amp_convert.core.batches import Batch, batch_size
-from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
+from amp_convert.core.batches import Batch, MetricMeans, batch_size
+from amp_convert.core.errors import AmpConvertError, ModelError, UsageError, first_line
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.random_state import preserved_rng, set_rng_state
 from amp_convert.core.tensor_errors import ErrorSums
@@ -186,8 +186,7 @@ class Race:
         """
         if self._data.eval_batches is None:
             return {}
-        totals: dict[str, tuple[float, int]] = {}
-        samples = 0
+        means = MetricMeans()
         with (
             arm.installed(),
             in_mode(self._model, training=False),
@@ -197,15 +196,11 @@ class Race:
         ):
             set_rng_state(self.device, self.rng)
             for batch in self._data.eval_batches():
-                size = batch_size(batch[0], batch[1])
-                samples += size
-                for name, value in self._scores(arm, batch).items():
-                    total, seen = totals.get(name, (0.0, 0))
-                    totals[name] = (total + value * size, seen + size)
-        if not samples:
+                means.add(arm.name, self._scores(arm, batch), batch_size(batch[0], batch[1]))
+        if not means.samples(arm.name):
             where = os.path.basename(self._recipe.path)
             raise ModelError("eval_batches() gives no sample", where=where, mend="Give some.")
-        return {name: total / samples for name, (total, seen) in totals.items() if seen == samples}
+        return means.complete(arm.name)
 
     def name_metric(self, wanted: str | None) -> str:
         """The metric that seeds are judged by: `wanted`, or the first of the user's, or a loss.
@@ -312,8 +307,7 @@ def _autocast(device: torch.device, low: torch.dtype) -> Iterator[None]:
 
 
 def _autocast_failure(error: Exception) -> str:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"the original fails under torch.autocast: {first}"
+    return f"the original fails under torch.autocast: {first_line(error)}"
 
 
 def nudged(
