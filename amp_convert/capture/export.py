@@ -39,6 +39,7 @@ from amp_convert.capture.graph_call import (
 )
 from amp_convert.capture.node_info import NodeInfo, describe
 from amp_convert.core import device as devices
+from amp_convert.core.mode import Mode
 
 aten = torch.ops.aten
 
@@ -50,7 +51,7 @@ KEPT_META = ("nn_module_stack", "stack_trace", "torch_fn")
 class CapturedGraph:
     """One mode of one module as a function of its tensors and the user's inputs."""
 
-    mode: str
+    mode: Mode
     graph_module: fx.GraphModule
     signature: Signature
     constants: Mapping[str, torch.Tensor] = field(repr=False)
@@ -61,7 +62,7 @@ def export_graph(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    mode: str,
+    mode: Mode,
     path: str = "",
     *,
     dynamic: bool = True,
@@ -80,7 +81,7 @@ def export_graph(
     device = devices.of_model(module)
     with (
         collector_paused(),
-        in_mode(module, training=mode == "train"),
+        in_mode(module, training=mode == Mode.TRAIN),
         devices.plain_mode(device),
         _flat_outputs(module) as returned,
     ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -17,9 +18,18 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.core.tensor_errors import larger
+
+
+class FidelityStatus(StrEnum):
+    """What comparing a captured graph with the eager model came to."""
+
+    IDENTICAL = "identical"
+    DIFFERENT = "different"
+    UNCHECKED = "unchecked"
 
 
 @dataclass(frozen=True)
@@ -28,11 +38,10 @@ class Fidelity:
 
     `outputs`, `gradients` and `buffers` say whether they are bit-identical; None where there are
     none to compare. `max_rel_l2` is the largest relative L2 difference over all of them.
-    `status` is "identical", "different" or "unchecked".
     """
 
-    mode: str
-    status: str
+    mode: Mode
+    status: FidelityStatus
     outputs: bool | None
     gradients: bool | None
     buffers: bool | None
@@ -49,9 +58,9 @@ class _Trace:
     buffers: dict[str, torch.Tensor]
 
 
-def unchecked(mode: str, reason: str) -> Fidelity:
+def unchecked(mode: Mode, reason: str) -> Fidelity:
     """The result where no comparison was possible."""
-    return Fidelity(mode, "unchecked", None, None, None, float("nan"), reason)
+    return Fidelity(mode, FidelityStatus.UNCHECKED, None, None, None, float("nan"), reason)
 
 
 def check(
@@ -59,7 +68,7 @@ def check(
     captured: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    mode: str,
+    mode: Mode,
 ) -> Fidelity:
     """Compare `captured` with `module` in `mode`, forward and backward, in FP32."""
     device = devices.of_model(module)
@@ -95,14 +104,14 @@ def check(
     outputs, gradients, buffers = verdicts
     if False not in verdicts:
         reason = f"captured FP32 graph and eager FP32 model agree bit for bit{without}"
-        return Fidelity(mode, "identical", outputs, gradients, buffers, worst, reason)
+        return Fidelity(mode, FidelityStatus.IDENTICAL, outputs, gradients, buffers, worst, reason)
     names = ("outputs", "gradients", "buffers")
     differing = [name for name, same in zip(names, verdicts, strict=True) if same is False]
     reason = (
         f"{' and '.join(differing)} of the captured FP32 graph differ from the eager model, "
         f"relative L2 {worst:.1e}; a model that takes another path while it is traced does this"
     )
-    return Fidelity(mode, "different", outputs, gradients, buffers, worst, reason)
+    return Fidelity(mode, FidelityStatus.DIFFERENT, outputs, gradients, buffers, worst, reason)
 
 
 def _trace(
@@ -110,14 +119,14 @@ def _trace(
     call: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    mode: str,
+    mode: Mode,
     device: torch.device,
     *,
     backward: bool,
 ) -> _Trace:
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
     with (
-        in_mode(module, training=mode == "train"),
+        in_mode(module, training=mode == Mode.TRAIN),
         preserved_rng(device),
         devices.exact_fp32(device),
         devices.plain_mode(device),

@@ -21,6 +21,7 @@ from amp_convert.capture.node_info import NodeInfo
 from amp_convert.capture.regions import Captured, Region
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.exponent_histogram import Exponents
+from amp_convert.core.mode import Mode
 
 
 class GradientProbe:
@@ -38,7 +39,7 @@ class GradientProbe:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         regions = self._captured.regions
         if self._captured.is_whole:
-            return self._run(regions[0], "train", args, kwargs)
+            return self._run(regions[0], Mode.TRAIN, args, kwargs)
         try:
             for region in regions:
                 region.module.__dict__["forward"] = partial(self._forward, region)
@@ -48,10 +49,10 @@ class GradientProbe:
                 region.module.__dict__.pop("forward", None)
 
     def _forward(self, region: Region, *args: Any, **kwargs: Any) -> Any:
-        return self._run(region, "train" if region.module.training else "eval", args, kwargs)
+        return self._run(region, Mode.of(region.module.training), args, kwargs)
 
     def _run(
-        self, region: Region, mode: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, region: Region, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         runner = mode_runner(region, mode)
         inputs = runner.inputs(args, kwargs)
@@ -90,7 +91,7 @@ class _HookedInterpreter(fx.Interpreter):
         return result
 
 
-def mode_runner(region: Region, mode: str) -> GraphRunner:
+def mode_runner(region: Region, mode: Mode) -> GraphRunner:
     """The captured FP32 graph of `mode`. Raises UnsupportedModelError where there is none."""
     if mode not in region.graphs:
         raise UnsupportedModelError(

@@ -26,13 +26,14 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture import fidelity
 from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
-from amp_convert.capture.fidelity import Fidelity
+from amp_convert.capture.fidelity import Fidelity, FidelityStatus
 from amp_convert.capture.graph_call import GraphRunner, in_mode
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.node_info import is_library_frame, short_path
 from amp_convert.capture.pytree_containers import register_containers
 from amp_convert.core import device as devices
 from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError, first_line
+from amp_convert.core.mode import Mode
 from amp_convert.core.random_state import preserved_rng
 
 
@@ -75,15 +76,15 @@ class Region:
     module: nn.Module
     args: tuple[Any, ...] = field(repr=False)
     kwargs: Mapping[str, Any] = field(repr=False)
-    graphs: Mapping[str, CapturedGraph] = field(repr=False)
-    traces: Mapping[str, Trace] = field(repr=False)
+    graphs: Mapping[Mode, CapturedGraph] = field(repr=False)
+    traces: Mapping[Mode, Trace] = field(repr=False)
     train_failure: str = ""
 
     def qualified(self, name: str) -> str:
         """A name inside the region as a name in the whole model."""
         return f"{self.path}.{name}" if self.path else name
 
-    def runner(self, mode: str) -> GraphRunner:
+    def runner(self, mode: Mode) -> GraphRunner:
         """The captured FP32 graph of `mode`, callable like the module."""
         graph = self.graphs[mode]
         return GraphRunner(graph.graph_module, graph.signature, graph.constants, self.module)
@@ -145,9 +146,7 @@ def capture(
                 where=error.location,
                 mend="Move control flow that depends on tensor values out of the model.",
             ) from error.__cause__
-    checks = [
-        (region.path, _fidelity(region, mode)) for region in regions for mode in ("eval", "train")
-    ]
+    checks = [(region.path, _fidelity(region, mode)) for region in regions for mode in Mode]
     return Captured(model, args, kwargs, regions, uncaptured, _merged(checks))
 
 
@@ -165,7 +164,7 @@ def _region(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, train: bool
 ) -> Region:
     try:
-        graphs = {"eval": _graph(module, args, kwargs, "eval", path)}
+        graphs = {Mode.EVAL: _graph(module, args, kwargs, Mode.EVAL, path)}
     except ModelError:
         raise
     except Exception as cause:  # export fails in as many ways as user code does
@@ -173,7 +172,7 @@ def _region(
     train_failure = "" if train else "training was not asked for"
     try:
         if train:
-            graphs["train"] = _graph(module, args, kwargs, "train", path)
+            graphs[Mode.TRAIN] = _graph(module, args, kwargs, Mode.TRAIN, path)
     except Exception as cause:  # noqa: BLE001  the eval graph is worth having without; fidelity says so
         train_failure = _CannotCaptureError(path, cause).reason
     try:
@@ -187,7 +186,7 @@ def _region(
 
 
 def _graph(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: str, path: str
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: Mode, path: str
 ) -> CapturedGraph:
     """The graph of one mode. A batch of one is traced as two, so that its size can vary; a model
     to which one and two are different things is traced as it is."""
@@ -325,7 +324,7 @@ def _cloned(tree: Any) -> Any:
 def _fitting_region(module: nn.Module, calls: list[_Call], path: str, train: bool) -> Region:
     """A region captured for the first call that also takes every other call's inputs."""
     region = _region(module, *calls[0], path, train)
-    runner = region.runner("eval")
+    runner = region.runner(Mode.EVAL)
     for args, kwargs in calls[1:]:
         try:
             runner.inputs(args, kwargs)
@@ -337,7 +336,7 @@ def _fitting_region(module: nn.Module, calls: list[_Call], path: str, train: boo
 # --- results -------------------------------------------------------------------------------------
 
 
-def _fidelity(region: Region, mode: str) -> Fidelity:
+def _fidelity(region: Region, mode: Mode) -> Fidelity:
     if mode not in region.graphs:
         return fidelity.unchecked(mode, f"the train graph was not captured: {region.train_failure}")
     return fidelity.check(region.module, region.runner(mode), region.args, region.kwargs, mode)
@@ -345,11 +344,11 @@ def _fidelity(region: Region, mode: str) -> Fidelity:
 
 def _merged(region: Sequence[tuple[str, Fidelity]]) -> tuple[Fidelity, ...]:
     """One result a mode: the worst over all regions, which it names when there are several."""
-    rank = {"identical": 0, "unchecked": 1, "different": 2}
+    rank = [FidelityStatus.IDENTICAL, FidelityStatus.UNCHECKED, FidelityStatus.DIFFERENT]
     merged = []
-    for mode in ("eval", "train"):
+    for mode in Mode:
         found = [(path, f) for path, f in region if f.mode == mode]
-        path, worst = max(found, key=lambda item: (rank[item[1].status], item[1].max_rel_l2))
+        path, worst = max(found, key=lambda item: (rank.index(item[1].status), item[1].max_rel_l2))
         reason = f"{path}: {worst.reason}" if len(found) > 1 else worst.reason
         merged.append(dataclasses.replace(worst, reason=reason))
     return tuple(merged)

@@ -104,9 +104,9 @@ def compare(
         *worse_errors(now, baseline, factor),
     )
     measured = any(_measured(baseline.nodes[node]) for node in common)
-    status: VerdictStatus = "fail" if findings else "pass"
-    if not findings and (report.verdict.status != "pass" or not measured):
-        status = "inconclusive"
+    status = VerdictStatus.FAIL if findings else VerdictStatus.PASS
+    if not findings and (report.verdict.status != VerdictStatus.PASS or not measured):
+        status = VerdictStatus.INCONCLUSIVE
     return GateResult(status, findings, tuple(_notes(report, now, baseline)), len(common))
 
 
@@ -127,7 +127,7 @@ def _measured(node: BaselineNode) -> bool:
 
 
 def _notes(report: RunReport, now: Baseline, before: Baseline) -> Iterator[str]:
-    if report.verdict.status == "inconclusive":
+    if report.verdict.status == VerdictStatus.INCONCLUSIVE:
         yield "the report's own verdict is inconclusive"
     if not any(_measured(node) for node in before.nodes.values()):
         yield "the baseline holds no node errors, so none were compared"

@@ -36,6 +36,7 @@ from amp_convert.capture.graph_call import GraphRunner, Source
 from amp_convert.capture.regions import Region
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UnsupportedModelError, first_line
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.core.random_state import preserved_rng
@@ -119,7 +120,7 @@ def build(
 
 def fp32_model(region: Region, opset: int) -> ir.Model:
     """The captured eval graph of `region` as it is, as ONNX."""
-    return build(region, unconverted(region.graphs["eval"]), opset).model
+    return build(region, unconverted(region.graphs[Mode.EVAL]), opset).model
 
 
 def _finish(region: Region, model: ir.Model) -> None:
@@ -164,7 +165,7 @@ def _cast_parameters(norm: fx.Node, decision: Decision | None) -> None:
 def _widen_inputs(region: Region, graph: fx.Graph) -> None:
     """Cast each FP32 input of the original to FP32, which it will not be."""
     first = next(node for node in graph.nodes if node.op != "placeholder")
-    signature = region.graphs["eval"].signature
+    signature = region.graphs[Mode.EVAL].signature
     for leaf, node in signature.users(signature.placeholders(graph)):
         if leaf.dtype == torch.float32:
             with graph.inserting_before(first):
@@ -289,7 +290,7 @@ def _untranslated(region: Region, error: Exception) -> UnsupportedModelError:
     # Its words: Error when translating node %name : [...] = call_function[target=torch.ops.OP](
     stumbled = r"translating node %(\w+) .*?\[target=torch\.ops\.([\w.]+)\]"
     if found := re.search(stumbled, " ".join(map(str, causes))):
-        info = region.graphs["eval"].nodes.get(found[1])
+        info = region.graphs[Mode.EVAL].nodes.get(found[1])
         if info is not None and info.op == found[2]:
             where = f"{info.layer} {info.location}".strip()
         if what.startswith("No ONNX function"):

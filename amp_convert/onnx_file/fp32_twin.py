@@ -22,6 +22,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Region, Value
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES, widened
 from amp_convert.rewrite.insert_casts import Rewritten
 
@@ -34,10 +35,10 @@ def has_twin(region: Region, rewritten: Rewritten) -> bool:
 
 def _holds_low(region: Region) -> bool:
     """Whether the FP32 model itself has a value in a low dtype, be it in a branch of `cond`."""
-    recorded = pytree.tree_leaves(list(region.traces["eval"].values.values()))
+    recorded = pytree.tree_leaves(list(region.traces[Mode.EVAL].values.values()))
     named = [
         leaf
-        for node in _all_nodes(region.graphs["eval"].graph_module)
+        for node in _all_nodes(region.graphs[Mode.EVAL].graph_module)
         for leaf in pytree.tree_leaves((node.args, node.kwargs))
     ]
     dtypes = [value.dtype for value in recorded if isinstance(value, Value)] + named

@@ -22,6 +22,7 @@ import torch
 from amp_convert import __version__
 from amp_convert.core.atomic_files import replacing
 from amp_convert.core.errors import UnsupportedModelError, UsageError
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.optional_packages import require
 from amp_convert.onnx_file import build as onnx_program
@@ -135,7 +136,7 @@ def export(
         )
     region = converted.captured.regions[0]
     border = from_name(dtype) if io_types == "low" else None
-    program = onnx_program.build(region, converted.rewritten[region.path]["eval"], opset, border)
+    program = onnx_program.build(region, converted.rewritten[region.path][Mode.EVAL], opset, border)
     model = program.model
     data = write(model, target, external_data=external_data)
     file = OnnxModel(

@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Region, Value
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import FULL, castable, name_of
 from amp_convert.core.op_facts import facts_of_target
 from amp_convert.plan.coloring import Painted
@@ -71,7 +72,7 @@ class Writer:
     def __init__(
         self,
         region: Region,
-        mode: str,
+        mode: Mode,
         settled: Settled,
         evidence: Evidence,
         painting: Painting,

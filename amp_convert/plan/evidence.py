@@ -18,6 +18,7 @@ from torch import fx
 from amp_convert.capture.graph_call import Source
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.capture.regions import Region
+from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import Family, facts_of, facts_of_target
 from amp_convert.profile.calibrate import Range, RangeStats, input_key
 from amp_convert.profile.rounding_trials import Growth
@@ -28,13 +29,13 @@ _T = TypeVar("_T")
 class Evidence:
     """Ranges and growths by FX node of the graph of `region` in `mode`; growths for `dtype`."""
 
-    def __init__(self, region: Region, mode: str, stats: RangeStats, dtype: torch.dtype) -> None:
+    def __init__(self, region: Region, mode: Mode, stats: RangeStats, dtype: torch.dtype) -> None:
         captured = region.graphs[mode]
         self.batches = stats.batches
         self._ranges, self._growths = stats.ranges, stats.growths.get(dtype, {})
         self._infos = captured.nodes
         self._groups = _by_layer_and_op(captured.nodes.values())
-        self._eval_groups = _by_layer_and_op(region.graphs["eval"].nodes.values())
+        self._eval_groups = _by_layer_and_op(region.graphs[Mode.EVAL].nodes.values())
         self._given: dict[str, str] = {}
         self._weights: dict[str, str] = {}
         placeholders = captured.signature.placeholders(captured.graph_module.graph)

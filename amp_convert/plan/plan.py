@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from amp_convert.capture.regions import Uncaptured
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import FULL
 from amp_convert.rules.rule_set import Category, Painting, Rewrites
 
@@ -207,12 +208,12 @@ class Plan:
         """Multiply-adds in low nodes as a share of all that could be counted, 0 to 1."""
         return sum(d.macs for d in self.eval if d.low) / max(sum(d.macs for d in self.eval), 1)
 
-    def to_frame(self, mode: str = "eval") -> pd.DataFrame:
+    def to_frame(self, mode: str = Mode.EVAL) -> pd.DataFrame:
         """One row a node of the graph of `mode` ("eval" or "train"), one column a field, and some
         that follow from those; `reason` is the whole one."""
         import pandas as pd
 
-        decisions = self.eval if mode == "eval" else self.train
+        decisions = self.eval if mode == Mode.EVAL else self.train
         columns = [*Decision.__dataclass_fields__, "low", "input_dtypes", "rewrite"]
         derived = (
             {"reason": d.why, "low": d.low, "input_dtypes": d.input_dtypes, "rewrite": d.rewrite}

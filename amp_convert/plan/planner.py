@@ -31,6 +31,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Captured, Region, Value
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.op_facts import Family, canonical, facts_of_target
 from amp_convert.plan import guards as guarding
@@ -58,8 +59,8 @@ def make_plan(
     `refused` maps operators (with overload) that turned out to have no kernel for their planned
     dtypes to what they said; they stay FP32.
     """
-    decisions: dict[str, list[Decision]] = {"eval": [], "train": []}
-    casts = {"eval": Casts(), "train": Casts()}
+    decisions: dict[Mode, list[Decision]] = {mode: [] for mode in Mode}
+    casts = {mode: Casts() for mode in Mode}
     for region in captured.regions:
         for mode in region.graphs:
             device = captured.device.type
@@ -73,10 +74,10 @@ def make_plan(
         rules=rules.files,
         painting=rules.painting.value,
         calibration_batches=stats.batches,
-        eval=tuple(decisions["eval"]),
-        train=tuple(decisions["train"]),
-        eval_casts=casts["eval"],
-        train_casts=casts["train"],
+        eval=tuple(decisions[Mode.EVAL]),
+        train=tuple(decisions[Mode.TRAIN]),
+        eval_casts=casts[Mode.EVAL],
+        train_casts=casts[Mode.TRAIN],
         uncaptured=captured.uncaptured,
         unmatched_rules=_unmatched(captured, rules),
     )
@@ -137,7 +138,7 @@ class _GraphPlanner:
     def __init__(
         self,
         region: Region,
-        mode: str,
+        mode: Mode,
         rules: Rules,
         stats: RangeStats,
         dtype: torch.dtype,
@@ -156,7 +157,7 @@ class _GraphPlanner:
         self._rulings = {n.name: self._judge(n) for n in self._nodes}
         self._ops = {name: canonical(info.op) for name, info in self._infos.items()}
         kinds = rules.rewrites
-        if mode == "train":  # see `rescaling`
+        if mode == Mode.TRAIN:  # see `rescaling`
             kinds = replace(kinds, rescale_layers=False)
         self._rescaler = Rescaler(self._graph, self._values, self._ops, self._evidence, kinds)
         self._scalings: dict[str, Scaling] = {}

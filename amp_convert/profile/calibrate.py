@@ -21,6 +21,7 @@ from amp_convert.capture.graph_call import Source
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.capture.regions import Captured, Region
 from amp_convert.core import device as devices
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES, is_float_tensor
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.profile.rounding_trials import Growth, Trials, keep_window
@@ -147,9 +148,9 @@ def _profile_call(
     ranges: dict[str, Range],
     growths: Growths,
 ) -> None:
-    runner = region.runner("eval")
+    runner = region.runner(Mode.EVAL)
     inputs = runner.inputs(*call)
-    infos = region.graphs["eval"].nodes
+    infos = region.graphs[Mode.EVAL].nodes
     for spec, value in zip(runner.signature.inputs, inputs, strict=True):
         name = region.qualified(spec.target)
         if spec.source is not Source.USER and _measurable(value) and name not in ranges:

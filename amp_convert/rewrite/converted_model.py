@@ -25,6 +25,7 @@ from torch import nn
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.regions import Captured, Region, RegionCall
 from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.core.mode import Mode
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.plan.plan import Plan
 from amp_convert.plan.planner import make_plan
@@ -151,7 +152,7 @@ class _Part:
         self._why_no_train = region.train_failure
 
     def __call__(self, training: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        runner = self._runners.get("train" if training else "eval")
+        runner = self._runners.get(Mode.of(training))
         if runner is None:
             raise UnsupportedModelError(
                 f"this model was captured for inference only: {self._why_no_train}",
@@ -177,7 +178,8 @@ class FrozenModel(nn.Module):
         captured = converted.captured
         self.__dict__["plan"] = converted.plan
         folded = {
-            r.path: fold_weights(r, converted.rewritten[r.path]["eval"]) for r in captured.regions
+            r.path: fold_weights(r, converted.rewritten[r.path][Mode.EVAL])
+            for r in captured.regions
         }
         if captured.is_whole:
             hold(self, folded[""].tensors)

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.export import CapturedGraph
 from amp_convert.capture.regions import Region, Value
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import castable, from_name, name_of
 from amp_convert.plan.dtype_flow import tensor_arguments
 from amp_convert.plan.plan import Decision, Plan, PlannedInput
@@ -42,10 +43,10 @@ class Rewritten:
     decisions: Mapping[str, Decision] = field(repr=False)
 
 
-def rewrite(region: Region, mode: str, plan: Plan) -> Rewritten:
+def rewrite(region: Region, mode: Mode, plan: Plan) -> Rewritten:
     """The graph of `region` in `mode` with the casts of `plan`."""
     captured = region.graphs[mode]
-    decisions = {d.node: d for d in (plan.eval if mode == "eval" else plan.train)}
+    decisions = {d.node: d for d in (plan.eval if mode == Mode.EVAL else plan.train)}
     by_name = {name: decisions[info.identity] for name, info in captured.nodes.items()}
     return _Rewriter(captured, region.traces[mode].values, by_name).run()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from amp_convert.core.errors import UsageError
+from amp_convert.core.mode import Mode
 
 
 class Category(StrEnum):
@@ -122,7 +123,7 @@ class Rule:
     reason: str
     dtype: str | None
     device: str | None
-    mode: str | None
+    mode: Mode | None
     source: str
     preset: bool = False
     rank: int = 0

@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from amp_convert.core.errors import UsageError
+from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import canonical, short_name, with_overload
 from amp_convert.rules.rule_file import (
     Category,
@@ -63,7 +64,7 @@ class Place:
 
     dtype: str
     device: str
-    mode: str
+    mode: Mode
 
     def is_covered_by(self, rule: Rule) -> bool:
         """Whether a rule holds here."""

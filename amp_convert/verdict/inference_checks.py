@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from amp_convert.verdict.check import Check, CheckStatus
+from amp_convert.core.mode import Mode
+from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.thresholds import Thresholds, metric_holds, metric_limit
 
 if TYPE_CHECKING:
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
     from amp_convert.validate.inference.results import Divergence, MetricPair, NodeDivergence
 
 
-def fidelity_check(mode: str, rows: Iterable[Fidelity], limits: Thresholds) -> Check:
+def fidelity_check(mode: Mode, rows: Iterable[Fidelity], limits: Thresholds) -> Check:
     name, limit = f"fidelity.{mode}", limits.fidelity_rel_l2
     mine = [row for row in rows if row.mode == mode]
     if not mine:
-        return Check(name, "unchecked", None, limit, f"the {mode} graph was not compared")
+        return Check(name, CheckStatus.UNCHECKED, None, limit, f"the {mode} graph was not compared")
     # One row a mode is the rule; of several, the worst speaks.
     checks = [_fidelity_row(name, row, limit) for row in mine]
-    order: tuple[CheckStatus, ...] = ("fail", "unchecked", "pass")
+    order: tuple[CheckStatus, ...] = (CheckStatus.FAIL, CheckStatus.UNCHECKED, CheckStatus.PASS)
     return min(checks, key=lambda check: order.index(check.status))
 
 
@@ -35,30 +36,35 @@ def _fidelity_row(name: str, row: Fidelity, limit: float) -> Check:
     compared = (row.outputs, row.gradients, row.buffers)
     if row.status == "identical" and row.max_rel_l2 == 0 and False not in compared:
         if row.outputs is None:
-            return Check(name, "unchecked", None, limit, "the model returns no tensor to compare")
+            return Check(
+                name, CheckStatus.UNCHECKED, None, limit, "the model returns no tensor to compare"
+            )
         parts = ("outputs", "gradients", "buffers")
         same = [part for part, found in zip(parts, compared, strict=True) if found]
         reason = f"{', '.join(same)}: the captured FP32 graph is bit-identical to the eager model"
-        return Check(name, "pass", 0.0, limit, reason)
+        return Check(name, CheckStatus.PASS, 0.0, limit, reason)
     if row.status == "unchecked":
-        return Check(name, "unchecked", None, limit, row.reason or "no reason was given")
+        return Check(name, CheckStatus.UNCHECKED, None, limit, row.reason or "no reason was given")
     # A difference of size 0 is one that the relative error does not show, so it cannot be excused.
     if 0 < row.max_rel_l2 <= limit:
         reason = f"not bit-identical, but within {limit:g}: {row.reason}"
-        return Check(name, "pass", row.max_rel_l2, limit, reason)
-    return Check(name, "fail", row.max_rel_l2, limit, row.reason or "the captured graph differs")
+        return Check(name, CheckStatus.PASS, row.max_rel_l2, limit, reason)
+    return Check(
+        name, CheckStatus.FAIL, row.max_rel_l2, limit, row.reason or "the captured graph differs"
+    )
 
 
+@optional
 def capture_check(plan: Plan) -> Check:
     if not plan.uncaptured:
-        return Check("capture.whole", "pass", 0.0, 0.0, "the whole model was captured")
+        return Check("capture.whole", CheckStatus.PASS, 0.0, 0.0, "the whole model was captured")
     first = plan.uncaptured[0]
     where = f"{first.layer or 'the top level'}: {first.reason}"
     reason = (
         f"{len(plan.uncaptured)} part(s) of the model stay in eager FP32 and were examined only "
         f"through the model's outputs; first {where}"
     )
-    return Check("capture.whole", "unchecked", float(len(plan.uncaptured)), 0.0, reason)
+    return Check("capture.whole", CheckStatus.UNCHECKED, float(len(plan.uncaptured)), 0.0, reason)
 
 
 def low_precision_check(plan: Plan) -> Check:
@@ -68,17 +74,17 @@ def low_precision_check(plan: Plan) -> Check:
     low = sum(decision.low for decision in floating)
     if low:
         reason = f"{low} of {len(floating)} floating point nodes compute in {plan.dtype}"
-        return Check(name, "pass", float(low), 1.0, reason)
+        return Check(name, CheckStatus.PASS, float(low), 1.0, reason)
     if [rule.removesuffix(".toml") for rule in plan.rules] == ["fp32"]:
         reason = "the rules ask for FP32 throughout, so the outputs must be bit-identical"
-        return Check(name, "pass", 0.0, 0.0, reason)
+        return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
     kept = Counter(decision.rule for decision in floating).most_common(3)
     why = ", ".join(f"{rule} ({nodes})" for rule, nodes in kept) or "none"
     reason = (
         f"nothing computes in {plan.dtype}; floating point nodes by rule: {why}. "
         "Where that is meant, use --rules fp32"
     )
-    return Check(name, "fail", 0.0, 1.0, reason)
+    return Check(name, CheckStatus.FAIL, 0.0, 1.0, reason)
 
 
 def nothing_ran(plan: Plan, divergence: Divergence | None) -> str:
@@ -95,17 +101,17 @@ def reference_check(plan: Plan, divergence: Divergence | None, limits: Threshold
     name, limit = "fidelity.batches", limits.fidelity_rel_l2
     reason = nothing_ran(plan, divergence)
     if divergence is None or reason:
-        return Check(name, "unchecked", None, limit, reason)
+        return Check(name, CheckStatus.UNCHECKED, None, limit, reason)
     error = divergence.reference_rel_l2
     if error <= limit:
         same = "bit for bit" if error == 0 else f"within {error:.1e}"
         reason = f"the FP32 reference is the eager model {same} on all {divergence.batches} batches"
-        return Check(name, "pass", error, limit, reason)
+        return Check(name, CheckStatus.PASS, error, limit, reason)
     reason = (
         "on some batch the eager FP32 model gives other outputs than the graph that was captured "
         "from it: it takes another path there"
     )
-    return Check(name, "fail", error, limit, reason)
+    return Check(name, CheckStatus.FAIL, error, limit, reason)
 
 
 def frozen_check(divergence: Divergence | None) -> Check:
@@ -113,19 +119,19 @@ def frozen_check(divergence: Divergence | None) -> Check:
     name = "frozen.identical"
     same = divergence.frozen_identical if divergence else None
     if same is None:
-        return Check(name, "unchecked", None, None, "the frozen model was not run")
+        return Check(name, CheckStatus.UNCHECKED, None, None, "the frozen model was not run")
     if same:
         reason = "the frozen model gives the mixed model's bits on the example inputs"
-        return Check(name, "pass", 0.0, 0.0, reason)
+        return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
     reason = "the frozen model's outputs are not those of the mixed model that was compared"
-    return Check(name, "fail", 1.0, 0.0, reason)
+    return Check(name, CheckStatus.FAIL, 1.0, 0.0, reason)
 
 
 def nodes_check(plan: Plan, divergence: Divergence | None) -> Check:
     name = "nodes.finite"
     reason = nothing_ran(plan, divergence)
     if divergence is None or reason:
-        return Check(name, "unchecked", None, 0.0, reason)
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, reason)
     bad = [row for row in divergence.nodes if row.nonfinite != 0 or _incomparable(row)]
     if bad:
         worst = max(bad, key=lambda row: row.nonfinite)
@@ -133,14 +139,14 @@ def nodes_check(plan: Plan, divergence: Divergence | None) -> Check:
             f"{len(bad)} node(s) are NaN or infinite where FP32 is finite, or the reverse; first "
             f"{bad[0].node}, worst {worst.node} with {worst.nonfinite} elements"
         )
-        return Check(name, "fail", float(len(bad)), 0.0, reason)
+        return Check(name, CheckStatus.FAIL, float(len(bad)), 0.0, reason)
     seen = {row.node for row in divergence.nodes} - set(divergence.unvisited)
     missed = [decision.node for decision in plan.eval if decision.low and decision.node not in seen]
     if missed or not plan.eval:
         what = f"{len(missed)} low node(s) were not measured, first {missed[0]}" if missed else ""
-        return Check(name, "unchecked", None, 0.0, what or "the plan has no node")
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, what or "the plan has no node")
     reason = f"none of {len(seen)} nodes is NaN or infinite where FP32 is finite"
-    return Check(name, "pass", 0.0, 0.0, reason)
+    return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
 
 
 def _incomparable(row: NodeDivergence) -> bool:
@@ -149,17 +155,23 @@ def _incomparable(row: NodeDivergence) -> bool:
     return any(error is not None and math.isnan(error) for error in errors)
 
 
-def metric_checks(divergence: Divergence | None, limits: Thresholds) -> list[Check]:
+def metric_checks(
+    divergence: Divergence | None, limits: Thresholds, *, supplied: bool
+) -> list[Check]:
+    """The user's metrics; required where some were `supplied`."""
     if divergence is None or not divergence.metrics or divergence.batches <= 0:
         given = divergence.metrics_reason if divergence else ""
-        return [Check("metrics", "unchecked", None, None, given or "no metric was computed")]
+        why = given or "no metric was computed"
+        return [Check("metrics", CheckStatus.UNCHECKED, None, None, why, required=supplied)]
     return [
-        metric_check(f"metrics.{pair.name}", pair, limits.metric_tolerance)
+        metric_check(f"metrics.{pair.name}", pair, limits.metric_tolerance, required=supplied)
         for pair in divergence.metrics
     ]
 
 
-def metric_check(name: str, pair: MetricPair, tolerance: float, arm: str = "mixed") -> Check:
+def metric_check(
+    name: str, pair: MetricPair, tolerance: float, arm: str = "mixed", *, required: bool = True
+) -> Check:
     """Whether the `mixed` value of a metric is no worse than FP32's; `arm` says whose it is."""
     lower = pair.lower_is_better
     limit = metric_limit(pair.fp32, tolerance, lower_is_better=lower)
@@ -167,5 +179,5 @@ def metric_check(name: str, pair: MetricPair, tolerance: float, arm: str = "mixe
     reason = f"{pair.mixed:.6g} {arm} against {pair.fp32:.6g} in FP32"
     if not (math.isfinite(pair.mixed) and math.isfinite(pair.fp32)):
         reason += ": a metric that is not finite judges nothing"
-    status: CheckStatus = "pass" if holds else "fail"
-    return Check(name, status, pair.mixed, limit, reason)
+    status = CheckStatus.PASS if holds else CheckStatus.FAIL
+    return Check(name, status, pair.mixed, limit, reason, required)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from amp_convert.validate.inference.results import MetricPair
-from amp_convert.verdict.check import Check
+from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.inference_checks import metric_check
 from amp_convert.verdict.output_checks import checks_of_outputs
 from amp_convert.verdict.thresholds import Thresholds
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from amp_convert.validate.inference.results import OutputError
     from amp_convert.validate.onnx.results import OnnxOutput, OnnxParity
 
-_NO_KERNEL = "NOT_IMPLEMENTED"
-"""What ONNX Runtime's message holds where a kernel is missing."""
 SPOILT = 10.0
 """How many times the unoptimised file's distance from PyTorch, or the limit of it, is more than
 another order of roundings."""
 _JUDGED = ("unoptimised", "optimised")
 
 
-def onnx_checks(parity: OnnxParity | None, reason: str, limits: Thresholds) -> tuple[Check, ...]:
+def onnx_checks(
+    parity: OnnxParity | None, reason: str, limits: Thresholds, *, metrics_supplied: bool
+) -> tuple[Check, ...]:
     """All checks on the file; one unchecked one with `reason` where there is none."""
     if parity is None:
-        return (Check("onnx", "unchecked", None, None, reason),)
+        return (Check("onnx", CheckStatus.UNCHECKED, None, None, reason, required=False),)
     missing = "" if parity.batches > 0 else "no batch went through ONNX Runtime"
     if parity.drawing:
         missing = _random(parity)
@@ -46,7 +46,7 @@ def onnx_checks(parity: OnnxParity | None, reason: str, limits: Thresholds) -> t
         runs_check(parity),
         *checks_of_outputs("onnx.outputs", _outputs(parity), missing, limits),
         converted_check(parity),
-        *metric_checks(parity, limits),
+        *metric_checks(parity, limits, supplied=metrics_supplied),
     )
 
 
@@ -54,29 +54,38 @@ def runs_check(parity: OnnxParity) -> Check:
     name = "onnx.runs"
     runs = {run.arm: run for run in parity.runs if run.arm in _JUDGED}
     if len(runs) < len(_JUDGED) or parity.batches <= 0:
-        return Check(name, "unchecked", None, 0.0, "the file was not run")
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, "the file was not run")
     where = f"{parity.runtime} on {', '.join(parity.providers)}"
     failed = [run for run in runs.values() if run.failure]
     if failed:
         run = failed[0]
         but = f"; it does without {', '.join(run.without)}" if run.without else ""
         reason = f"{where} cannot run the file {run.arm}: {run.failure}{but}"
-        lacking = all(_NO_KERNEL in run.failure for run in failed)
-        return Check(name, "unchecked" if lacking else "fail", float(len(failed)), 0.0, reason)
+        lacking = all(run.lacks_kernel for run in failed)
+        return Check(
+            name,
+            CheckStatus.UNCHECKED if lacking else CheckStatus.FAIL,
+            float(len(failed)),
+            0.0,
+            reason,
+        )
     short = [run for run in runs.values() if run.batches < parity.batches]
     if short:
         reason = f"the file ran on {short[0].batches} of {parity.batches} batches"
-        return Check(name, "unchecked", float(len(short)), 0.0, f"{short[0].arm}, {reason}")
+        return Check(
+            name, CheckStatus.UNCHECKED, float(len(short)), 0.0, f"{short[0].arm}, {reason}"
+        )
     if stepwise := _unrun_by_node(parity):
-        return Check(name, "unchecked", None, 0.0, stepwise)
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, stepwise)
     reason = f"{where} runs the file as it stands and optimised, on all {parity.batches} batches"
-    return Check(name, "pass", 0.0, 0.0, reason)
+    return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
 
 
+@optional
 def converted_check(parity: OnnxParity) -> Check:
     name = "onnx.converted"
     if parity.drawing:
-        return Check(name, "unchecked", None, None, _random(parity))
+        return Check(name, CheckStatus.UNCHECKED, None, None, _random(parity))
     failed = [run for run in parity.runs if run.failure and not run.without]
     runs = [run for run in parity.runs if run.arm != "fp32" and run not in failed]
     apart = [run for run in runs if run.agrees is False]
@@ -86,7 +95,7 @@ def converted_check(parity: OnnxParity) -> Check:
             f"optimised, {_distance(output, parity.dtype)}; unoptimised {_size(plain)}: an "
             "optimisation of ONNX Runtime changes the result. Open the file with fewer of them"
         )
-        return Check(name, "fail", _max_abs(output), output.limit, how)
+        return Check(name, CheckStatus.FAIL, _max_abs(output), output.limit, how)
     if apart:
         run = apart[0]
         output = next(each for each in run.outputs if each.agrees is False)
@@ -98,18 +107,18 @@ def converted_check(parity: OnnxParity) -> Check:
             how = f"ONNX Runtime and PyTorch {what} at {node}"
             if not parity.parting and not parity.drifting:
                 how = f"ONNX Runtime computes {node} in float32, and need not round as PyTorch does"
-            return Check(name, "unchecked", distance, output.limit, f"{reason}: {how}")
+            return Check(name, CheckStatus.UNCHECKED, distance, output.limit, f"{reason}: {how}")
         how = "no node is known that parts"
-        return Check(name, "fail", distance, output.limit, f"{reason}, and {how}")
+        return Check(name, CheckStatus.FAIL, distance, output.limit, f"{reason}, and {how}")
     if stepwise := _unrun_by_node(parity):
-        return Check(name, "unchecked", None, None, stepwise)
+        return Check(name, CheckStatus.UNCHECKED, None, None, stepwise)
     unknown = [run for run in runs if run.agrees is None]
     if unknown or not runs:
         which = unknown[0].arm if unknown else "no run"
         why = "there is nothing to hold it against, or the FP32 file itself is far from PyTorch"
-        return Check(name, "unchecked", None, None, f"{which}: {why}")
+        return Check(name, CheckStatus.UNCHECKED, None, None, f"{which}: {why}")
     reason = "the file agrees with the converted PyTorch model as two FP32 runtimes do"
-    return Check(name, "pass", None, None, reason)
+    return Check(name, CheckStatus.PASS, None, None, reason)
 
 
 def _random(parity: OnnxParity) -> str:
@@ -175,17 +184,18 @@ def _distance(output: OnnxOutput, dtype: str) -> str:
     )
 
 
-def metric_checks(parity: OnnxParity, limits: Thresholds) -> list[Check]:
-    if parity.drawing:
-        return [Check("onnx.metrics", "unchecked", None, None, _random(parity))]
-    if not parity.metrics:
-        return [Check("onnx.metrics", "unchecked", None, None, "no metric was computed")]
+def metric_checks(parity: OnnxParity, limits: Thresholds, *, supplied: bool) -> list[Check]:
+    if parity.drawing or not parity.metrics:
+        why = _random(parity) if parity.drawing else "no metric was computed"
+        unchecked = CheckStatus.UNCHECKED
+        return [Check("onnx.metrics", unchecked, None, None, why, required=supplied)]
     return [
         metric_check(
             f"onnx.metrics.{m.name}",
             MetricPair(m.name, m.fp32, m.onnx, None, m.lower_is_better),
             limits.metric_tolerance,
             "in ONNX Runtime",
+            required=supplied,
         )
         for m in parity.metrics
     ]

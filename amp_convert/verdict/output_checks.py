@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from amp_convert.verdict.check import Check, CheckStatus
+from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.inference_checks import nothing_ran
 from amp_convert.verdict.thresholds import COSINE_SLACK, Thresholds, rounding_unit
 
@@ -58,7 +58,7 @@ def checks_of_outputs(
             f"{_called(closed[0])} is an object that cannot be looked into: return tensors, or "
             "register its class with torch.utils._pytree"
         )
-        checks.append(Check(f"{prefix}.compared", "unchecked", None, None, why))
+        checks.append(Check(f"{prefix}.compared", CheckStatus.UNCHECKED, None, None, why))
     if whole:
         checks.append(_agreement_check(f"{prefix}.agreement", whole, limits.agreement))
     return checks
@@ -90,33 +90,39 @@ def _called(row: OutputError) -> str:
 
 def _finite_check(name: str, rows: Sequence[OutputError], missing: str) -> Check:
     if not rows:
-        return Check(name, "unchecked", None, 0.0, missing)
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, missing)
     bad = max(rows, key=lambda row: row.nonfinite)
     # Where FP32 is NaN there was nothing to compare with, so such an output is not vouched for.
     blind = max(rows, key=lambda row: row.ref_nonfinite)
     if bad.nonfinite == 0 and blind.ref_nonfinite > 0:
         reason = f"{_called(blind)}: {blind.ref_nonfinite} of {blind.elements} elements are NaN or"
-        return Check(name, "unchecked", 0.0, 0.0, f"{reason} infinite in FP32 already")
+        return Check(name, CheckStatus.UNCHECKED, 0.0, 0.0, f"{reason} infinite in FP32 already")
     if bad.nonfinite == 0:
-        return Check(name, "pass", 0.0, 0.0, "no output is NaN or infinite where FP32 is finite")
+        return Check(
+            name, CheckStatus.PASS, 0.0, 0.0, "no output is NaN or infinite where FP32 is finite"
+        )
     reason = f"{_called(bad)}: {bad.nonfinite} of {bad.elements} elements are NaN or infinite"
-    return Check(name, "fail", float(bad.nonfinite), 0.0, f"{reason} where FP32 is finite")
+    return Check(
+        name, CheckStatus.FAIL, float(bad.nonfinite), 0.0, f"{reason} where FP32 is finite"
+    )
 
 
 def _rel_l2_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
     if not rows:
-        return Check(name, "unchecked", None, limit, missing)
+        return Check(name, CheckStatus.UNCHECKED, None, limit, missing)
     which, error = _worst(rows, lambda row: row.rel_l2)
     tail = f"the smallest tolerance that would pass is {error:.3g}"
     if not math.isfinite(error):
         tail = "no tolerance would pass"
     reason = f"{which}: relative L2 error {error:.3g} against FP32; {tail}"
-    return Check(name, "pass" if _within(error, limit) else "fail", error, limit, reason)
+    return Check(
+        name, CheckStatus.PASS if _within(error, limit) else CheckStatus.FAIL, error, limit, reason
+    )
 
 
 def _cosine_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
     if not rows:
-        return Check(name, "unchecked", None, limit, missing)
+        return Check(name, CheckStatus.UNCHECKED, None, limit, missing)
 
     def distance(row: OutputError) -> float:
         return max(0.0, 1 - row.cosine) if row.cosine <= 1 + COSINE_SLACK else math.nan
@@ -124,15 +130,19 @@ def _cosine_check(name: str, rows: Sequence[OutputError], missing: str, limit: f
     which, gap = _worst(rows, distance)
     cosine = 1 - gap
     reason = f"{which}: cosine {cosine:.6g} with FP32"
-    return Check(name, "pass" if cosine >= limit else "fail", cosine, limit, reason)
+    return Check(
+        name, CheckStatus.PASS if cosine >= limit else CheckStatus.FAIL, cosine, limit, reason
+    )
 
 
 def _max_abs_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
     if not rows:
-        return Check(name, "unchecked", None, limit, missing)
+        return Check(name, CheckStatus.UNCHECKED, None, limit, missing)
     which, share = _worst(rows, _max_abs_share)
     reason = f"{which}: the largest error is {share:.3g} of the largest FP32 magnitude"
-    return Check(name, "pass" if _within(share, limit) else "fail", share, limit, reason)
+    return Check(
+        name, CheckStatus.PASS if _within(share, limit) else CheckStatus.FAIL, share, limit, reason
+    )
 
 
 def _max_abs_share(row: OutputError) -> float:
@@ -147,10 +157,11 @@ def _agreement_check(name: str, rows: Sequence[OutputError], limit: float) -> Ch
     which, differing = _worst(rows, lambda row: row.mismatches / row.elements)
     share = 1 - differing
     reason = f"{which}: {share:.4%} of its elements equal FP32's"
-    status: CheckStatus = "pass" if limit <= share <= 1 else "fail"
+    status = CheckStatus.PASS if limit <= share <= 1 else CheckStatus.FAIL
     return Check(name, status, share, limit, reason)
 
 
+@optional
 def autocast_check(plan: Plan, divergence: Divergence | None, limits: Thresholds) -> Check:
     """Errors under one rounding count as one: nobody can be three times better than that.
 
@@ -160,10 +171,12 @@ def autocast_check(plan: Plan, divergence: Divergence | None, limits: Thresholds
     unit = rounding_unit(limits.dtype)
     reason = nothing_ran(plan, divergence)
     if divergence is None or reason:
-        return Check(name, "unchecked", None, factor, reason)
+        return Check(name, CheckStatus.UNCHECKED, None, factor, reason)
     if not divergence.autocast_outputs:
         why = divergence.autocast_reason or "no reason was given"
-        return Check(name, "unchecked", None, factor, f"native autocast did not run: {why}")
+        return Check(
+            name, CheckStatus.UNCHECKED, None, factor, f"native autocast did not run: {why}"
+        )
     native = {
         row.name: row.rel_l2
         for row in divergence.autocast_outputs
@@ -173,7 +186,7 @@ def autocast_check(plan: Plan, divergence: Divergence | None, limits: Thresholds
     if not rows:
         empty = any(not _is_discrete(row) for row in divergence.outputs)
         reason = _NO_ELEMENT if empty else _NO_FLOAT
-        return Check(name, "unchecked", None, factor, reason)
+        return Check(name, CheckStatus.UNCHECKED, None, factor, reason)
     known = [row for row in rows if row.name in native]
 
     def ratio(row: OutputError) -> float:
@@ -183,12 +196,12 @@ def autocast_check(plan: Plan, divergence: Divergence | None, limits: Thresholds
     if worst is None or (ratio(worst) <= factor and len(known) < len(rows)):
         first = next(row for row in rows if row.name not in native)
         reason = f"native autocast gave no finite error for {_called(first)}"
-        return Check(name, "unchecked", None, factor, reason)
+        return Check(name, CheckStatus.UNCHECKED, None, factor, reason)
     reason = (
         f"{_called(worst)}: relative L2 error {worst.rel_l2:.3g}, "
         f"native autocast's {native[worst.name]:.3g}"
     )
     if ratio(worst) <= factor:
-        return Check(name, "pass", ratio(worst), factor, reason)
+        return Check(name, CheckStatus.PASS, ratio(worst), factor, reason)
     reason += ": more than the dtype accounts for"
-    return Check(name, "fail", ratio(worst), factor, reason)
+    return Check(name, CheckStatus.FAIL, ratio(worst), factor, reason)

@@ -22,7 +22,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from amp_convert.verdict.check import Check
+from amp_convert.validate.training.arm_specs import FP32, MIXED
+from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_run_checks import (
     NOISE_FACTOR,
@@ -46,11 +47,11 @@ _GRADIENT_NOISE = 2.0**-24
 
 
 def training_checks(
-    parity: TrainingParity | None, reason: str, limits: Thresholds
+    parity: TrainingParity | None, reason: str, limits: Thresholds, *, metrics_supplied: bool = True
 ) -> tuple[Check, ...]:
     """All checks on training; one unchecked one with `reason` where there was none."""
     if parity is None:
-        return (Check("training", "unchecked", None, None, reason),)
+        return (Check("training", CheckStatus.UNCHECKED, None, None, reason, required=False),)
     over_seeds = bool(parity.pairs) or parity.noninferiority is not None
     return (
         steps_check(parity),
@@ -58,7 +59,14 @@ def training_checks(
         random_check(parity),
         gradients_check(parity, limits),
         weights_check(parity, limits),
-        *(() if over_seeds else (loss_check(parity, limits), metric_check(parity, limits))),
+        *(
+            ()
+            if over_seeds
+            else (
+                loss_check(parity, limits),
+                metric_check(parity, limits, supplied=metrics_supplied),
+            )
+        ),
         *((seeds_check(parity),) if over_seeds else ()),
         *other_metric_checks(parity, limits),
     )
@@ -66,7 +74,9 @@ def training_checks(
 
 def steps_check(parity: TrainingParity) -> Check:
     name, run, asked = "training.steps", parity.run, float(parity.steps)
-    lengths = (len(arm.losses) if (arm := run.arm(which)) else 0 for which in ("fp32", "mixed"))
+    lengths = (
+        len(arm.losses) if (arm := run.arm(which)) else 0 for which in (FP32.name, MIXED.name)
+    )
     made = min(run.steps, *lengths)
     why = parity.ended
     if not why and made < parity.steps:
@@ -74,9 +84,9 @@ def steps_check(parity: TrainingParity) -> Check:
     elif not why and made < MIN_STEPS:
         why = f"too little is learnt in {made} steps: give --steps {MIN_STEPS} or more"
     if why:
-        return Check(name, "unchecked", float(made), asked, why)
+        return Check(name, CheckStatus.UNCHECKED, float(made), asked, why)
     reason = f"both arms made {made} steps from the same weights on the same batches"
-    return Check(name, "pass", float(made), asked, reason)
+    return Check(name, CheckStatus.PASS, float(made), asked, reason)
 
 
 def sound_check(parity: TrainingParity) -> Check:
@@ -84,18 +94,20 @@ def sound_check(parity: TrainingParity) -> Check:
     failures = [f"seed {pair.seed}: {pair.failure}" for pair in parity.pairs if pair.failure]
     if run.failure or failures:
         count = float(max(len(failures), 1))
-        return Check(name, "fail", count, 0.0, f"the mixed arm: {run.failure or failures[0]}")
-    fp32, mixed = run.arm("fp32"), run.arm("mixed")
+        return Check(
+            name, CheckStatus.FAIL, count, 0.0, f"the mixed arm: {run.failure or failures[0]}"
+        )
+    fp32, mixed = run.arm(FP32.name), run.arm(MIXED.name)
     if fp32 is None or mixed is None or not mixed.losses:
-        return Check(name, "unchecked", None, 0.0, "no step was made")
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, "no step was made")
     if what := fp32.note or mixed.note or _broken(fp32):
-        return Check(name, "unchecked", None, 0.0, f"FP32 training itself failed: {what}")
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, f"FP32 training itself failed: {what}")
     if not _has_gradient(parity.gradients):
         what = "FP32 has no gradient other than 0 at the first step, so nothing is learnt"
-        return Check(name, "unchecked", None, 0.0, what)
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, what)
     scale = f", loss scale {mixed.scales[-1]:g} at the end" if mixed.scales else ""
     reason = f"every loss is finite, {len(mixed.skipped)} of {run.steps} steps left out{scale}"
-    return Check(name, "pass", 0.0, 0.0, reason)
+    return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
 
 
 def _broken(fp32: ArmRecord) -> str:
@@ -109,21 +121,23 @@ def _broken(fp32: ArmRecord) -> str:
     )
 
 
+@optional
 def random_check(parity: TrainingParity) -> Check:
     name, run = "training.random", parity.run
     if not run.steps:
-        return Check(name, "unchecked", None, None, "no step was made")
+        return Check(name, CheckStatus.UNCHECKED, None, None, "no step was made")
     if run.random_parted is None and parity.gradients.same_random_numbers:
         reason = "both arms drew the same random numbers at every step"
-        return Check(name, "pass", 0.0, 0.0, reason)
+        return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
     first = run.random_parted or 1
     reason = (
         f"the arms drew other random numbers from step {first} on: where dropout hits other "
         "elements, they differ by more than precision"
     )
-    return Check(name, "unchecked", float(first), None, reason)
+    return Check(name, CheckStatus.UNCHECKED, float(first), None, reason)
 
 
+@optional
 def gradients_check(parity: TrainingParity, limits: Thresholds) -> Check:
     name, limit, found = "training.gradients", limits.gradient_rel_l2, parity.gradients
     difference, error = found.reference_rel_l2, found.total.rel_l2
@@ -132,12 +146,14 @@ def gradients_check(parity: TrainingParity, limits: Thresholds) -> Check:
             "the captured FP32 graph has not the eager model's gradients (relative L2 difference "
             f"{difference:.3g})"
         )
-        return Check(name, "fail", difference, limits.fidelity_rel_l2, reason)
+        return Check(name, CheckStatus.FAIL, difference, limits.fidelity_rel_l2, reason)
     if wrong := _wrong(found):
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        return Check(name, "fail", error, limit, f"{wrong[0]}{more}")
+        return Check(name, CheckStatus.FAIL, error, limit, f"{wrong[0]}{more}")
     if error is None or not _has_gradient(found):
-        return Check(name, "unchecked", None, limit, "no parameter has a gradient other than 0")
+        return Check(
+            name, CheckStatus.UNCHECKED, None, limit, "no parameter has a gradient other than 0"
+        )
     layer, lost = _most_lost(found)
     kept = 0 <= lost <= limits.gradient_zeroed
     reason = (
@@ -148,13 +164,15 @@ def gradients_check(parity: TrainingParity, limits: Thresholds) -> Check:
         reason += f", and {100 * lost:.3g} % of those of {layer or 'the top level'} are 0, which "
         reason += "FP32's are not"
     if 0 <= error <= limit and kept:
-        return Check(name, "pass", error, limit, reason)
+        return Check(name, CheckStatus.PASS, error, limit, reason)
     if not found.same_random_numbers and math.isfinite(error + lost):
-        return Check(name, "unchecked", error, limit, f"{reason}; the random numbers differed")
+        return Check(
+            name, CheckStatus.UNCHECKED, error, limit, f"{reason}; the random numbers differed"
+        )
     if 0 <= error <= _gradient_noise(found, limits) and kept:
         reason += f"; that is no more than {_NOISE[limit > 0]}"
-        return Check(name, "unchecked", error, limit, reason)
-    return Check(name, "fail", error, limit, reason)
+        return Check(name, CheckStatus.UNCHECKED, error, limit, reason)
+    return Check(name, CheckStatus.FAIL, error, limit, reason)
 
 
 _NOISE = {
@@ -172,7 +190,7 @@ def _has_gradient(found: GradientParity) -> bool:
 def _wrong(found: GradientParity) -> list[str]:
     """What is wrong with the gradients whatever the tolerance; that the arms drew other random
     numbers is for `training.random` to say."""
-    wrong = [text for text in found.findings if "random numbers" not in text]
+    wrong = list(found.faults)
     if not math.isfinite(found.loss_mixed):
         wrong.append(f"the mixed loss is {found.loss_mixed}, FP32's is {found.loss_fp32:.4g}")
     return wrong

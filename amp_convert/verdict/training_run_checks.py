@@ -16,9 +16,10 @@ import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from amp_convert.validate.training.noninferiority import judge_pairs
+from amp_convert.validate.training.arm_specs import FP32, MIXED, NOISE
+from amp_convert.validate.training.noninferiority import Outcome, judge_pairs
 from amp_convert.validate.training.results import TRAIN_LOSS
-from amp_convert.verdict.check import Check, CheckStatus
+from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.thresholds import METRIC_SCALE, Thresholds, metric_holds, metric_limit
 
 if TYPE_CHECKING:
@@ -44,20 +45,20 @@ def weights_check(parity: TrainingParity, limits: Thresholds) -> Check:
     """Have the weights moved as far as FP32's? A model that does not learn at all can have a loss
     near to FP32's in a short run, but not this."""
     name, run = "training.weights", parity.run
-    fp32, mixed, noise = run.arm("fp32"), run.arm("mixed"), _complete(run, "noise")
+    fp32, mixed, noise = run.arm(FP32.name), run.arm(MIXED.name), _complete(run, NOISE.name)
     exact = limits.loss_tolerance == 0
     # Over seeds the metric decides: a first pair that is off by luck does not block it.
     most = MOVED**2 if parity.noninferiority else MOVED
     shown = "the same bits" if exact else f"{1 / most:g} to {most:g}"
     if fp32 is None or mixed is None or fp32.moved is None or mixed.moved is None:
-        return Check(name, "unchecked", None, shown, "FP32's own weights have not moved")
+        return Check(name, CheckStatus.UNCHECKED, None, shown, "FP32's own weights have not moved")
     if not math.isfinite(fp32.moved):
-        return Check(name, "unchecked", None, shown, "FP32's own weights are not finite")
+        return Check(name, CheckStatus.UNCHECKED, None, shown, "FP32's own weights are not finite")
     drift = "" if mixed.drift is None else f", and lie {mixed.drift:.3g} of that way from FP32's"
     reason = f"the mixed weights have moved {mixed.moved:.4g} times as far as FP32's{drift}"
     if len(mixed.skipped) == run.steps:
         reason += ": the loss scale left out every step; give more --steps, or a lower scale"
-        return Check(name, "unchecked", mixed.moved, shown, reason)
+        return Check(name, CheckStatus.UNCHECKED, mixed.moved, shown, reason)
     if exact:
         holds = mixed.drift == 0 and mixed.weights_sha256 == fp32.weights_sha256
         jitter = noise.drift if noise and noise.drift is not None else 0.0
@@ -78,13 +79,13 @@ def loss_check(parity: TrainingParity, limits: Thresholds) -> Check:
     what FP32's loss was as many steps earlier is allowed as well.
     """
     name, run, limit = "training.loss", parity.run, limits.loss_tolerance
-    fp32, mixed, noise = run.arm("fp32"), run.arm("mixed"), _complete(run, "noise")
+    fp32, mixed, noise = run.arm(FP32.name), run.arm(MIXED.name), _complete(run, NOISE.name)
     if fp32 is None or mixed is None or not mixed.losses:
-        return Check(name, "unchecked", None, limit, "no step was made")
+        return Check(name, CheckStatus.UNCHECKED, None, limit, "no step was made")
     finite = all(map(math.isfinite, (*fp32.losses, fp32.last_loss)))
     if not finite or len(fp32.losses) != len(mixed.losses):
         reason = "FP32's own losses are not finite, or not of as many steps"
-        return Check(name, "unchecked", None, limit, reason)
+        return Check(name, CheckStatus.UNCHECKED, None, limit, reason)
     last, quarter = fp32.last_loss, fp32.losses[: max(1, len(fp32.losses) // 4)]
     scale = max(abs(last), abs(statistics.median(quarter) - last))
     exact = limit == 0
@@ -116,36 +117,38 @@ def _loss_before(arm: ArmRecord, steps: int) -> float:
     return sum(arm.losses[end - quarter : end]) / quarter
 
 
-def metric_check(parity: TrainingParity, limits: Thresholds) -> Check:
+def metric_check(parity: TrainingParity, limits: Thresholds, *, supplied: bool = True) -> Check:
     """The metric that was named before the run; of the training loss, what `loss_check` says.
 
     Without eval batches there is none to judge, which nobody's model file can be held to: that is
     unchecked, under another name.
     """
-    name, fp32 = "training.metric", parity.run.arm("fp32")
+    name, fp32 = "training.metric", parity.run.arm(FP32.name)
     if parity.metric != TRAIN_LOSS:
         return _metric_check(name, parity, parity.metric, limits)
     if fp32 is not None and fp32.metrics:
         return replace(loss_check(parity, limits), name=name)
     reason = "there are no eval batches, so no metric was computed after training"
-    return Check("training.metrics", "unchecked", None, None, reason)
+    return Check("training.metrics", CheckStatus.UNCHECKED, None, None, reason, required=supplied)
 
 
 def other_metric_checks(parity: TrainingParity, limits: Thresholds) -> list[Check]:
     """All other metrics. With each more of them, one is likelier to be off by luck."""
-    fp32 = parity.run.arm("fp32")
+    fp32 = parity.run.arm(FP32.name)
     names = [] if fp32 is None else [metric for metric in fp32.metrics if metric != parity.metric]
-    return [_metric_check(f"training.metrics.{name}", parity, name, limits) for name in names]
+    check = optional(_metric_check)
+    return [check(f"training.metrics.{name}", parity, name, limits) for name in names]
 
 
 def _metric_check(check: str, parity: TrainingParity, metric: str, limits: Thresholds) -> Check:
     run, lower = parity.run, metric in parity.lower_is_better
     want, have = (
-        arm.metric(metric) if (arm := run.arm(which)) else math.nan for which in ("fp32", "mixed")
+        arm.metric(metric) if (arm := run.arm(which)) else math.nan
+        for which in (FP32.name, MIXED.name)
     )
     if not math.isfinite(want):
         reason = f"{metric} is {want} after FP32 training, which judges nothing"
-        return Check(check, "unchecked", None, None, reason)
+        return Check(check, CheckStatus.UNCHECKED, None, None, reason)
     initial = run.initial_metrics.get(metric, math.nan)
     # One that was small from the start, such as a loss in other units, is not near to 0.
     scale = abs(initial) if 0 < abs(initial) < METRIC_SCALE else METRIC_SCALE
@@ -153,7 +156,7 @@ def _metric_check(check: str, parity: TrainingParity, metric: str, limits: Thres
     luck, went = LUCK * abs(limit - want), abs(initial - want)
     if want and math.isfinite(went):  # a loss that fell from 2 to 0.04 is soon off by a tenth
         luck *= min(max(1.0, went / abs(want)), _MOST_PROGRESS)
-    noise = _complete(run, "noise")
+    noise = _complete(run, NOISE.name)
     status, why = _judged(
         metric_holds(have, limit, lower_is_better=lower),
         have - want if lower else want - have,
@@ -169,7 +172,7 @@ def seeds_check(parity: TrainingParity) -> Check:
     `noninferiority`."""
     name, found = "training.seeds", parity.noninferiority
     if found is None:
-        return Check(name, "unchecked", None, None, "the pairs were not judged")
+        return Check(name, CheckStatus.UNCHECKED, None, None, "the pairs were not judged")
     again = judge_pairs(
         [pair.fp32 for pair in parity.pairs],
         [math.nan if pair.failure else pair.mixed for pair in parity.pairs],
@@ -179,22 +182,32 @@ def seeds_check(parity: TrainingParity) -> Check:
     value, limit = None if found.last is None else found.last.mean, -found.margin.value
     if again.status != found.status:
         reason = f"the answer is {found.status}, but the pairs say {again.status}"
-        return Check(name, "unchecked", value, limit, reason)
-    status: CheckStatus = "unchecked" if found.status == "inconclusive" else found.status
+        return Check(name, CheckStatus.UNCHECKED, value, limit, reason)
+    status = _STATUS[found.status]
     return Check(name, status, value, limit, f"{parity.metric}: {found.reason}")
+
+
+_STATUS = {
+    Outcome.PASS: CheckStatus.PASS,
+    Outcome.FAIL: CheckStatus.FAIL,
+    Outcome.INCONCLUSIVE: CheckStatus.UNCHECKED,
+}
 
 
 def _judged(holds: bool, error: float, luck: float, noise: float) -> tuple[CheckStatus, str]:
     """The status, and what to add to the reason; an error of `luck` may be just that. Neither noise
     nor luck excuses what is no number, and noise that is none excuses nothing."""
     if holds:
-        return "pass", ""
+        return CheckStatus.PASS, ""
     if 0 < error < math.inf:
         if error <= NOISE_FACTOR * noise < math.inf:
-            return "unchecked", f"; FP32 nudged by one ULP parts by {noise:.3g} as well{_SEEDS}"
+            return (
+                CheckStatus.UNCHECKED,
+                f"; FP32 nudged by one ULP parts by {noise:.3g} as well{_SEEDS}",
+            )
         if error <= luck:
-            return "unchecked", f"; that is beyond the tolerance, but can be luck{_SEEDS}"
-    return "fail", ""
+            return CheckStatus.UNCHECKED, f"; that is beyond the tolerance, but can be luck{_SEEDS}"
+    return CheckStatus.FAIL, ""
 
 
 def _complete(run: PairedRun, name: str) -> ArmRecord | None:

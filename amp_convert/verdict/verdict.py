@@ -15,18 +15,32 @@ not measured is unchecked, and every comparison is written so that NaN fails it.
 7. `training.*`: does it train as FP32 does? See `training_checks`.
 8. `onnx.*`: does its ONNX file compute the same? See `onnx_checks`.
 
-The verdict fails when any check fails; it is inconclusive when a required check (see `is_required`)
-is unchecked; otherwise it passes. The checks that do not block stay in the list as unchecked.
+The verdict fails when any check fails; it is inconclusive when a required check is unchecked;
+otherwise it passes. The checks that do not block stay in the list as unchecked.
+
+Not required are: `fidelity.train` and `training` (inference parity stands without them),
+`capture.whole` (what was not captured runs in eager FP32, and the outputs cover it), and
+`outputs.vs_autocast` (native autocast may not run a model that we can).
+
+Once training has run, its checks are required, but for three that can fail and, unchecked, leave
+the answer to the rest: `training.random` (a kernel may draw in another order for another dtype, and
+dropout be as good), `training.gradients` (a batch may tell nothing about a model that amplifies any
+rounding; many steps do), and `training.metrics.NAME` (one run says too little about a metric that
+was not named before it). Where the user gives no metrics, none are asked for. Of an ONNX file all
+checks are, but for `onnx.converted`: it says how closely two runtimes agree, and the outputs of
+both are held against FP32 by checks of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from amp_convert.core.errors import UsageError
-from amp_convert.verdict.check import Check, CheckStatus
+from amp_convert.core.mode import Mode
+from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.inference_checks import (
     capture_check,
     fidelity_check,
@@ -55,13 +69,19 @@ __all__ = [
     "Thresholds",
     "Verdict",
     "VerdictStatus",
-    "is_required",
     "judge",
 ]
 
-VerdictStatus = Literal["pass", "fail", "inconclusive"]
 
-EXIT_CODES: dict[VerdictStatus, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
+class VerdictStatus(StrEnum):
+    """What all checks add up to."""
+
+    PASS = "pass"  # noqa: S105  no password
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+
+
+EXIT_CODES = {VerdictStatus.PASS: 0, VerdictStatus.FAIL: 1, VerdictStatus.INCONCLUSIVE: 3}
 
 
 @dataclass(frozen=True)
@@ -103,8 +123,8 @@ def judge(
         for decisions in (plan.eval, plan.train)
     )
     checks = (
-        fidelity_check("eval", fidelity, limits),
-        fidelity_check("train", fidelity, limits),
+        fidelity_check(Mode.EVAL, fidelity, limits),
+        optional(fidelity_check)(Mode.TRAIN, fidelity, limits),
         reference_check(plan, divergence, limits),
         capture_check(plan),
         low_precision_check(plan),
@@ -112,51 +132,17 @@ def judge(
         autocast_check(plan, divergence, limits),
         nodes_check(plan, divergence),
         frozen_check(divergence),
-        *metric_checks(divergence, limits),
-        *training_checks(training, no_training, training_limits),
-        *onnx_checks(onnx, no_onnx, limits),
+        *metric_checks(divergence, limits, supplied=metrics_supplied),
+        *training_checks(training, no_training, training_limits, metrics_supplied=metrics_supplied),
+        *onnx_checks(onnx, no_onnx, limits, metrics_supplied=metrics_supplied),
     )
-    return Verdict(_status(checks, metrics_supplied), checks)
+    return Verdict(_status(checks), checks)
 
 
-_MAY_STAY_OPEN = ("outputs.vs_autocast", "training.random", "training.gradients", "onnx.converted")
-
-
-def is_required(check: str, *, metrics_supplied: bool) -> bool:
-    """Whether a verdict may not pass while the check of this name is unchecked.
-
-    Not required are: `fidelity.train` and `training` (inference parity stands without them),
-    `capture.whole` (what was not captured runs in eager FP32, and the outputs cover it), and
-    `outputs.vs_autocast` (native autocast may not run a model that we can).
-
-    Once training has run, its checks are required, but for three that can fail and, unchecked,
-    leave the answer to the rest: `training.random` (a kernel may draw in another order for another
-    dtype, and dropout be as good), `training.gradients` (a batch may tell nothing about a model
-    that amplifies any rounding; many steps do), and `training.metrics.NAME` (one run says too
-    little about a metric that was not named before it). Where the user gives no metrics, none are
-    asked for. Of an ONNX file all checks are, but for `onnx.converted`: it says how closely two
-    runtimes agree, and the outputs of both are held against FP32 by checks of their own.
-    """
-    if check in ("metrics", "training.metrics", "onnx.metrics") or check.startswith("metrics."):
-        return metrics_supplied
-    if check in _MAY_STAY_OPEN:
-        return False
-    if check.startswith("training.metrics."):
-        return False
-    return check.startswith(("outputs.", "plan.", "training.", "onnx.")) or check in (
-        "fidelity.eval",
-        "fidelity.batches",
-        "nodes.finite",
-        "frozen.identical",
-    )
-
-
-def _status(checks: Iterable[Check], metrics_supplied: bool) -> VerdictStatus:
+def _status(checks: Iterable[Check]) -> VerdictStatus:
     checks = tuple(checks)
-    if any(check.status == "fail" for check in checks):
-        return "fail"
-    open_questions = (
-        check.status != "pass" and is_required(check.name, metrics_supplied=metrics_supplied)
-        for check in checks
-    )
-    return "inconclusive" if any(open_questions) else "pass"
+    if any(check.status == CheckStatus.FAIL for check in checks):
+        return VerdictStatus.FAIL
+    if any(check.status != CheckStatus.PASS and check.required for check in checks):
+        return VerdictStatus.INCONCLUSIVE
+    return VerdictStatus.PASS

@@ -10,10 +10,9 @@ import pytest
 
 from amp_convert.validate.inference.results import OutputError
 from amp_convert.validate.onnx.results import OnnxMetric, OnnxOutput, OnnxParity, OnnxRun
-from amp_convert.verdict.check import Check
+from amp_convert.verdict.check import Check, CheckStatus
 from amp_convert.verdict.onnx_checks import converted_check, onnx_checks, runs_check
 from amp_convert.verdict.thresholds import Thresholds
-from amp_convert.verdict.verdict import is_required
 
 LIMITS = Thresholds.for_dtype("float16")
 
@@ -71,11 +70,14 @@ BOTH = (ran("unoptimised"), ran("optimised"))
 
 
 def statuses(found: OnnxParity | None) -> dict[str, str]:
-    return {check.name: check.status for check in onnx_checks(found, "not asked for", LIMITS)}
+    return {
+        check.name: check.status
+        for check in onnx_checks(found, "not asked for", LIMITS, metrics_supplied=True)
+    }
 
 
 def test_all_is_well() -> None:
-    checks = onnx_checks(parity(), "", LIMITS)
+    checks = onnx_checks(parity(), "", LIMITS, metrics_supplied=True)
     assert {check.name: check.status for check in checks} == {
         "onnx.runs": "pass",
         "onnx.outputs.finite": "pass",
@@ -92,10 +94,9 @@ def test_all_is_well() -> None:
 
 
 def test_without_a_file_there_is_one_open_check() -> None:
-    assert onnx_checks(None, "--onnx was not given", LIMITS) == (
-        Check("onnx", "unchecked", None, None, "--onnx was not given"),
+    assert onnx_checks(None, "--onnx was not given", LIMITS, metrics_supplied=True) == (
+        Check("onnx", CheckStatus.UNCHECKED, None, None, "--onnx was not given", required=False),
     )
-    assert not is_required("onnx", metrics_supplied=True)
 
 
 @pytest.mark.parametrize("arm", ["unoptimised", "optimised"])
@@ -108,7 +109,9 @@ def test_each_of_both_runs_is_judged(arm: str) -> None:
     assert statuses(parity(*nan))["onnx.outputs.rel_l2"] == "fail"
     spilt = tuple(ran(r.arm, error=output(nonfinite=2)) if r.arm == arm else r for r in BOTH)
     assert statuses(parity(*spilt))["onnx.outputs.finite"] == "fail"
-    reasons = {c.name: c.reason for c in onnx_checks(parity(*bad), "", LIMITS)}
+    reasons = {
+        c.name: c.reason for c in onnx_checks(parity(*bad), "", LIMITS, metrics_supplied=True)
+    }
     assert f"output logits ({arm}): relative L2" in reasons["onnx.outputs.rel_l2"]
 
 
@@ -117,7 +120,9 @@ def test_a_run_that_fails() -> None:
     check = runs_check(parity(BOTH[0], bad))
     assert (check.status, check.value) == ("fail", 1.0)
     assert check.reason.endswith("cannot run the file optimised: no kernel for Gelu")
-    lacking = replace(bad, failure="[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Gemm(13)")
+    lacking = replace(
+        bad, failure="[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Gemm(13)", lacks_kernel=True
+    )
     assert runs_check(parity(BOTH[0], lacking)).status == "unchecked"
     assert runs_check(parity(replace(bad, arm="unoptimised"), lacking)).status == "fail"
 
@@ -127,8 +132,7 @@ def test_a_run_that_is_missing_or_short_is_open() -> None:
     assert runs_check(parity(BOTH[0], ran("optimised", batches=2))).status == "unchecked"
     none = parity(batches=0)
     assert {statuses(none)[name] for name in ("onnx.runs", "onnx.outputs.rel_l2")} == {"unchecked"}
-    assert is_required("onnx.runs", metrics_supplied=False)
-    assert is_required("onnx.outputs.rel_l2", metrics_supplied=False)
+    assert all(c.required for c in onnx_checks(none, "", LIMITS, metrics_supplied=True)[:2])
 
 
 @pytest.mark.parametrize(
@@ -237,7 +241,7 @@ def test_what_draws_random_numbers_is_not_compared(agrees: bool) -> None:
 def test_agreement_that_is_not_known_does_not_pass() -> None:
     assert converted_check(parity(ran("unoptimised", None), BOTH[1])).status == "unchecked"
     assert converted_check(parity(ran("fp32"))).status == "unchecked"
-    assert not is_required("onnx.converted", metrics_supplied=True)
+    assert not converted_check(parity(ran("fp32"))).required
 
 
 def test_metrics() -> None:
@@ -246,5 +250,6 @@ def test_metrics() -> None:
     nan = replace(worse, onnx=math.nan)
     assert statuses(parity(metrics=(nan,)))["onnx.metrics.accuracy"] == "fail"
     assert statuses(parity(metrics=()))["onnx.metrics"] == "unchecked"
-    assert is_required("onnx.metrics", metrics_supplied=True)
-    assert not is_required("onnx.metrics", metrics_supplied=False)
+    for supplied in (True, False):
+        found = onnx_checks(parity(metrics=()), "", LIMITS, metrics_supplied=supplied)
+        assert found[-1].required is supplied

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from amp_convert.core.errors import UsageError
 from amp_convert.validate.inference.results import Divergence
 from amp_convert.validate.training.results import ArmRecord, TrainingParity
-from amp_convert.verdict.verdict import Thresholds, Verdict, is_required, judge
+from amp_convert.verdict.verdict import Thresholds, Verdict, judge
 from tests.evidence import (
     BOTH_MODES,
     DECISIONS,
@@ -101,35 +101,40 @@ def test_zero_batches_is_nothing_to_judge() -> None:
     assert check("metrics", found).status == "unchecked"
 
 
-@pytest.mark.parametrize(
-    ("name", "supplied", "required"),
-    [
-        ("fidelity.eval", False, True),
-        ("fidelity.train", False, False),
-        ("capture.whole", False, False),
-        ("plan.low_precision", False, True),
-        ("outputs.rel_l2", False, True),
-        ("outputs.vs_autocast", False, False),
-        ("nodes.finite", False, True),
-        ("metrics", True, True),
-        ("metrics", False, False),
-        ("metrics.accuracy", True, True),
-        ("training", True, False),
-        ("training.steps", False, True),
-        ("training.sound", False, True),
-        ("training.random", True, False),
-        ("training.gradients", True, False),
-        ("training.weights", False, True),
-        ("training.loss", False, True),
-        ("training.seeds", False, True),
-        ("training.metric", False, True),
-        ("training.metrics", True, True),
-        ("training.metrics", False, False),
-        ("training.metrics.nll", True, False),
-    ],
-)
-def test_required_checks(name: str, supplied: bool, required: bool) -> None:
-    assert is_required(name, metrics_supplied=supplied) is required
+REQUIRED = {
+    "fidelity.eval": True,
+    "fidelity.train": False,
+    "fidelity.batches": True,
+    "capture.whole": False,
+    "plan.low_precision": True,
+    "outputs.rel_l2": True,
+    "outputs.vs_autocast": False,
+    "nodes.finite": True,
+    "frozen.identical": True,
+    "metrics.accuracy": True,
+    "training.steps": True,
+    "training.sound": True,
+    "training.random": False,
+    "training.gradients": False,
+    "training.weights": True,
+    "training.loss": True,
+    "training.metric": True,
+    "training.metrics.loss": False,
+    "onnx": False,
+}
+
+
+def test_each_check_says_whether_the_verdict_needs_it() -> None:
+    found = {one.name: one.required for one in verdict(training=parity()).checks}
+    assert {name: found[name] for name in REQUIRED} == REQUIRED
+    assert {one.name: one.required for one in verdict().checks}["training"] is False
+
+
+@pytest.mark.parametrize("supplied", [True, False])
+def test_metrics_are_required_where_the_user_gives_some(supplied: bool) -> None:
+    found = verdict(divergence(metrics=()), metrics_supplied=supplied)
+    assert check("metrics", found).required is supplied
+    assert found.status == ("inconclusive" if supplied else "pass")
 
 
 def test_thresholds_of_another_dtype_are_refused() -> None:
@@ -410,8 +415,7 @@ def test_training_passes_only_with_all_that_is_required(
     )
     found = verdict(training=training)
     for one in found.checks:
-        required = is_required(one.name, metrics_supplied=True)
-        if one.status == "fail" or (required and one.status == "unchecked"):
+        if one.status == "fail" or (one.required and one.status == "unchecked"):
             assert found.status != "pass"
     if found.status == "pass":
         assert not ended

@@ -10,6 +10,7 @@ from amp_convert.report.model import RunReport
 from amp_convert.report.sections.gradient_summary import share
 from amp_convert.report.sections.summary import tolerance, worst_output
 from amp_convert.report.sections.training_summary import metric_title
+from amp_convert.validate.training.arm_specs import FP32, MIXED
 from amp_convert.validate.training.gradient_results import GradientParity
 from amp_convert.validate.training.results import TrainingParity
 from amp_convert.verdict.verdict import Check
@@ -81,7 +82,7 @@ def _time_tile(title: str, fp32: float | None, mixed: float | None) -> list[Tile
 def training_tiles(parity: TrainingParity, checks: Iterable[Check]) -> list[Tile]:
     """The figures of training; `checks` tell the limits that they were held to."""
     limits = {check.name: check.threshold for check in checks}
-    fp32, mixed = parity.run.arm("fp32"), parity.run.arm("mixed")
+    fp32, mixed = parity.run.arm(FP32.name), parity.run.arm(MIXED.name)
     gradients = _gradient_tiles(parity.gradients, limits.get("training.gradients"))
     if fp32 is None or mixed is None or not mixed.losses:
         return gradients

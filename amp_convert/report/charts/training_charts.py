@@ -41,6 +41,7 @@ from amp_convert.report.charts.svg import (
     log10,
     round_numbers,
 )
+from amp_convert.validate.training.arm_specs import ARMS, FP32, NOISE
 from amp_convert.validate.training.results import ArmRecord, PairedRun
 
 _LOSS_HEIGHT, _DISTANCE_HEIGHT, _SCALE_HEIGHT = 230, 130, 120
@@ -106,8 +107,8 @@ def loss_chart(run: PairedRun) -> StepChart | None:
 
 def distance_chart(run: PairedRun) -> StepChart | None:
     """The distance of each arm's loss from FP32's; None when nowhere is any."""
-    fp32, noise = run.arm("fp32"), _noise(run)
-    arms = [arm for arm in _arms(run) if arm.arm != "fp32"]
+    fp32, noise = run.arm(FP32.name), _noise(run)
+    arms = [arm for arm in _arms(run) if arm.arm != FP32.name]
     if fp32 is None:
         return None
     far = {arm.arm: _distances(arm, fp32) for arm in arms}
@@ -130,7 +131,7 @@ def distance_chart(run: PairedRun) -> StepChart | None:
 
 def _arms(run: PairedRun) -> list[ArmRecord]:
     """The arms that are drawn as curves, each above those before it."""
-    found = (run.arm(name) for name in ("fp32", "mixed", "autocast"))
+    found = (run.arm(spec.name) for spec in ARMS if spec.charted)
     return [arm for arm in found if arm is not None and arm.losses]
 
 
@@ -147,7 +148,7 @@ def _loss_axis(
     drawn = {arm.arm: _means(arm.losses, x) for arm in arms}
     band = [loss + far * side for (_, loss), far in _noise_columns(run, x) for side in (-1, 1)]
     every = [*itertools.chain(*drawn.values()), *band]
-    own = drawn.get("fp32") or every
+    own = drawn.get(FP32.name) or every
     if not own:
         return None
     logarithmic = min(own) > 0 and max(own) >= _LOG_FROM * min(own)
@@ -182,7 +183,7 @@ def _distances(arm: ArmRecord, fp32: ArmRecord) -> list[float]:
 
 def _noise(run: PairedRun) -> list[float]:
     """The largest difference so far between FP32 and FP32 nudged, while both are finite."""
-    fp32, noise = run.arm("fp32"), run.arm("noise")
+    fp32, noise = run.arm(FP32.name), run.arm(NOISE.name)
     if fp32 is None or noise is None:
         return []
     pairs = zip(fp32.losses, noise.losses, strict=False)
@@ -200,7 +201,7 @@ def _band(run: PairedRun, x: Axis, y: Axis) -> str:
 
 def _noise_columns(run: PairedRun, x: Axis) -> list[tuple[Point, float]]:
     """The points of FP32's curve, and how far the noise reaches from each; [] without noise."""
-    fp32, noise = run.arm("fp32"), _noise(run)
+    fp32, noise = run.arm(FP32.name), _noise(run)
     if fp32 is None or not any(noise):
         return []
     base = itertools.chain(*points(fp32.losses[: len(noise)], x, mean))

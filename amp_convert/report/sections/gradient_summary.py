@@ -152,7 +152,8 @@ def worst_gradients(gradients: GradientParity, limit: int = 10) -> list[WorstGra
 
 def gradient_remarks(gradients: GradientParity) -> list[str]:
     """What is wrong whatever the tolerance, and which parameters do not learn in either model."""
-    found = list(gradients.findings)
+    other = "the mixed model drew other random numbers than the FP32 model"
+    found = [*(() if gradients.same_random_numbers else (other,)), *gradients.faults]
     if gradients.reference_rel_l2:
         found.append(
             "the captured FP32 graph's gradients differ from the eager model's by "

@@ -197,7 +197,7 @@ def _run_row(run: OnnxRun, beyond: CheckStatus) -> RunRow:
         distance=fmt.error(distance.max_abs_err) if distance else "",
         limit=fmt.error(deciding.limit) if deciding else "",
         agrees="" if run.arm == "fp32" else _AGREES[run.agrees],
-        status={True: "pass", False: beyond, None: "unchecked"}[run.agrees],
+        status={True: CheckStatus.PASS, False: beyond, None: CheckStatus.UNCHECKED}[run.agrees],
         notes=_notes(run),
     )
 

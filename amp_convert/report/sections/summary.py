@@ -17,7 +17,9 @@ from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport, Unchecked
 from amp_convert.report.sections.grouping import layer_name
 from amp_convert.validate.inference.results import Divergence, NodeDivergence, OutputError
+from amp_convert.validate.training.arm_specs import FP32, PAIR
 from amp_convert.validate.training.results import LOSS, TrainingParity
+from amp_convert.verdict.check import CheckStatus
 
 ARMS = ("fp32", "autocast", "mixed", "frozen")
 
@@ -48,10 +50,12 @@ class WorstLayer:
 
 @dataclass(frozen=True)
 class Gap:
-    """Something that the run did not check or cover, and why."""
+    """Something that the run did not check or cover, and why; `checks` names those that it leaves
+    unchecked."""
 
     what: str
     reason: str
+    checks: tuple[str, ...] = ()
 
 
 def severity(value: float | None) -> float:
@@ -146,11 +150,11 @@ def verdict_sentence(report: RunReport) -> str:
     """One clause under the verdict: how many checks passed, which failed."""
     checks = report.verdict.checks
     counts = Counter(check.status for check in checks)
-    parts = [f"{counts['pass']} of {fmt.count(len(checks), 'check')} passed"]
-    if counts["fail"]:
-        parts.append(f"{counts['fail']} failed")
-    if counts["unchecked"]:
-        parts.append(f"{counts['unchecked']} not checked")
+    parts = [f"{counts[CheckStatus.PASS]} of {fmt.count(len(checks), 'check')} passed"]
+    if counts[CheckStatus.FAIL]:
+        parts.append(f"{counts[CheckStatus.FAIL]} failed")
+    if counts[CheckStatus.UNCHECKED]:
+        parts.append(f"{counts[CheckStatus.UNCHECKED]} not checked")
     return ", ".join(parts)
 
 
@@ -178,12 +182,14 @@ def tolerance(report: RunReport) -> float | None:
 
 def gaps(report: RunReport) -> list[Gap]:
     """Everything that was not checked or is not covered; what shares a reason is one entry."""
-    checks = report.verdict.checks
+    plan, checks = report.plan, report.verdict.checks
+    covered = coverage_gaps(plan.unknown_ops, plan.uncaptured, plan.unmatched_rules)
+    # What is listed part by part needs no line of its own.
+    told = {name for gap in covered for name in gap.checks}
     found = [
-        Gap(check.name, check.reason)
+        Gap(check.name, check.reason, (check.name,))
         for check in checks
-        # The parts that were not captured are listed one by one below.
-        if check.status == "unchecked" and check.name != "capture.whole"
+        if check.status == CheckStatus.UNCHECKED and check.name not in told
     ]
     if isinstance(report.training, Unchecked) and all(c.name != "training" for c in checks):
         found.append(Gap("training", report.training.reason))
@@ -194,9 +200,7 @@ def gaps(report: RunReport) -> list[Gap]:
     for cost in report.inference.costs if report.inference else ():
         if cost.note and (cost.milliseconds is None or cost.peak_bytes is None):
             found.append(Gap(f"cost of the {cost.arm} arm", cost.note))
-    plan = report.plan
-    found += coverage_gaps(plan.unknown_ops, plan.uncaptured, plan.unmatched_rules)
-    return _merged(found)
+    return _merged([*found, *covered])
 
 
 def _training_gaps(parity: TrainingParity) -> list[Gap]:
@@ -204,9 +208,9 @@ def _training_gaps(parity: TrainingParity) -> list[Gap]:
     found = [
         Gap(f"training of the {arm.arm} arm", arm.note)
         for arm in parity.run.arms
-        if arm.note and arm.arm not in ("fp32", "mixed")
+        if arm.note and arm.arm not in [spec.name for spec in PAIR]
     ]
-    fp32 = parity.run.arm("fp32")
+    fp32 = parity.run.arm(FP32.name)
     if fp32 is not None and set(fp32.metrics) == {LOSS}:
         reason = "the model file gives no metrics, so training is judged by its loss alone"
         found.append(Gap("metrics after training", reason))
@@ -218,10 +222,17 @@ def _training_gaps(parity: TrainingParity) -> list[Gap]:
 
 def _merged(gaps: Iterable[Gap]) -> list[Gap]:
     """One entry a reason."""
-    named: dict[str, list[str]] = {}
+    groups: dict[str, list[Gap]] = {}
     for gap in gaps:
-        named.setdefault(fmt.printable(gap.reason), []).append(fmt.printable(gap.what))
-    return [Gap(", ".join(dict.fromkeys(names)), reason) for reason, names in named.items()]
+        groups.setdefault(fmt.printable(gap.reason), []).append(gap)
+    return [
+        Gap(
+            ", ".join(dict.fromkeys(fmt.printable(gap.what) for gap in group)),
+            reason,
+            tuple(dict.fromkeys(check for gap in group for check in gap.checks)),
+        )
+        for reason, group in groups.items()
+    ]
 
 
 def coverage_gaps(
@@ -235,9 +246,8 @@ def coverage_gaps(
     ]
     for part in uncaptured:
         place = f" ({part.location})" if part.location else ""
-        found.append(
-            Gap(layer_name(part.layer), f"not captured, stays eager float32: {part.reason}{place}")
-        )
+        why = f"not captured, stays eager float32: {part.reason}{place}"
+        found.append(Gap(layer_name(part.layer), why, ("capture.whole",)))
     found += [
         Gap(f"rule {rule}", "it matches nothing in this model, so it decided nothing")
         for rule in unmatched_rules

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 from amp_convert.report import text as fmt
+from amp_convert.validate.training.arm_specs import ARMS, FP32, MIXED, NOISE
 from amp_convert.validate.training.noninferiority import ALPHA, Look, Noninferiority
 from amp_convert.validate.training.results import (
     LOSS,
@@ -19,7 +20,6 @@ from amp_convert.validate.training.results import (
 )
 from amp_convert.verdict.training_run_checks import NOISE_FACTOR
 
-ARMS = ("fp32", "mixed", "autocast", "noise")
 ARMS_TEXT = (
     "All arms start from the same weights and see the same batches and random numbers. Autocast is "
     "the original under native torch.autocast with GradScaler, noise is FP32 from weights nudged "
@@ -29,16 +29,13 @@ ARMS_TEXT = (
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One quantity, one formatted value an arm; an empty value does not apply.
+    """One quantity, and its formatted value by arm; an empty or missing value does not apply.
 
     `note` and rows of `detail` are left out where room is short.
     """
 
     quantity: str
-    fp32: str = ""
-    mixed: str = ""
-    autocast: str = ""
-    noise: str = ""
+    values: Mapping[str, str]
     note: str = ""
     detail: bool = False
 
@@ -77,13 +74,13 @@ class LookRow:
 def arms_shown(run: PairedRun) -> list[str]:
     """The arms that made a step, in the order of their columns."""
     found = {arm.arm for arm in run.arms if arm.losses}
-    return [name for name in ARMS if name in found]
+    return [spec.name for spec in ARMS if spec.name in found]
 
 
 def training_rows(parity: TrainingParity) -> list[TrainingRow]:
     """The figures of each arm, one row a quantity; what no arm has is left out."""
     run = parity.run
-    fp32 = run.arm("fp32")
+    fp32 = run.arm(FP32.name)
     base = fp32.milliseconds if fp32 else None
     names = dict.fromkeys(name for arm in run.arms for name in arm.metrics)
     rows = [
@@ -100,15 +97,14 @@ def training_rows(parity: TrainingParity) -> list[TrainingRow]:
         _row(run, "time, FP32's as 1", lambda arm: _ratio(arm.milliseconds, base), detail=True),
         _row(run, "peak memory", lambda arm: fmt.mebibytes(arm.peak_bytes)),
     ]
-    return [row for row in rows if any(getattr(row, arm) for arm in ARMS)]
+    return [row for row in rows if any(row.values.values())]
 
 
 def _row(
     run: PairedRun, quantity: str, value: Callable[[ArmRecord], str], *, detail: bool = False
 ) -> TrainingRow:
     values = {arm.arm: value(arm) for arm in run.arms if arm.losses}
-    fp32, mixed, autocast, noise = (values.get(name, "") for name in ARMS)
-    return TrainingRow(quantity, fp32, mixed, autocast, noise, detail=detail)
+    return TrainingRow(quantity, values, detail=detail)
 
 
 def _metric_row(parity: TrainingParity, name: str) -> TrainingRow:
@@ -187,7 +183,7 @@ def settings(parity: TrainingParity) -> list[tuple[str, str]]:
 def noise_text(parity: TrainingParity) -> str:
     """Whether the mixed arm differs from FP32 by more than chaos; empty where that is unknown."""
     run = parity.run
-    fp32, mixed, noise = run.arm("fp32"), run.arm("mixed"), run.arm("noise")
+    fp32, mixed, noise = run.arm(FP32.name), run.arm(MIXED.name), run.arm(NOISE.name)
     if fp32 is None or mixed is None or noise is None:
         return ""
     own, other = (abs(arm.last_loss - fp32.last_loss) for arm in (noise, mixed))

@@ -41,7 +41,8 @@ from amp_convert.report.sections.training_summary import steps_text
 from amp_convert.report.writers.onnx_terminal import onnx_body
 from amp_convert.report.writers.training_terminal import training_body
 from amp_convert.validate.training.results import TrainingParity
-from amp_convert.verdict.verdict import is_required
+from amp_convert.verdict.check import CheckStatus
+from amp_convert.verdict.verdict import VerdictStatus
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "unchecked": "yellow"}
 _MAX_GROUPS = 8
@@ -141,16 +142,12 @@ def _failed_checks(report: RunReport) -> RenderableType | None:
 def _gaps(report: RunReport) -> tuple[list[Gap], list[Gap]]:
     """What was not checked: what makes the verdict inconclusive, and the rest."""
     found = gaps(report)
-    if report.verdict.status != "inconclusive":
+    if report.verdict.status != VerdictStatus.INCONCLUSIVE:
         return [], found
     checks = report.verdict.checks
-    open_checks = [check.name for check in checks if check.status == "unchecked"]
-    supplied = any(check.name.startswith("metrics.") for check in checks)
-    required = [name for name in open_checks if is_required(name, metrics_supplied=supplied)]
-    # Without any other gap it is the user's metrics that are missing.
-    required = required or [name for name in open_checks if name.startswith("metrics")]
-    blocking = [gap for gap in found if set(gap.what.split(", ")) & set(required)]
-    return blocking, [gap for gap in found if gap not in blocking]
+    blocking = {c.name for c in checks if c.required and c.status == CheckStatus.UNCHECKED}
+    first = [gap for gap in found if not blocking.isdisjoint(gap.checks)]
+    return first, [gap for gap in found if gap not in first]
 
 
 def _headline(report: RunReport) -> RenderableType:

@@ -52,7 +52,8 @@ def training_lines(training: TrainingParity | Unchecked) -> list[str]:
 def _arms(training: TrainingParity) -> list[str]:
     arms = arms_shown(training.run)
     rows = [
-        [escape(row.title), *(getattr(row, arm) for arm in arms)] for row in training_rows(training)
+        [escape(row.title), *(row.values.get(arm, "") for arm in arms)]
+        for row in training_rows(training)
     ]
     noise = noise_text(training)
     how = (f"- {name}: {escape(value)}" for name, value in settings(training))

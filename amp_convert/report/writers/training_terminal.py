@@ -36,7 +36,7 @@ def training_body(parity: TrainingParity) -> list[RenderableType]:
         figures.add_column(arm, justify="right", style="bold" if arm == "mixed" else "")
     for row in training_rows(parity):
         if not row.detail:
-            cells = (Text(fmt.clip(getattr(row, arm), _CELL)) for arm in arms)
+            cells = (Text(fmt.clip(row.values.get(arm, ""), _CELL)) for arm in arms)
             figures.add_row(Text(fmt.clip(row.quantity, _QUANTITY)), *cells)
     facts = Table.grid(padding=(0, 2), pad_edge=False)
     facts.add_column(no_wrap=True)

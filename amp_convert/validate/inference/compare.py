@@ -23,6 +23,7 @@ from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size, no_score
 from amp_convert.core.errors import ModelError, first_line
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, is_float_tensor
 from amp_convert.core.random_state import preserved_rng, rng_state, set_rng_state
 from amp_convert.core.tensor_errors import larger
@@ -149,7 +150,7 @@ class _Comparison:
         """Both models' outputs for one batch, with every node visited on the way."""
         if self._captured.is_whole:
             region = self._captured.regions[0]
-            runner = region.runner("eval")
+            runner = region.runner(Mode.EVAL)
             inputs = runner.inputs(args, kwargs)
             reference, mixed = self._tables[""].run(inputs, inputs)
             for name, want, have in runner.changes(reference, mixed):
@@ -161,7 +162,7 @@ class _Comparison:
         for (region, (ref_args, ref_kwargs)), (_, (mix_args, mix_kwargs)) in zip(
             reference_calls, mixed_calls, strict=True
         ):
-            runner = region.runner("eval")
+            runner = region.runner(Mode.EVAL)
             self._tables[region.path].run(
                 runner.inputs(ref_args, ref_kwargs), runner.inputs(mix_args, mix_kwargs)
             )

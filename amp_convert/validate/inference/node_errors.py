@@ -27,6 +27,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.regions import Region
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.op_facts import Family, facts_of, facts_of_target
 from amp_convert.core.tensor_errors import ErrorSums, RoundingSums
@@ -47,14 +48,14 @@ class NodeErrors:
     """The sums of one region's nodes, by FX name."""
 
     def __init__(self, converted: ConvertedModel, region: Region, low: torch.dtype) -> None:
-        self._rewritten = converted.rewritten[region.path]["eval"]
-        graph = region.graphs["eval"]
+        self._rewritten = converted.rewritten[region.path][Mode.EVAL]
+        graph = region.graphs[Mode.EVAL]
         decisions = {d.node: d for d in converted.plan.eval}
         self._decisions = {n: decisions[info.identity] for n, info in graph.nodes.items()}
         self._low, self._device = low, converted.captured.device
         self._sums: dict[str, _NodeSums] = defaultdict(_NodeSums)
         self.visited: set[str] = set()
-        values = region.traces["eval"].values
+        values = region.traces[Mode.EVAL].values
         self._source = {
             node.name: source.name
             for node in graph.graph_module.graph.nodes

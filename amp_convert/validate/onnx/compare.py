@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import Source
 from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size, no_score
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, ulp_at
 from amp_convert.loading.model_file import named_leaves
 from amp_convert.onnx_file import build as onnx_program
@@ -89,7 +90,7 @@ class _Validation:
         self._converted, self._model = converted, model
         self._low = from_name(model.dtype)
         self._region = converted.captured.regions[0]
-        rewritten = converted.rewritten[self._region.path]["eval"]
+        rewritten = converted.rewritten[self._region.path][Mode.EVAL]
         self._folded = fold_weights(self._region, rewritten)
         written = ir.load(model.path)
         self._table = OnnxNodeErrors(rewritten, self._folded.graph_module.graph, written, self._low)
@@ -136,7 +137,7 @@ class _Validation:
         return model(*args, **kwargs)
 
     def _fed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fed:
-        runner = self._region.runner("eval")
+        runner = self._region.runner(Mode.EVAL)
         inputs = zip(runner.inputs(args, kwargs), runner.signature.inputs, strict=True)
         users = [value for value, spec in inputs if spec.source is Source.USER]
         tensors = [_real(value) for value in users if isinstance(value, torch.Tensor)]
@@ -186,7 +187,8 @@ class _Validation:
 
     def _finished(self, run: FileRun, reference: Mapping[str, OutputError]) -> OnnxRun:
         if run.failed:  # some batches at most: nothing to judge by
-            return OnnxRun(run.arm, run.failure, (), run.batches, ())
+            lacking = onnx_sessions.lacks_kernel(run.failure)
+            return OnnxRun(run.arm, run.failure, (), run.batches, (), lacking)
         outputs = tuple(
             self._output(
                 sums.row(name),

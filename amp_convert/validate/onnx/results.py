@@ -40,13 +40,15 @@ class OnnxOutput:
 @dataclass(frozen=True)
 class OnnxRun:
     """One way of running a file. `failure` says why it did not run, or did so only `without` the
-    optimisations named there."""
+    optimisations named there; `lacks_kernel` that the provider at hand has no kernel for the dtype,
+    which says nothing of the file."""
 
     arm: Arm
     failure: str
     without: tuple[str, ...]
     batches: int
     outputs: tuple[OnnxOutput, ...]
+    lacks_kernel: bool = False
 
     @property
     def agrees(self) -> bool | None:

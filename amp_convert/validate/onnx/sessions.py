@@ -84,6 +84,11 @@ def why_not(path: str, disabled: Sequence[str] = ()) -> str:
     return lines[-1].strip() if done.returncode and lines else ""
 
 
+def lacks_kernel(failure: str) -> bool:
+    """Whether what ONNX Runtime said is that the provider has no kernel: its own word for it."""
+    return "NOT_IMPLEMENTED" in failure
+
+
 def failing_optimisation(path: str) -> tuple[str, tuple[str, ...]]:
     """What goes wrong when the file is opened as users do, and the optimisation without which it
     does not; ("", ()) where nothing does."""

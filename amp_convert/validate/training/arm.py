@@ -36,6 +36,7 @@ from amp_convert.core.number_formats import name_of
 from amp_convert.core.random_state import RngState, rng_state, set_rng_state
 from amp_convert.loading.model_file import kind_of, user_code
 from amp_convert.loading.user_code import defined_at, placed
+from amp_convert.validate.training.arm_specs import FP32, ArmSpec
 from amp_convert.validate.training.gradient_step import (
     Loss,
     checked_loss,
@@ -69,7 +70,7 @@ class Arm:
 
     def __init__(
         self,
-        name: str,
+        spec: ArmSpec,
         call: Callable[..., Any],
         weights: Weights,
         initial: Mapping[str, torch.Tensor],
@@ -78,9 +79,8 @@ class Arm:
         rng: RngState,
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        self.name, self.call, self.context = name, call, context
+        self.spec, self.call, self.context = spec, call, context
         self.rng = rng
-        self._title = "FP32" if name in ("fp32", "noise") else name
         self.tensors = {n: tensor.clone() for n, tensor in initial.items()}
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -131,6 +131,11 @@ class Arm:
             )
         return found
 
+    @property
+    def name(self) -> str:
+        """Its key in reports."""
+        return self.spec.name
+
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """The module has this arm's tensors, and PyTorch its random state, while this is open."""
@@ -166,7 +171,7 @@ class Arm:
         converted one that runs. What fails in that alone is ours."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(placed(batches))
-            if self._title == "FP32":
+            if not self.spec.low:
                 what = f"the FP32 model, given {batches},"
                 mend = "Make it what its forward() takes; --debug shows the traceback."
                 stack.enter_context(user_code(what, self._recipe.path, mend))
@@ -178,9 +183,9 @@ class Arm:
             args, kwargs, target = cloned(batch)
             with self.context():
                 outputs = self.call(*args, **kwargs)
-                loss = checked_loss(recipe.loss, outputs, target, self._title, recipe.path)
+                loss = checked_loss(recipe.loss, outputs, target, self.spec.title, recipe.path)
             del outputs
-            if self.name == "fp32" and not self.losses:
+            if self.spec == FP32 and not self.losses:
                 require_trainable(loss, recipe.loss, recipe.path)
             total += float(loss.detach())
             wide = loss.to(torch.promote_types(loss.dtype, torch.float32)).sum()

@@ -35,6 +35,7 @@ from amp_convert.loading.user_code import placed
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.training import checkpoint
 from amp_convert.validate.training.arm import Arm, Recipe
+from amp_convert.validate.training.arm_specs import ARMS, FP32, MIXED, PAIR, ArmSpec
 from amp_convert.validate.training.compare_gradients import compare_gradients
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.gradient_results import GradientParity
@@ -45,7 +46,7 @@ from amp_convert.validate.training.noninferiority import (
     judge_pairs,
     require_test,
 )
-from amp_convert.validate.training.paired_run import ALL_ARMS, PAIR, Race, training
+from amp_convert.validate.training.paired_run import Race, training
 from amp_convert.validate.training.results import (
     LOSS,
     TRAIN_LOSS,
@@ -141,10 +142,10 @@ class _Comparison:
 
     def _train_seed(self, seed: int, resumed: Mapping[str, Any] | None) -> bool:
         """Train the arms of a seed; whether it was the last one needed, or possible."""
-        race = self._race(seed, ALL_ARMS if seed == 0 else PAIR)
+        race = self._race(seed, ARMS if seed == 0 else PAIR)
         if seed == 0:
             self._metric = race.name_metric(self._options.metric)
-        self._words = self._words or _words(race.arms["fp32"])
+        self._words = self._words or _words(race.arms[FP32.name])
         if resumed:
             race.load(resumed["race"])
         self._ended = self._train(race)
@@ -156,17 +157,17 @@ class _Comparison:
         self._pairs.append(self._pair(done))
         return self._decided()
 
-    def _race(self, seed: int, names: Sequence[str]) -> Race:
+    def _race(self, seed: int, specs: Sequence[ArmSpec]) -> Race:
         return Race(
-            self._model, self._converted, self._recipe, self._data, seed, names, self._steps
+            self._model, self._converted, self._recipe, self._data, seed, specs, self._steps
         )
 
     def _gradients(self) -> GradientParity:
         """The gradients of one step from the first seed's weights, at a scale that they bear."""
-        race = self._race(0, ["fp32"])
+        race = self._race(0, [FP32])
         args, kwargs, target = race.first_batch()
         scaling = self._recipe.scaling
-        with race.arms["fp32"].installed(), placed("batch 0 of train_batches(0)"):
+        with race.arms[FP32.name].installed(), placed("batch 0 of train_batches(0)"):
             return compare_gradients(
                 self._converted,
                 args,
@@ -218,7 +219,9 @@ class _Comparison:
             if self._options.steps is None and not self._interrupted:
                 self._steps = run.steps  # the other seeds make as many
             return
-        digests = [arm.weights_sha256 for each in (self._first, run) if (arm := each.arm("fp32"))]
+        digests = [
+            arm.weights_sha256 for each in (self._first, run) if (arm := each.arm(FP32.name))
+        ]
         if run.steps and digests[0] == digests[1]:
             raise ModelError(
                 f"FP32 training with seed {run.seed} ends in the very weights of seed 0",
@@ -229,7 +232,7 @@ class _Comparison:
     # --- the metric over seeds ---
 
     def _pair(self, run: PairedRun) -> SeedPair:
-        fp32, mixed = run.arm("fp32"), run.arm("mixed")
+        fp32, mixed = run.arm(FP32.name), run.arm(MIXED.name)
         assert fp32 is not None
         assert mixed is not None
         return SeedPair(

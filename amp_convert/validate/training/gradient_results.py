@@ -125,12 +125,10 @@ class GradientParity:
     rounded_rel_l2: float | None = None
 
     @property
-    def findings(self) -> tuple[str, ...]:
-        """What is wrong whatever the tolerance, a sentence each; empty if nothing is."""
+    def faults(self) -> tuple[str, ...]:
+        """What is wrong with the gradients whatever the tolerance, a sentence each."""
         only = "has a gradient in the {} model only"
-        other = "the mixed model drew other random numbers than the FP32 model"
         return (
-            *(() if self.same_random_numbers else (other,)),
             *(f"{name} {only.format('FP32')}" for name in self.only_fp32),
             *(f"{name} {only.format('mixed')}" for name in self.only_mixed),
             *(

@@ -21,6 +21,7 @@ from amp_convert.capture.gradient_probe import mode_runner, real_gradient
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.errors import ModelError
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, is_float_tensor
 from amp_convert.core.random_state import RngState, preserved_rng, rng_state
 from amp_convert.loading.model_file import kind_of, user_code
@@ -67,7 +68,7 @@ class TrainStep:
         captured = self._converted.captured
         if captured.is_whole:  # its own words on inputs that do not fit come first
             args, kwargs, _ = self._batch
-            mode_runner(captured.regions[0], "train").inputs(args, kwargs)
+            mode_runner(captured.regions[0], Mode.TRAIN).inputs(args, kwargs)
         with user_code("a training step of the FP32 model", self._path):
             trace = self.run(self._model, "FP32")
         for name, gradient in trace.gradients.items():

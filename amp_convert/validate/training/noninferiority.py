@@ -41,7 +41,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import Literal
 
 from amp_convert.core.errors import ModelError, UsageError
 
@@ -58,7 +57,13 @@ _LARGEST = 1e300
 # not the float -0.02, and where all pairs differ alike such noise would be the whole evidence.
 _ON_THE_MARGIN = 1e-9
 
-Outcome = Literal["pass", "fail", "inconclusive"]
+
+class Outcome(StrEnum):
+    """What the test says."""
+
+    PASS = "pass"  # noqa: S105  no password
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
 
 
 class MarginSource(StrEnum):
@@ -209,15 +214,15 @@ def judge_pairs(
     count = len(fp32)
     if failed_pairs:
         value = float(mixed[failed_pairs[0] - 1])
-        status: Outcome = "fail"
+        status = Outcome.FAIL
         reason, needed = _say_broken("mixed", value, failed_pairs, count), 0
     elif invalid_pairs:
         value = float(fp32[invalid_pairs[0] - 1])
-        status, needed = "inconclusive", 0
+        status, needed = Outcome.INCONCLUSIVE, 0
         reason = f"{_say_broken('FP32', value, invalid_pairs, count)}, so it is no reference"
     else:
-        status = looks[-1].status if looks else "inconclusive"
-        more = [n - count for n in LOOKS if n > count] if status == "inconclusive" else []
+        status = looks[-1].status if looks else Outcome.INCONCLUSIVE
+        more = [n - count for n in LOOKS if n > count] if status == Outcome.INCONCLUSIVE else []
         needed = more[0] if more else 0
         reason = _say(looks, margin, count, needed)
     return Noninferiority(
@@ -269,7 +274,7 @@ def _take_looks(differences: Sequence[float], margin: float) -> tuple[Look, ...]
     """The looks at `differences`, up to the first that decides."""
     looks: list[Look] = []
     for n in LOOKS:
-        if n > len(differences) or (looks and looks[-1].status != "inconclusive"):
+        if n > len(differences) or (looks and looks[-1].status != Outcome.INCONCLUSIVE):
             break
         looks.append(_look(differences[:n], margin))
     return tuple(looks)
@@ -281,11 +286,11 @@ def _look(differences: Sequence[float], margin: float) -> Look:
     std = statistics.stdev(differences)
     half_width = student_t_quantile(1 - ALPHA, n - 1) * std / math.sqrt(n)
     lower, upper = mean - half_width, mean + half_width
-    status: Outcome = "inconclusive"
+    status = Outcome.INCONCLUSIVE
     if lower > -margin * (1 - _ON_THE_MARGIN):
-        status = "pass"
+        status = Outcome.PASS
     elif upper < -margin * (1 + _ON_THE_MARGIN):
-        status = "fail"
+        status = Outcome.FAIL
     return Look(n, mean, std, lower, upper, status)
 
 

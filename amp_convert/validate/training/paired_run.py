@@ -5,12 +5,7 @@ so that a run that is stopped has the same number of steps in each. Every arm st
 state that `torch.manual_seed(seed)` gives and keeps its own from then on; batches are drawn once,
 with a random state of their own, and each arm gets a copy.
 
-1. fp32: the eager model, with TF32 off. It goes first, so that a step that it fails is said before
-   any mixed one.
-2. mixed: the converted model.
-3. autocast: the eager model under native `torch.autocast`, loss included, as PyTorch advises.
-4. noise: fp32 from weights that were each moved to a neighbouring FP32 number, up or down by a
-   coin. How far it parts from fp32 says how chaotic the training is.
+See `arm_specs` for what each arm is.
 """
 
 from __future__ import annotations
@@ -38,18 +33,16 @@ from amp_convert.core.tensor_errors import ErrorSums
 from amp_convert.loading.model_file import user_code
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.training.arm import Arm, Recipe
+from amp_convert.validate.training.arm_specs import FP32, PAIR, ArmSpec
 from amp_convert.validate.training.data import Data, Stream, initial_weights, seeded_rng
 from amp_convert.validate.training.gradient_step import cloned
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.results import LOSS, TRAIN_LOSS, ArmRecord, PairedRun
 from amp_convert.validate.training.weights import Weights
 
-PAIR = ("fp32", "mixed")
-ALL_ARMS = (*PAIR, "autocast", "noise")
-
 
 class Race:
-    """The arms `names` of one model, from one seed. Open it with `training` around."""
+    """The arms `specs` of one model, from one seed. Open it with `training` around."""
 
     def __init__(
         self,
@@ -58,7 +51,7 @@ class Race:
         recipe: Recipe,
         data: Data,
         seed: int,
-        names: Sequence[str],
+        specs: Sequence[ArmSpec],
         at_most: int,
     ) -> None:
         self.seed, self.steps = seed, 0
@@ -71,25 +64,24 @@ class Race:
         self.initial = initial_weights(self.weights, data, recipe.path, self.device, seed)
         self._stream = Stream(data, seed, self.rng, self.device, recipe.accumulate)
         self._at_most = at_most
-        self.arms = {name: self._arm(name) for name in names}
+        self.arms = {spec.name: self._arm(spec) for spec in specs}
 
-    def _arm(self, name: str) -> Arm:
+    def _arm(self, spec: ArmSpec) -> Arm:
         call: Callable[..., Any] = self._model
         recipe, initial = self._recipe, self.initial
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-        if name in ("fp32", "noise"):
+        if not spec.low:
             recipe = dataclasses.replace(recipe, scaling=LossScaling("none"))
-        if name == "noise":
+        if spec.nudged:
             initial = nudged(initial, self.weights.parameters)
-        if name in ("mixed", "autocast"):
-            assert self._converted is not None
-            low = from_name(self._converted.plan.dtype)
-        if name == "mixed":
+        if spec.converted:
             assert self._converted is not None
             call = self._converted
-        elif name == "autocast":
+        if spec.autocast:
+            assert self._converted is not None
+            low = from_name(self._converted.plan.dtype)
             context = functools.partial(_autocast, self.device, low)
-        return Arm(name, call, self.weights, initial, recipe, self.device, self.rng, context)
+        return Arm(spec, call, self.weights, initial, recipe, self.device, self.rng, context)
 
     def first_batch(self) -> Batch:
         """The first batch that training sees."""
@@ -105,10 +97,10 @@ class Race:
             return False
         self.steps += 1
         meter = self.steps == min(2, self._at_most)
-        for name, arm in list(self.arms.items()):
+        for arm in list(self.arms.values()):
             if arm.note:
                 continue
-            if name != "autocast":
+            if not arm.spec.may_fail:
                 with arm.given(f"step {self.steps} of train_batches({self.seed})"):
                     arm.step(batches, meter=meter)
                 self._check(arm)
@@ -118,7 +110,7 @@ class Race:
             except Exception as error:  # noqa: BLE001  autocast bans or breaks some models: a result
                 arm.note = _autocast_failure(error)
                 arm.clear()
-        states = [self.arms[name].rng for name in PAIR if name in self.arms]
+        states = [self.arms[spec.name].rng for spec in PAIR if spec.name in self.arms]
         if self.random_parted is None and not all(states[0].same(state) for state in states):
             self.random_parted = self.steps
         return True
@@ -135,9 +127,9 @@ class Race:
     @property
     def ended(self) -> str:
         """Why the pair cannot go on; empty while it can."""
-        for name, title in (("fp32", "FP32"), ("mixed", "mixed")):
-            if name in self.arms and self.arms[name].note:
-                return f"the {title} arm stopped: {self.arms[name].note}"
+        for spec in PAIR:
+            if spec.name in self.arms and self.arms[spec.name].note:
+                return f"the {spec.title} arm stopped: {self.arms[spec.name].note}"
         return ""
 
     def result(self, *, interrupted: bool = False) -> PairedRun:
@@ -146,7 +138,7 @@ class Race:
         After a run that was `interrupted` an arm whose evaluation fails has no metrics: a Ctrl-C
         reaches the user's own worker processes too.
         """
-        moved = _distance(self.arms["fp32"].tensors, self.initial, self.weights)
+        moved = _distance(self.arms[FP32.name].tensors, self.initial, self.weights)
         rows = tuple(self._row(arm, moved, interrupted) for arm in self.arms.values())
         return PairedRun(self.seed, self.steps, self.random_parted, rows, self.initial_metrics)
 
@@ -155,11 +147,11 @@ class Race:
         try:
             metrics = {} if arm.note else self.evaluate(arm)
         except Exception as error:
-            if arm.name == "autocast":
+            if arm.spec.may_fail:
                 arm.note = _autocast_failure(error)
             elif not (interrupted and isinstance(error, AmpConvertError)):
                 raise
-        base = self.arms["fp32"].tensors
+        base = self.arms[FP32.name].tensors
         drift = _distance(arm.tensors, base, self.weights) / moved if moved else None
         own = _distance(arm.tensors, self.initial, self.weights) / moved if moved else None
         return ArmRecord(
@@ -208,7 +200,7 @@ class Race:
         To be called before any step, so that no result can choose it; the initial weights are
         evaluated. Raises UsageError when there is no such metric.
         """
-        self.initial_metrics = self.evaluate(self.arms["fp32"])
+        self.initial_metrics = self.evaluate(self.arms[FP32.name])
         known = (*self.initial_metrics, TRAIN_LOSS)
         if wanted is not None and wanted not in known:
             what = f"the model file has no metric {wanted}"

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from amp_convert.validate.training.arm_specs import FP32, MIXED
 from amp_convert.validate.training.gradient_results import GradientParity
 from amp_convert.validate.training.noninferiority import Noninferiority
 
@@ -24,8 +25,7 @@ steps."""
 class ArmRecord:
     """One model's training run over the steps of `PairedRun`.
 
-    `arm` is fp32, mixed, autocast (native `torch.autocast` with `GradScaler`) or noise (FP32 from
-    initial weights nudged by one ULP); `note` says why an arm stopped early, and is empty where it
+    `arm` is its name (see `arm_specs`); `note` says why an arm stopped early, and is empty where it
     did not. Lists have one entry a step: `losses` the mean over a step's batches, unscaled;
     `gradient_norms` the L2 norm of all unscaled gradients before clipping; `scales` the loss scale,
     empty without one. `skipped` numbers the steps, from 1, whose update the loss scaler left out.
@@ -92,7 +92,7 @@ class PairedRun:
         (see `_late`); weights, or a metric, that are no number after the last step where FP32's
         are.
         """
-        mixed, fp32 = self.arm("mixed"), self.arm("fp32")
+        mixed, fp32 = self.arm(MIXED.name), self.arm(FP32.name)
         if mixed is None or fp32 is None:
             return ""
         if step := _first_worse(fp32.losses, mixed.losses):

@@ -27,6 +27,7 @@ from amp_convert import __version__
 from amp_convert.core.atomic_files import try_to_write, write_file
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.validate.training.arm import Recipe
+from amp_convert.validate.training.arm_specs import FP32
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import LOOKS, Margin, require_baseline
@@ -168,7 +169,7 @@ def make_fp32_baseline(
     numbers, values = range(FIRST_SEED, FIRST_SEED + seeds), []
     with training(model, None):
         for seed in numbers:
-            race = Race(model, None, recipe, data, seed, ("fp32",), conditions.steps)
+            race = Race(model, None, recipe, data, seed, (FP32,), conditions.steps)
             metric = race.name_metric(metric)
             values.append(_trained(race, metric, conditions.steps, recipe.path, tick))
     assert metric is not None

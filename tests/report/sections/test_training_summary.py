@@ -26,7 +26,9 @@ from tests.report.trained import FP32_LOSSES, arm_of, four_arms, over_seeds, par
 
 
 def _rows(found: TrainingParity) -> dict[str, list[str]]:
-    return {row.title: [getattr(row, arm) for arm in ARMS] for row in training_rows(found)}
+    return {
+        row.title: [row.values.get(spec.name, "") for spec in ARMS] for row in training_rows(found)
+    }
 
 
 def test_the_rows_have_one_value_an_arm() -> None:
@@ -144,7 +146,7 @@ def test_the_noise_says_how_chaotic_training_is(noise: float, mixed: float, says
 
 
 def test_an_arm_of_fp32s_own_bits_has_no_noise_to_be_told_from() -> None:
-    run = run_of(*(arm_of(name, [1.0] * 8) for name in ARMS))
+    run = run_of(*(arm_of(name, [1.0] * 8) for name in (spec.name for spec in ARMS)))
     assert noise_text(parity(run=run)) == "the mixed arm ends with the very loss of FP32"
 
 

@@ -14,8 +14,9 @@ from torch.optim import lr_scheduler as schedules
 from amp_convert.core.errors import ModelError
 from amp_convert.validate.training import checkpoint
 from amp_convert.validate.training.arm import Recipe
+from amp_convert.validate.training.arm_specs import PAIR
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.paired_run import PAIR, Race, training
+from amp_convert.validate.training.paired_run import Race, training
 from tests.training import POINTS, Net, classify, convert_net, initial_model, points
 from tests.zoo import assert_same_bits
 
@@ -122,7 +123,7 @@ def test_each_is_the_plain_loop_and_goes_on_from_a_checkpoint(
         while second.step():
             pass
     state = model.state_dict()
-    for arm in PAIR:
+    for arm in (spec.name for spec in PAIR):
         found = second.arms[arm]
         assert found.losses == losses, arm
         assert_same_bits({name: state[name] for name in found.tensors}, found.tensors)

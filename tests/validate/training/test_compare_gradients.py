@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.report.sections.gradient_summary import gradient_remarks
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.training.compare_gradients import compare_gradients
 from amp_convert.validate.training.gradient_results import GradientParity
@@ -80,7 +81,7 @@ def test_a_model_that_is_not_converted_has_no_errors(name: str) -> None:
     assert found.reference_rel_l2 == 0
     assert found.loss_fp32 == found.loss_mixed
     assert found.same_random_numbers
-    assert found.findings == ()
+    assert found.faults == ()
     for row in (found.total, *found.parameters, *(r for r in found.layers if r.elements)):
         assert (row.rel_l2, row.max_abs_err, row.nonfinite) == (0, 0, 0)
         assert row.cosine == pytest.approx(1, abs=1e-12)
@@ -249,7 +250,7 @@ def test_overflow_is_counted_and_within_no_tolerance() -> None:
     assert found.total.nonfinite == sum(row.nonfinite for row in found.parameters) > 0
     assert found.total.nonfinite == sum(row.nonfinite for row in found.layers)
     assert not found.total.rel_l2 < math.inf
-    assert "gradients are not finite in the mixed model, at a loss scale of" in found.findings[0]
+    assert "gradients are not finite in the mixed model, at a loss scale of" in found.faults[0]
     assert found.recommended.scale < 2.0**40
 
 
@@ -265,8 +266,8 @@ def test_a_gradient_in_one_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ConvertedModel, "forward", without_last)
     found = parity(mixed)
     assert (found.only_fp32, found.only_mixed) == (("last.weight",), ("unused",))
-    assert "last.weight has a gradient in the FP32 model only" in found.findings
-    assert "unused has a gradient in the mixed model only" in found.findings
+    assert "last.weight has a gradient in the FP32 model only" in found.faults
+    assert "unused has a gradient in the mixed model only" in found.faults
     rows = {row.name: row for row in found.parameters}
     for row in (rows["last.weight"], rows["unused"], found.total):
         assert math.isnan(row.rel_l2)
@@ -281,7 +282,10 @@ def test_a_mixed_loss_without_gradients_is_a_finding(monkeypatch: pytest.MonkeyP
     found = parity(mixed)
     assert len(found.only_fp32) == len(found.parameters) == 6
     assert not found.same_random_numbers
-    assert found.findings[0] == "the mixed model drew other random numbers than the FP32 model"
+    assert not found.same_random_numbers
+    assert gradient_remarks(found)[0] == (
+        "the mixed model drew other random numbers than the FP32 model"
+    )
     assert math.isnan(found.total.rel_l2)
 
 

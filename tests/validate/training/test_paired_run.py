@@ -8,8 +8,9 @@ import functools
 import pytest
 import torch
 
+from amp_convert.validate.training.arm_specs import ARMS, FP32, NOISE, PAIR
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.paired_run import ALL_ARMS, PAIR, Race, training
+from amp_convert.validate.training.paired_run import Race, training
 from tests.training import Trained, by_hand, recipe
 from tests.zoo import assert_same_bits
 
@@ -56,7 +57,7 @@ def test_each_arm_is_the_loop_of_pytorchs_guide(name: str, dtype: torch.dtype) -
     converted = trained.converted(dtype)
     scaled = how(dtype)
     with training(trained.model, converted):
-        race = Race(trained.model, converted, scaled, trained.data, 3, ALL_ARMS, steps)
+        race = Race(trained.model, converted, scaled, trained.data, 3, ARMS, steps)
         while race.step():
             pass
     plain = dataclasses.replace(scaled, scaling=NONE)
@@ -84,9 +85,7 @@ def test_each_arm_is_the_loop_of_pytorchs_guide(name: str, dtype: torch.dtype) -
 def test_noise_begins_one_ulp_away() -> None:
     trained = Trained("lstm")
     with training(trained.model, None):
-        race = Race(
-            trained.model, None, recipe(scaling=NONE), trained.data, 0, ("fp32", "noise"), 1
-        )
+        race = Race(trained.model, None, recipe(scaling=NONE), trained.data, 0, (FP32, NOISE), 1)
         base, noisy = race.arms["fp32"].tensors, race.arms["noise"].tensors
         for name in race.weights.parameters:
             one, other = base[name], noisy[name]
@@ -110,7 +109,7 @@ def test_the_model_is_left_as_it_was() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     with training(model, converted):
-        race = Race(model, converted, recipe(), trained.data, 0, ALL_ARMS, 2)
+        race = Race(model, converted, recipe(), trained.data, 0, ARMS, 2)
         while race.step():
             pass
         race.result()
@@ -130,7 +129,7 @@ def test_a_race_goes_on_from_its_state_in_the_same_bits(dtype: torch.dtype) -> N
     converted, scaled = trained.converted(dtype), how(dtype)
 
     def race() -> Race:
-        return Race(trained.model, converted, scaled, trained.data, 0, ALL_ARMS, 6)
+        return Race(trained.model, converted, scaled, trained.data, 0, ARMS, 6)
 
     with training(trained.model, converted):
         whole, first, second = race(), race(), race()
@@ -163,7 +162,7 @@ def test_what_is_measured_after_the_steps() -> None:
         squares = [(a[n].double() - b[n].double()).square().sum() for n in names]
         return float(torch.stack(squares).sum().sqrt())
 
-    fp32, mixed = (race.arms[name].tensors for name in PAIR)
+    fp32, mixed = (race.arms[name].tensors for name in (spec.name for spec in PAIR))
     moved = distance(fp32, race.initial)
     found = run.arm("mixed")
     assert found.drift == pytest.approx(distance(mixed, fp32) / moved, rel=1e-12)

@@ -20,11 +20,12 @@ from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rules.rule_set import load_rules
 from amp_convert.validate.training import checkpoint
 from amp_convert.validate.training.arm import Recipe
+from amp_convert.validate.training.arm_specs import ARMS, PAIR
 from amp_convert.validate.training.compare import Options, compare_training
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import Margin
-from amp_convert.validate.training.paired_run import ALL_ARMS, PAIR, Race, training
+from amp_convert.validate.training.paired_run import Race, training
 from tests.training import OPTIMIZERS, POINTS, Net, classify, convert_net, initial_model, points
 from tests.zoo import assert_same_bits
 
@@ -82,7 +83,7 @@ def test_an_optimizer_of_some_parameters() -> None:
         assert arm.losses == losses
         assert_same_bits({name: state[name] for name in arm.tensors}, arm.tensors)
     mixed = raced(convert_net(torch.float16), recipe)
-    for name in PAIR:
+    for name in (spec.name for spec in PAIR):
         assert mixed.arms[name].norms == pytest.approx(exact.arms["fp32"].norms, rel=1e-2)
 
 
@@ -140,7 +141,7 @@ def test_eval_batches_from_the_global_random_state_are_the_same_for_all_arms() -
     data = dataclasses.replace(POINTS, eval_batches=drawn)
     race = raced(convert_net(torch.float16, "fp32"), Recipe(odd, adamw), data, 1)
     assert race.random_parted == 1
-    fp32, mixed = (race.evaluate(race.arms[name]) for name in PAIR)
+    fp32, mixed = (race.evaluate(race.arms[name]) for name in (spec.name for spec in PAIR))
     assert fp32 == mixed
 
 
@@ -164,7 +165,7 @@ def test_eval_batches_that_the_model_or_the_loss_writes_to() -> None:
     converted = convert(Writes(), torch.randn(4, 8))
     data = dataclasses.replace(POINTS, eval_batches=lambda: iter(kept), initial_model=None)
     race = raced(converted, Recipe(classify, adamw, scaling=NONE), data, 2)
-    fp32, mixed = (race.arms[name] for name in PAIR)
+    fp32, mixed = (race.arms[name] for name in (spec.name for spec in PAIR))
     metrics = race.evaluate(fp32)
     assert race.evaluate(mixed) == metrics == race.evaluate(fp32)
     spoilt = raced(converted, Recipe(spoils, adamw, scaling=NONE), data, 2)
@@ -259,7 +260,7 @@ def test_sparse_gradients_are_trained_and_measured() -> None:
     torch.manual_seed(0)
     converted = convert(Bag(), torch.randint(50, (4, 5)), preset="default")
     recipe = Recipe(classify, lambda p: torch.optim.SGD(p, 0.5))
-    race = raced(converted, recipe, Data(ids), 4, ALL_ARMS)
+    race = raced(converted, recipe, Data(ids), 4, ARMS)
     assert [arm.note for arm in race.arms.values()] == [""] * 4
     assert all(arm.peak_bytes for arm in race.arms.values())
 
@@ -302,7 +303,7 @@ def test_an_original_that_autocast_breaks_in_eval_only() -> None:
     torch.manual_seed(0)
     converted = convert(Banned(), torch.randn(4, 8), preset="default")
     data = dataclasses.replace(POINTS, initial_model=None)
-    race = raced(converted, Recipe(classify, adamw), data, 2, ALL_ARMS)
+    race = raced(converted, Recipe(classify, adamw), data, 2, ARMS)
     native = race.outcome.arm("autocast")
     assert native.note.startswith("the original fails under torch.autocast: ")
     assert (len(native.losses), native.metrics) == (2, {})
@@ -417,7 +418,7 @@ def test_an_optimizers_state_keeps_its_dtype(tmp_path: Any) -> None:
         second.load(checkpoint.load(tmp_path, {}) or {})
         while second.step():
             pass
-    for name in PAIR:
+    for name in (spec.name for spec in PAIR):
         assert second.arms[name].sha256() == whole.arms[name].sha256()
 
 

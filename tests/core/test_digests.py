@@ -1,0 +1,25 @@
+"""Digests against hashlib on bytes written out by hand."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from amp_convert.core import digests
+
+
+def test_a_file_and_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes("ü".encode())
+    expected = hashlib.sha256("ü".encode()).hexdigest()
+    assert digests.of_file(tmp_path / "a") == digests.of_text("ü") == expected
+
+
+def test_tensors_by_name_dtype_shape_and_bits() -> None:
+    inputs, empty = torch.tensor([[1.0, -2.0], [0.5, float("nan")]]), torch.empty(0)
+    found = digests.of_tensors([("x", inputs.T), ("", empty)])
+    written = b"x:torch.float32:(2, 2)" + inputs.T.contiguous().numpy().tobytes()
+    assert found == hashlib.sha256(written + b":torch.float32:(0,)").hexdigest()
+    assert digests.of_tensors([("x", inputs)]) != digests.of_tensors([("x", inputs.reshape(4))])
+    assert digests.of_tensors([("x", -empty)]) != digests.of_tensors([("y", empty)])
