@@ -8,6 +8,7 @@
     frozen = mixed.freeze()                     # for inference, weights in low precision
     amp.export_onnx(mixed, "model.onnx")        # the same precision in every node
     amp.audit(model, inputs).to_frame()         # which layers stay FP32, and why
+    amp.check(model, inputs, eval_batches=batches).verdict  # the whole job of the command
 
 Importing this package is cheap: PyTorch is imported when one of its names is first used.
 """
@@ -15,27 +16,34 @@ Importing this package is cheap: PyTorch is imported when one of its names is fi
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# Who does not listen hears nothing: not even what Python would print for want of a handler.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
 if TYPE_CHECKING:
-    from amp_convert.api import audit, compare, convert, export_onnx
+    from amp_convert.api import audit, check, compare, convert, export_onnx
     from amp_convert.core.errors import (
         AmpConvertError,
         ModelError,
         UnsupportedModelError,
         UsageError,
     )
+    from amp_convert.pipeline import Run
     from amp_convert.plan.plan import Decision, Plan
     from amp_convert.rewrite.converted_model import ConvertedModel, FrozenModel
     from amp_convert.validate.inference.results import Divergence
 
 _HOMES = {
     "audit": "api",
+    "check": "api",
     "compare": "api",
     "convert": "api",
     "export_onnx": "api",
+    "Run": "pipeline",
     "ConvertedModel": "rewrite.converted_model",
     "FrozenModel": "rewrite.converted_model",
     "Decision": "plan.plan",
@@ -55,10 +63,12 @@ __all__ = [
     "FrozenModel",
     "ModelError",
     "Plan",
+    "Run",
     "UnsupportedModelError",
     "UsageError",
     "__version__",
     "audit",
+    "check",
     "compare",
     "convert",
     "export_onnx",

@@ -4,22 +4,29 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from amp_convert import pipeline
 from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
+from amp_convert.core import digests
 from amp_convert.core.errors import UsageError
-from amp_convert.core.number_formats import LOW_DTYPES
-from amp_convert.loading.model_file import as_call
+from amp_convert.core.number_formats import LOW_DTYPES, name_of
+from amp_convert.loading.model_file import Case, as_call
+from amp_convert.loading.settings import make_settings
 from amp_convert.onnx_file.write import export_onnx as export_onnx
+from amp_convert.pipeline import Run
 from amp_convert.plan.plan import Plan
 from amp_convert.profile.calibrate import profile
+from amp_convert.report.files import write_report
+from amp_convert.report.folder import check_writable, workspace
 from amp_convert.report.sections.audit import AuditRow, audit_rows
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rules.rule_set import Rules, load_rules
@@ -29,6 +36,8 @@ from amp_convert.validate.inference.results import Divergence
 if TYPE_CHECKING:
     import pandas as pd
 
+Batches = Iterable[tuple[Any, Any]] | Callable[[], Iterable[tuple[Any, Any]]]
+"""Pairs of (inputs, target), or a function that gives them anew at each call."""
 RulesLike = str | PathLike[str] | Rules | Sequence[str | PathLike[str]]
 """A preset's name, a rules file, several of them in order, or rules already loaded."""
 
@@ -101,6 +110,100 @@ def audit(
     return Audit(convert(model, args, kwargs, dtype, rules, calibration).plan)
 
 
+def check(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+    rules: RulesLike = "default",
+    *,
+    eval_batches: Batches | None = None,
+    metrics: Callable[[Any, Any], dict[str, float]] | None = None,
+    lower_is_better: Iterable[str] = (),
+    train_batches: Callable[[int], Iterable[tuple[Any, Any]]] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    initial_model: Callable[[int], nn.Module] | None = None,
+    name: str = "",
+    out: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> Run:
+    """The whole job of `amp-convert model.py`, without a file: convert `model`, hold it against
+    FP32 in inference and, where there are `train_batches` and a `loss`, in training, and judge it.
+
+    `args` and `kwargs` are example inputs as in `convert`; the other functions are those of a model
+    file. `eval_batches` may also be a list or a data loader of (inputs, target) pairs, but nothing
+    that can be gone through only once. `out` is a folder to write the report to, and is needed for
+    `onnx=True`. `settings` are those of the command, such as `steps=200` or `tolerance=0.01`.
+    The model stays on its device. Progress goes to the log of "amp_convert".
+
+    Raises UsageError for wrong settings, ModelError for what is wrong with the model, its inputs or
+    functions, UnsupportedModelError when no part of the model can be captured.
+    """
+    if isinstance(rules, Rules):
+        raise UsageError("check() takes rules by name", mend="Give presets or files.")
+    _require_values(model)
+    names = [rules] if isinstance(rules, str | PathLike) else rules
+    chosen = make_settings(
+        dtype=name_of(dtype),
+        rules=[fspath(each) for each in names],
+        device=str(devices.of_model(model)),
+        out=fspath(out) if out is not None else None,
+        **settings,
+    )
+    positional, keywords = as_call(args, "args")
+    case = Case(
+        name=name or type(model).__name__,
+        source="",
+        digest=_digest(model),
+        model=model,
+        args=positional,
+        kwargs=keywords | dict(kwargs or {}),
+        eval_batches=_repeatable(eval_batches),
+        metrics=metrics,
+        lower_is_better=frozenset(lower_is_better),
+        train_batches=train_batches,
+        loss=loss,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        initial_model=initial_model,
+    )
+    if chosen.out is None:
+        return pipeline.check(case, chosen)
+    folder = Path(chosen.out)
+    check_writable(folder)
+    with workspace(folder) as work:
+        run = pipeline.check(case, chosen, work=work)
+        write_report(folder, run.report, run.plan.to_toml(), run.files)
+    pipeline.clean_up(run, chosen)
+    return run
+
+
+def _digest(model: nn.Module) -> str:
+    """What tells one model from another, for want of a file."""
+    state = model.state_dict().items()
+    return digests.of_tensors((name, t) for name, t in state if isinstance(t, torch.Tensor))
+
+
+def _repeatable(batches: Batches | None) -> Callable[[], Iterable[Any]] | None:
+    """Batches as a function that gives them anew at each call."""
+    if batches is None or callable(batches):
+        return batches
+    if isinstance(batches, Iterator):
+        mend = "Give a list, a data loader, or a function that gives them anew."
+        raise UsageError("eval_batches can be gone through only once", mend=mend)
+    return lambda: batches
+
+
+def _require_values(model: nn.Module) -> None:
+    if not devices.has_values(model):
+        raise UsageError(
+            "the model's tensors hold no values that could be compared",
+            mend="Move it to a real device and convert it there.",
+        )
+
+
 def compare(model: nn.Module, mixed: ConvertedModel, batches: Iterable[Any]) -> Divergence:
     """Hold `mixed` against the FP32 `model` that it was converted from, node by node.
 
@@ -113,11 +216,7 @@ def compare(model: nn.Module, mixed: ConvertedModel, batches: Iterable[Any]) -> 
             "the two models do not belong together",
             mend="Pass the very model that was given to convert().",
         )
-    if not devices.has_values(model):
-        raise UsageError(
-            "the model's tensors hold no values that could be compared",
-            mend="Move it to a real device and convert it there.",
-        )
+    _require_values(model)
     divergence = compare_batches(mixed, ((*as_call(b, "batches"), None) for b in batches))
     if not divergence.batches:
         raise UsageError("there are no batches to compare on", mend="Give at least one.")

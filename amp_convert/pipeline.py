@@ -7,7 +7,9 @@ how far it is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -50,12 +52,13 @@ from amp_convert.validate.onnx.compare import validate_onnx
 from amp_convert.validate.training import checkpoint
 from amp_convert.validate.training import setup as training_setup
 from amp_convert.validate.training.compare import DEFAULT_STEPS, compare_training
-from amp_convert.validate.training.noninferiority import MIN_BASELINE_SEEDS
+from amp_convert.validate.training.noninferiority import MIN_SPREAD_SEEDS
 from amp_convert.validate.training.results import TrainingParity
-from amp_convert.validate.training.seed_spread import Fp32Baseline, make_fp32_baseline
-from amp_convert.verdict.verdict import Thresholds, judge
+from amp_convert.validate.training.seed_spread import SeedSpread, make_seed_spread
+from amp_convert.verdict.verdict import Thresholds, Verdict, judge
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
+_log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -84,14 +87,54 @@ class Run:
     converted: ConvertedModel
     files: tuple[Path, ...] = ()
 
+    @property
+    def verdict(self) -> Verdict:
+        """What all checks add up to."""
+        return self.report.verdict
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def stage(self, name: str, steps: int | None = None) -> None:
+        """A stage begins."""
+
+    def advance(self) -> None:
+        """One step of it is done."""
+
+    def say(self, text: str) -> None:
+        """Something that the user should know now goes to the log."""
+        _log.warning("%s", text)
+
+    def interruptible(self) -> AbstractContextManager[Callable[[], bool]]:
+        """Nobody asks to stop."""
+        return contextlib.nullcontext(lambda: False)
+
 
 def convert(source: str, settings: Settings, progress: Progress, work: Path) -> Run:
-    """The main job: convert the model at `source` and judge the result. `work` is a folder for
-    files that go with the report."""
-    if settings.onnx:
-        require("onnx", "onnx", "onnxscript", "onnxruntime")
-    training_setup.load_margin(settings)
-    prepared = _prepare(source, settings, progress, trains=True)
+    """The main job for the model file at `source`: load it, and `check` what it holds. What is
+    wrong with the settings is said first."""
+    _check_settings(settings)
+    load_rules(settings.rules)
+    devices.choose(settings.device)
+    progress.stage("load the model")
+    # A model that draws its initial weights without a seed is the same at every run.
+    torch.manual_seed(0)
+    return check(load_case(source), settings, progress, work)
+
+
+def check(
+    case: Case, settings: Settings, progress: Progress | None = None, work: Path | None = None
+) -> Run:
+    """Convert the model of `case` and judge the result.
+
+    `work` is a folder for files that go with the report: with `settings.onnx` there has to be one.
+    Raises UsageError for wrong settings, ModelError for what is wrong with the case,
+    UnsupportedModelError where no part of the model can be captured.
+    """
+    _check_settings(settings)
+    progress = _Logged(progress or Silent())
+    prepared = _prepare(case, settings, progress, trains=True)
     case, captured = prepared.case, prepared.captured
     progress.stage("plan and rewrite")
     converted = convert_captured(
@@ -117,7 +160,36 @@ def convert(source: str, settings: Settings, progress: Progress, work: Path) -> 
     trained = _train(prepared, converted, settings, progress)
     progress.stage("judge")
     report = _report(prepared, settings, converted.plan, divergence, trained, exported)
-    return Run(report, converted.plan, converted, tuple(sorted(work.iterdir())))
+    files = () if work is None else tuple(sorted(work.iterdir()))
+    return Run(report, converted.plan, converted, files)
+
+
+def _check_settings(settings: Settings) -> None:
+    """What can be wrong with the settings alone."""
+    if settings.onnx:
+        require("onnx", "onnx", "onnxscript", "onnxruntime")
+    training_setup.load_margin(settings)
+
+
+class _Logged:
+    """Progress that is also told to the log."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def stage(self, name: str, steps: int | None = None) -> None:
+        _log.info("%s", name)
+        self._progress.stage(name, steps)
+
+    def advance(self) -> None:
+        self._progress.advance()
+
+    def say(self, text: str) -> None:
+        _log.info("%s", text)
+        self._progress.say(text)
+
+    def interruptible(self) -> AbstractContextManager[Callable[[], bool]]:
+        return self._progress.interruptible()
 
 
 def _export(
@@ -125,10 +197,12 @@ def _export(
     converted: ConvertedModel,
     settings: Settings,
     progress: Progress,
-    work: Path,
+    work: Path | None,
 ) -> OnnxSection | Unchecked:
     if not settings.onnx:
         return Unchecked(reason="--onnx was not given")
+    if work is None:
+        raise UsageError("there is no folder for the ONNX file", mend="Give one.")
     case = prepared.case
     progress.stage("export to ONNX")
     exported = onnx_export.export(
@@ -184,16 +258,16 @@ def clean_up(run: Run, settings: Settings) -> None:
         checkpoint.remove(Path(settings.checkpoint))
 
 
-def baseline(source: str, settings: Settings, progress: Progress) -> Fp32Baseline:
+def fp32_seeds(source: str, settings: Settings, progress: Progress) -> SeedSpread:
     """Train the FP32 model at `source` over `settings.seeds` seeds, and keep its metric."""
     progress.stage("load the model")
     device = devices.choose(settings.device)
     torch.manual_seed(0)
     case = _on_device(load_case(source), device.device)
     training_setup.why_not(case, dataclasses.replace(settings, train=True))
-    steps, seeds = settings.steps or DEFAULT_STEPS, settings.seeds or MIN_BASELINE_SEEDS
+    steps, seeds = settings.steps or DEFAULT_STEPS, settings.seeds or MIN_SPREAD_SEEDS
     progress.stage("train in FP32", steps * seeds)
-    return make_fp32_baseline(
+    return make_seed_spread(
         case.model,
         training_setup.make_recipe(case, settings),
         training_setup.make_data(case, settings, device.device),
@@ -211,7 +285,11 @@ def audit(source: str, settings: Settings, progress: Progress) -> tuple[Plan, Mo
 
     Kernels are tried on the example inputs, as they are for `convert`, so both give one plan.
     """
-    prepared = _prepare(source, settings, progress)
+    load_rules(settings.rules)
+    devices.choose(settings.device)
+    progress.stage("load the model")
+    torch.manual_seed(0)
+    prepared = _prepare(load_case(source), settings, _Logged(progress))
     progress.stage("plan")
     dtype = from_name(settings.dtype)
     converted = convert_captured(prepared.captured, prepared.rules, prepared.stats, dtype)
@@ -248,14 +326,11 @@ class _Prepared:
 
 
 def _prepare(
-    source: str, settings: Settings, progress: Progress, *, trains: bool = False
+    case: Case, settings: Settings, progress: Progress, *, trains: bool = False
 ) -> _Prepared:
     rules = load_rules(settings.rules)
     device = devices.choose(settings.device)
-    progress.stage("load the model")
-    # A model that draws its initial weights without a seed is the same at every run.
-    torch.manual_seed(0)
-    case = _on_device(load_case(source), device.device)
+    case = _on_device(case, device.device)
     if trains and not training_setup.why_not(case, settings):
         # What is wrong with these settings is said now, and not after minutes of work.
         training_setup.make_options(case, settings, device.device)
@@ -336,6 +411,7 @@ def _report(
         inference=divergence,
         training=training,
         onnx=onnx,
+        fixed_sizes=captured.fixed_sizes,
     )
 
 

@@ -12,8 +12,8 @@ import pytest
 
 import amp_convert
 
-FUNCTIONS = ["audit", "compare", "convert", "export_onnx"]
-TYPES = ["ConvertedModel", "Decision", "Divergence", "FrozenModel", "Plan"]
+FUNCTIONS = ["audit", "check", "compare", "convert", "export_onnx"]
+TYPES = ["ConvertedModel", "Decision", "Divergence", "FrozenModel", "Plan", "Run"]
 ERRORS = ["AmpConvertError", "ModelError", "UnsupportedModelError", "UsageError"]
 
 

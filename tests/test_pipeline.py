@@ -17,6 +17,7 @@ from amp_convert.loading import user_code as usercode
 from amp_convert.loading.settings import Settings
 from amp_convert.pipeline import Run
 from amp_convert.report import RunReport
+from amp_convert.report.records import NodeRecord
 from tests.command import HEAD, MLP, net
 
 # Draws its weights without a seed and counts the batches that are asked for.
@@ -218,7 +219,7 @@ def test_the_report_tells_of_this_model_and_this_plan(convert: Callable[..., Run
     assert (model.name, model.source, model.model_class) == ("model", "model.py", "model.Net")
     assert model.parameters == 8 * 8 + 8
     assert model.digest == hashlib.sha256(COUNTING.encode()).hexdigest()
-    assert run.report.plan.decisions == run.plan.eval
+    assert run.report.plan.decisions == tuple(map(NodeRecord.of, run.plan.eval))
     outputs = run.converted(torch.ones(4, 8))
     assert outputs.dtype == torch.float32
     assert not torch.equal(outputs, run.converted.captured.model(torch.ones(4, 8)))

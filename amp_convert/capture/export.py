@@ -16,6 +16,7 @@ import functools
 import gc
 import inspect
 import io
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,23 +40,25 @@ from amp_convert.capture.graph_call import (
 )
 from amp_convert.capture.node_info import NodeInfo, describe
 from amp_convert.core import device as devices
+from amp_convert.core.errors import first_line
 from amp_convert.core.mode import Mode
 
-aten = torch.ops.aten
-
+_log = logging.getLogger(__name__)
 
 KEPT_META = ("nn_module_stack", "stack_trace", "torch_fn")
 
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """One mode of one module as a function of its tensors and the user's inputs."""
+    """One mode of one module as a function of its tensors and the user's inputs. `fixed_sizes` says
+    why it takes none but the sizes it was traced with; "" where the first dimensions may vary."""
 
     mode: Mode
     graph_module: fx.GraphModule
     signature: Signature
     constants: Mapping[str, torch.Tensor] = field(repr=False)
     nodes: Mapping[str, NodeInfo] = field(repr=False)
+    fixed_sizes: str = ""
 
 
 def export_graph(
@@ -85,13 +88,19 @@ def export_graph(
         devices.plain_mode(device),
         _flat_outputs(module) as returned,
     ):
-        program = _dynamic_program(module, call, args, kwargs) if dynamic else None
+        program, fixed = None, "" if dynamic else "dynamic sizes were not asked for"
+        if dynamic:
+            program, fixed = _dynamic_program(module, call, args, kwargs)
         if program is None:
             program = _program(module, call, args, kwargs, dynamic=False)
+            _log.warning("%s: sizes are fixed in %s mode: %s", path or "the model", mode, fixed)
     graph = program.graph
     repair(graph)
     out_spec = returned[-1] if returned else program.call_spec.out_spec
     signature = _signature(program, module, call, bound.arguments, out_spec)
+    for given in signature.user_inputs:
+        if given.shape and given.shape[0] is not None:
+            _log.info("input %s: its first dimension is fixed at %d", given.path, given.shape[0])
     nodes = describe(graph, path)
     # What tracing left behind is read; its fake tensors would only stand in the way of a copy.
     for node in graph.nodes:
@@ -104,6 +113,7 @@ def export_graph(
         signature=signature,
         constants={n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)},
         nodes=nodes,
+        fixed_sizes=fixed,
     )
 
 
@@ -168,11 +178,12 @@ def _flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
 
 def _dynamic_program(
     module: nn.Module, call: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> torch.export.ExportedProgram | None:
+) -> tuple[torch.export.ExportedProgram | None, str]:
+    """The program with dynamic first dimensions, or None and why there is none."""
     try:
-        return _program(module, call, *doubled_batch(args, kwargs), dynamic=True)
-    except Exception:  # noqa: BLE001  whatever fails dynamically is retried statically
-        return None
+        return _program(module, call, *doubled_batch(args, kwargs), dynamic=True), ""
+    except Exception as error:  # noqa: BLE001  whatever fails dynamically is retried statically
+        return None, f"{type(error).__name__}: {first_line(error)}"
 
 
 def _program(

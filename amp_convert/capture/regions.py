@@ -14,6 +14,7 @@ node's multiply-adds, which planning needs.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,9 +33,17 @@ from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.node_info import is_library_frame, short_path
 from amp_convert.capture.pytree_containers import register_containers
 from amp_convert.core import device as devices
-from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError, first_line
+from amp_convert.core.errors import (
+    AmpConvertError,
+    ModelError,
+    UnsupportedModelError,
+    environment_problem,
+    first_line,
+)
 from amp_convert.core.mode import Mode
 from amp_convert.core.random_state import preserved_rng
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,15 @@ class Uncaptured:
     layer: str
     reason: str
     location: str
+
+
+@dataclass(frozen=True)
+class FixedSizes:
+    """A graph whose sizes could not be left open, and why: it takes those of the example inputs."""
+
+    layer: str
+    mode: Mode
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,16 @@ class Captured:
         return [(by_path[path], call) for path, call in observed]
 
     @property
+    def fixed_sizes(self) -> tuple[FixedSizes, ...]:
+        """The graphs that take no sizes but those of the example inputs."""
+        return tuple(
+            FixedSizes(region.path, mode, graph.fixed_sizes)
+            for region in self.regions
+            for mode, graph in region.graphs.items()
+            if graph.fixed_sizes
+        )
+
+    @property
     def is_whole(self) -> bool:
         """Whether one graph holds the whole model."""
         return len(self.regions) == 1 and not self.regions[0].path
@@ -139,7 +167,10 @@ def capture(
         regions: tuple[Region, ...] = (_region(model, args, kwargs, "", train),)
         uncaptured: tuple[Uncaptured, ...] = ()
     except _CannotCaptureError as error:
+        _log.info("the model cannot be captured whole (%s); its parts are tried", error.reason)
         regions, uncaptured = _by_submodule(model, args, kwargs, error, train)
+        for part in uncaptured:
+            _log.info("%s stays eager: %s", part.layer or "the top level", part.reason)
         if not regions:
             raise UnsupportedModelError(
                 f"no part of the model can be captured: {error.reason}",
@@ -148,6 +179,12 @@ def capture(
             ) from error.__cause__
     checks = [(region.path, _fidelity(region, mode)) for region in regions for mode in Mode]
     return Captured(model, args, kwargs, regions, uncaptured, _merged(checks))
+
+
+def _refuse_environment(cause: Exception) -> None:
+    """Raises what the environment lacks, if that is what came of it: that is no model's fault."""
+    if problem := environment_problem(cause):
+        raise problem from cause
 
 
 class _CannotCaptureError(Exception):
@@ -168,16 +205,20 @@ def _region(
     except ModelError:
         raise
     except Exception as cause:  # export fails in as many ways as user code does
+        _refuse_environment(cause)
         raise _CannotCaptureError(path, cause) from cause
     train_failure = "" if train else "training was not asked for"
     try:
         if train:
             graphs[Mode.TRAIN] = _graph(module, args, kwargs, Mode.TRAIN, path)
     except Exception as cause:  # noqa: BLE001  the eval graph is worth having without; fidelity says so
+        _refuse_environment(cause)
         train_failure = _CannotCaptureError(path, cause).reason
+        _log.warning("%s: no train graph: %s", path or "the model", train_failure)
     try:
         traces = {mode: _record(graph, module, args, kwargs) for mode, graph in graphs.items()}
     except (RuntimeError, TypeError, ValueError) as error:
+        _refuse_environment(error)
         raise ModelError(
             f"the model refuses its inputs: {type(error).__name__}: {first_line(error)}",
             mend="Give example inputs that the model takes.",

@@ -108,14 +108,30 @@ class _Steps(ProgressColumn):
 
 @contextlib.contextmanager
 def running(debug: bool) -> Iterator[tuple[Console, Bar]]:
-    """The console for the result, and the progress bar, while the user's prints go to stderr."""
+    """The console for the result, and the progress bar, while the user's prints go to stderr. With
+    `debug`, so does what amp-convert tells its log."""
     result = Console(file=sys.stdout, highlight=False)
     with (
         contextlib.redirect_stdout(sys.stderr),
-        contextlib.nullcontext() if debug else _quiet(),
+        _logged() if debug else _quiet(),
         Bar(Console(stderr=True, highlight=False)) as bar,
     ):
         yield result, bar
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    """Show what amp-convert logs."""
+    logger, handler = logging.getLogger("amp_convert"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -136,6 +152,11 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def say_renamed(former: str, name: str) -> None:
+    """Say that a name still holds, and what it is now."""
+    Console(stderr=True, highlight=False).print(Text(f"{former} is now {name}"), style="dim")
 
 
 def reserve_stdout() -> None:

@@ -1,204 +1,118 @@
-"""The command line's flags: their names, what `--help` says of them, and which go together."""
+"""The command line's flags: made from the settings, and which of them go together.
+
+What a flag is called, takes and says stands with its setting (see `loading.settings`); a command
+names the settings that it takes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from typing import Annotated
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
 from amp_convert.core.errors import UsageError
-from amp_convert.loading.settings import Settings, load_settings
+from amp_convert.loading.settings import (
+    SETTINGS,
+    Part,
+    Settings,
+    default_text,
+    flag_of,
+    load_settings,
+    option_of,
+    value_type,
+)
+from amp_convert.rules.rule_set import preset_names
 from amp_convert.validate.training.noninferiority import LOOKS, require_test
 
 Source = Annotated[
     str, typer.Argument(metavar="MODEL", help="model.py, or package.module:attribute.")
 ]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype", metavar="float16|bfloat16", help="The low precision. [default: float16]"
-    ),
-]
-Rules = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--rules",
-        metavar="NAME|FILE ...",
-        help="Presets (default, autocast, fp32, half) or rules files; later ones win. "
-        "[default: default]",
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="auto|cpu|cuda",
-        help="Where to run; also cuda:N. auto takes CUDA where there is one. [default: auto]",
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the libraries' warnings, and tracebacks.")
 ]
-Calibrate = Annotated[
-    int | None,
-    typer.Option("--calibrate", metavar="N", help="Batches to calibrate on. [default: 4]"),
-]
 
-# --- of convert ---
 
-Out = Annotated[
-    str | None,
-    typer.Option(
-        "--out", metavar="DIR", help="The report's folder. [default: reports/<MODEL's stem>]"
-    ),
-]
-Batches = Annotated[
-    int | None,
-    typer.Option("--batches", metavar="N", help="Eval batches to compare on. [default: 8]"),
-]
-Tolerance = Annotated[
-    float | None,
-    typer.Option(
-        "--tolerance",
-        metavar="X",
-        help="Largest relative L2 error of an output. [default: 0.02, for bfloat16 0.16]",
-    ),
-]
-MetricTolerance = Annotated[
-    float | None,
-    typer.Option(
-        "--metric-tolerance",
-        metavar="X",
-        help="Loss allowed in a metric, relative. [default: 0.01]",
-    ),
-]
-Baseline = Annotated[
-    str | None,
-    typer.Option("--baseline", metavar="FILE", help="Gate the result on this baseline too."),
-]
-Onnx = Annotated[
-    bool | None,
-    typer.Option("--onnx", help="Write the model as ONNX too, and check it in ONNX Runtime."),
-]
-IoTypes = Annotated[
-    str | None,
-    typer.Option(
-        "--io-types",
-        metavar="keep|low",
-        help="ONNX inputs and outputs in FP32, or in the low dtype. [default: keep]",
-    ),
-]
-Opset = Annotated[
-    int | None,
-    typer.Option("--opset", metavar="N", help="ONNX opset. [default: the first that suffices]"),
-]
-ExternalData = Annotated[
-    bool | None,
-    typer.Option("--external-data", help="ONNX weights in a file of their own."),
-]
+def taking(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """A command that takes the flags of these settings, and gets those that were given as its
+    argument `given`: values by setting, without those that are absent."""
 
-# --- of training ---
+    def wrapped(command: Callable[..., int]) -> Callable[..., int]:
+        own = inspect.signature(command, eval_str=True)
+        kept = [p for name, p in own.parameters.items() if name != "given"]
+        made = [_parameter(name) for name in names if name not in own.parameters]
 
-Train = Annotated[
-    bool | None,
-    typer.Option(
-        "--train/--no-train",
-        help="Train beside FP32, too. [default: where MODEL defines train_batches and loss]",
-    ),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option("--steps", metavar="N", help="Training steps. [default: up to 50]"),
-]
-Seeds = Annotated[
-    int | None,
-    typer.Option(
-        "--seeds",
-        metavar="N",
-        help="Train up to N pairs, 5 to 12, and test that mixed is not worse. [default: 1]",
-    ),
-]
-Margin = Annotated[
-    float | None,
-    typer.Option(
-        "--margin", metavar="X", help="With --seeds: how much worse the metric may be, in its unit."
-    ),
-]
-Fp32Baseline = Annotated[
-    str | None,
-    typer.Option(
-        "--fp32-baseline",
-        metavar="FILE",
-        help="With --seeds: take the margin from this file of amp-convert baseline.",
-    ),
-]
-TrainMetric = Annotated[
-    str | None,
-    typer.Option(
-        "--train-metric",
-        metavar="NAME",
-        help="The metric that training is judged by. [default: the first]",
-    ),
-]
-Accumulate = Annotated[
-    int | None,
-    typer.Option("--accumulate", metavar="N", help="Batches to a training step. [default: 1]"),
-]
-ClipNorm = Annotated[
-    float | None,
-    typer.Option("--clip-norm", metavar="X", help="Clip gradients to this L2 norm."),
-]
-LossScale = Annotated[
-    str | None,
-    typer.Option(
-        "--loss-scale",
-        metavar="dynamic|none|X",
-        help="How the loss is scaled. [default: dynamic, for bfloat16 none]",
-    ),
-]
-InitialScale = Annotated[
-    float | None,
-    typer.Option(
-        "--initial-scale", metavar="X", help="Where a dynamic loss scale starts. [default: 65536]"
-    ),
-]
-ScaleGrowth = Annotated[
-    float | None,
-    typer.Option("--scale-growth", metavar="X", help="Its growth factor. [default: 2]"),
-]
-ScaleBackoff = Annotated[
-    float | None,
-    typer.Option("--scale-backoff", metavar="X", help="Its back-off factor. [default: 0.5]"),
-]
-ScaleInterval = Annotated[
-    int | None,
-    typer.Option(
-        "--scale-interval", metavar="N", help="Clean steps before it grows. [default: 2000]"
-    ),
-]
-Checkpoint = Annotated[
-    str | None,
-    typer.Option(
-        "--checkpoint", metavar="DIR", help="Keep the training's state here, and go on from it."
-    ),
-]
-CheckpointEvery = Annotated[
-    int | None,
-    typer.Option("--checkpoint-every", metavar="N", help="Steps between. [default: 25]"),
-]
+        @wraps(command)
+        def run(**values: Any) -> int:
+            given = {n: v for n in names if (v := values.get(n)) is not None and v != []}
+            rest = {p.name: values[p.name] for p in kept}
+            return command(given=given, **rest)
+
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in sorted(
+                [*kept, *made], key=lambda parameter: parameter.name in ("as_json", "debug")
+            )
+        ]
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
+        return run
+
+    return wrapped
+
+
+_TYPES: dict[type, Any] = {
+    str: str | None,
+    int: int | None,
+    float: float | None,
+    bool: bool | None,
+    tuple: list[str] | None,
+}
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    kind = value_type(name)
+    said, flag = option_of(name), f"--{flag_of(name)}"
+    declared = [f"{flag}/--no-{flag_of(name)}"] if name == "train" else [flag]
+    option = typer.Option(*declared, metavar=said.value or None, help=help_of(name))
+    annotation: Any = Annotated[_TYPES[kind], option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def help_of(name: str) -> str:
+    """What `--help` says of a setting."""
+    text = option_of(name).help.format(presets=", ".join(preset_names()))
+    default = default_text(name)
+    return f"{text} [default: {default}]" if default else text
+
+
+def table_of(part: Part) -> str:
+    """The flags of a part as a Markdown table, for the documentation."""
+    rows = ["| Flag | Meaning | Unless given |", "|---|---|---|"]
+    for name in SETTINGS:
+        option = option_of(name)
+        if option.part is part:
+            flag = f"--{flag_of(name)} {option.value}".strip().replace("|", "\\|")
+            flag = "--train`, `--no-train" if name == "train" else flag
+            text = option.help.format(presets=", ".join(preset_names()))
+            rows.append(f"| `{flag}` | {text} | {default_text(name)} |")
+    return "\n".join(rows) + "\n"
+
 
 # --- which go together ---
 
 _OF_A_SCALE = ("initial_scale", "scale_growth", "scale_backoff", "scale_interval")
-_OF_SEEDS = ("margin", "fp32_baseline")
-_OF_TRAINING = (
-    *("steps", "seeds", *_OF_SEEDS, "train_metric", "accumulate", "clip_norm", "loss_scale"),
-    *(*_OF_A_SCALE, "checkpoint", "checkpoint_every"),
+_OF_SEEDS = ("margin", "fp32_seeds")
+_OF_TRAINING = tuple(
+    name for name in SETTINGS if option_of(name).part is Part.TRAINING and name != "train"
 )
-_OF_ONNX = ("io_types", "opset", "external_data")
+_OF_ONNX = tuple(name for name in SETTINGS if option_of(name).part is Part.ONNX)
 _LEAVE_ONE_OUT = "Leave one out."
 
 
@@ -222,7 +136,7 @@ def convert_settings(source: str, given: Mapping[str, object]) -> Settings:
     for name in asked:
         _refuse_idle(name, settings)
     settings = _one_margin(settings, asked)
-    has_margin = settings.margin is not None or settings.fp32_baseline is not None
+    has_margin = settings.margin is not None or settings.fp32_seeds is not None
     require_test(settings.seeds or 1, has_margin=has_margin)
     return settings
 
@@ -252,15 +166,15 @@ def _refuse_idle(name: str, settings: Settings) -> None:
 
 def _one_margin(settings: Settings, asked: Collection[str]) -> Settings:
     """The settings with one source of the margin at most: a flag before pyproject.toml."""
-    if settings.margin is None or settings.fp32_baseline is None:
+    if settings.margin is None or settings.fp32_seeds is None:
         return settings
-    match [name for name in ("margin", "fp32_baseline") if name in asked]:
+    match [name for name in ("margin", "fp32_seeds") if name in asked]:
         case ["margin"]:
-            return dataclasses.replace(settings, fp32_baseline=None)
-        case ["fp32_baseline"]:
+            return dataclasses.replace(settings, fp32_seeds=None)
+        case ["fp32_seeds"]:
             return dataclasses.replace(settings, margin=None)
-    raise UsageError("--margin and --fp32-baseline were both given", mend=_LEAVE_ONE_OUT)
+    raise UsageError("--margin and --fp32-seeds were both given", mend=_LEAVE_ONE_OUT)
 
 
 def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return f"--{flag_of(name)}"

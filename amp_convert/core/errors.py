@@ -1,10 +1,15 @@
 """The one error hierarchy. Each message says what happened, where, and what to do about it.
 
 The command line prints `str(error)` as its only line and exits with `error.exit_code`;
-`--debug` adds the traceback.
+`--debug` adds the traceback. Any other exception is a fault in amp-convert: exit code `FAULT`.
 """
 
 from __future__ import annotations
+
+import errno
+
+FAULT = 5
+"""The exit code of a fault in amp-convert itself."""
 
 
 def first_line(error: BaseException) -> str:
@@ -38,6 +43,43 @@ class UsageError(AmpConvertError):
 
 class ModelError(AmpConvertError):
     """The user's model file, its inputs or its FP32 results are wrong. Exit code 2."""
+
+
+class EnvironmentProblemError(AmpConvertError):
+    """The machine ran out of something, or lacks a package: no fault of the model. Exit code 2."""
+
+
+_NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def environment_problem(error: BaseException) -> EnvironmentProblemError | None:
+    """What the environment lacks, where that is what an exception, or one that caused it, says;
+    None for all others.
+
+    PyTorch raises a RuntimeError where the CPU's memory is used up, which only its text tells.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for found in chain:
+        text = first_line(found)
+        if (
+            isinstance(found, MemoryError)
+            or type(found).__name__ == "OutOfMemoryError"
+            or (isinstance(found, RuntimeError) and any(words in text for words in _NO_MEMORY))
+        ):
+            mend = "Give smaller batches, or a machine with more memory."
+            return EnvironmentProblemError(f"memory ran out: {text}", mend=mend)
+        if isinstance(found, OSError) and found.errno in _FULL_DISK:
+            where = str(found.filename or "")
+            return EnvironmentProblemError("the disk is full", where=where, mend="Make room on it.")
+        if isinstance(found, ModuleNotFoundError):
+            mend = "Install it in this Python environment."
+            return EnvironmentProblemError(f"the package {found.name} is missing", mend=mend)
+    return None
 
 
 class UnsupportedModelError(AmpConvertError):

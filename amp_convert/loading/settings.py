@@ -1,5 +1,9 @@
 """What the user asked for: flags, then `[tool.amp-convert]`, then defaults.
 
+Each setting is declared once, as a field of `Settings`: its type says which values it takes, its
+`Option` what `--help` and the documentation say of it. The flag, the key in pyproject.toml, the
+checks (by pydantic) and the tables in the documentation all come from there.
+
 The table is read from one file only: the nearest pyproject.toml, going up from the model file's
 folder, whether or not it has the table. Its keys are the flags' names without the dashes in
 front (`metric-tolerance = 0.02`), and relative paths in it start from its own folder. Values
@@ -13,17 +17,116 @@ import difflib
 import math
 import os
 import re
-import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StrictBool,
+    TypeAdapter,
+    ValidationError,
+)
 
 from amp_convert.core.errors import UsageError
 
 _NAME = r"[^\W\d]\w*"
 _TABLE = "pyproject.toml [tool.amp-convert]"
+
+
+class Part(StrEnum):
+    """What a setting is about: its place in the documentation."""
+
+    CONVERSION = "conversion"
+    TRAINING = "training"
+    ONNX = "onnx"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is said of a setting. `value` stands for its value, as in `--steps N`; `default` says in
+    words what holds where it is not given, for those whose default is no value of their own. A
+    relative path in pyproject.toml starts from that file (`is_path`)."""
+
+    help: str
+    value: str = ""
+    default: str = ""
+    part: Part = Part.CONVERSION
+    is_path: bool = False
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to give in place of a value that a type refuses."""
+
+    text: str
+
+
+# --- the types of values -------------------------------------------------------------------------
+
+
+def _power_of_two(value: float) -> float:
+    if math.frexp(value)[0] != 0.5:
+        raise ValueError("no power of two")
+    return value
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_text(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _as_scale(value: object) -> object:
+    """A loss scale as text: the number of one that is fixed, "1024"."""
+    if value in ("dynamic", "none"):
+        return value
+    number = float(value) if isinstance(value, str) else value
+    return f"{TypeAdapter(PowerOfTwo).validate_python(number):.0f}"
+
+
+Finite = Field(strict=True, allow_inf_nan=False)
+Text = Annotated[str, Field(strict=True, min_length=1)]
+Count = Annotated[int, Field(strict=True, ge=1), Wanted("a whole number of at least 1")]
+Amount = Annotated[float, Finite, Field(ge=0), Wanted("a finite number of at least 0")]
+Positive = Annotated[float, Finite, Field(gt=0), Wanted("a finite number above 0")]
+Growth = Annotated[float, Finite, Field(gt=1), Wanted("a finite number above 1")]
+Share = Annotated[float, Finite, Field(gt=0, lt=1), Wanted("a number between 0 and 1")]
+_POWERS = "a power of two from 1 to 2**127"  # the largest in FP32
+PowerOfTwo = Annotated[
+    float, Finite, Field(ge=1, lt=2.0**128), AfterValidator(_power_of_two), Wanted(_POWERS)
+]
+LossScale = Annotated[Text, BeforeValidator(_as_scale), Wanted(f"dynamic, none, or {_POWERS}")]
+Switch = Annotated[StrictBool, Wanted("true or false")]
+File = Annotated[Text, BeforeValidator(_as_text), Wanted("a path")]
+Name = Annotated[Text, Wanted("a name")]
+Dtype = Annotated[Literal["float16", "bfloat16"], Wanted("float16 or bfloat16")]
+IoTypes = Annotated[Literal["keep", "low"], Wanted("keep or low")]
+DeviceName = Annotated[
+    Text, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), Wanted("auto, cpu, cuda or cuda:N")
+]
+RuleNames = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+    Wanted("the name of a preset, the path of a rules file, or a list of them"),
+]
+
+
+def _train(help_text: str, value: str = "", default: str = "", *, is_path: bool = False) -> Option:
+    return Option(help_text, value, default, Part.TRAINING, is_path)
+
+
+def _onnx(help_text: str, value: str = "", default: str = "") -> Option:
+    return Option(help_text, value, default, Part.ONNX)
 
 
 @dataclass(frozen=True)
@@ -43,38 +146,88 @@ class Settings:
     `loss_scale` is "dynamic", "none" or a fixed power of two, None what the dtype needs; a dynamic
     one starts at `initial_scale` and follows `scale_growth`, `scale_backoff` and `scale_interval`,
     as in `torch.amp.GradScaler`. `train_metric` is what training is judged by, over seeds
-    against `margin` in its own unit or that of the file `fp32_baseline`. `checkpoint` is a folder,
+    against `margin` in its own unit or that of the file `fp32_seeds`. `checkpoint` is a folder,
     written every `checkpoint_every` steps.
     """
 
-    dtype: str = "float16"
-    rules: tuple[str, ...] = ("default",)
-    device: str = "auto"
-    out: str | None = None
-    baseline: str | None = None
-    calibrate: int = 4
-    batches: int = 8
-    train: bool | None = None
-    steps: int | None = None
-    seeds: int | None = None
-    onnx: bool = False
-    io_types: str = "keep"
-    opset: int | None = None
-    external_data: bool = False
-    tolerance: float | None = None
-    metric_tolerance: float = 0.01
-    accumulate: int = 1
-    clip_norm: float | None = None
-    loss_scale: str | None = None
-    initial_scale: float = 65536.0
-    scale_growth: float = 2.0
-    scale_backoff: float = 0.5
-    scale_interval: int = 2000
-    train_metric: str | None = None
-    margin: float | None = None
-    fp32_baseline: str | None = None
-    checkpoint: str | None = None
-    checkpoint_every: int = 25
+    dtype: Annotated[Dtype, Option("The low precision.", "float16|bfloat16")] = "float16"
+    rules: Annotated[
+        RuleNames, Option("Presets ({presets}) or rules files; later ones win.", "NAME|FILE ...")
+    ] = ("default",)
+    device: Annotated[
+        DeviceName,
+        Option("Where to run; also cuda:N. auto takes CUDA where there is one.", "auto|cpu|cuda"),
+    ] = "auto"
+    out: Annotated[
+        File | None,
+        Option("The report's folder.", "DIR", "reports/<MODEL's stem>", is_path=True),
+    ] = None
+    baseline: Annotated[
+        File | None, Option("Gate the result on this baseline too.", "FILE", is_path=True)
+    ] = None
+    calibrate: Annotated[Count, Option("Eval batches that the guards measure on.", "N")] = 4
+    batches: Annotated[Count, Option("Eval batches to compare on at most.", "N")] = 8
+    train: Annotated[
+        Switch | None,
+        _train("Train beside FP32, too.", default="where MODEL defines train_batches and loss"),
+    ] = None
+    steps: Annotated[
+        Count | None,
+        _train("Training steps.", "N", "as many as there are batches for, up to 50"),
+    ] = None
+    seeds: Annotated[
+        Count | None,
+        _train("Train up to N pairs, 5 to 12, and test that mixed is not worse.", "N", "1"),
+    ] = None
+    onnx: Annotated[
+        Switch, Option("Write the model as ONNX too, and check it in ONNX Runtime.")
+    ] = False
+    io_types: Annotated[
+        IoTypes, _onnx("ONNX inputs and outputs in FP32, or in the low dtype.", "keep|low")
+    ] = "keep"
+    opset: Annotated[Count | None, _onnx("ONNX opset.", "N", "the first that suffices")] = None
+    external_data: Annotated[Switch, _onnx("ONNX weights in a file of their own.")] = False
+    tolerance: Annotated[
+        Amount | None,
+        Option("Largest relative L2 error of an output.", "X", "0.02, for bfloat16 0.16"),
+    ] = None
+    metric_tolerance: Annotated[
+        Amount, Option("Loss allowed in a metric, relative to FP32.", "X")
+    ] = 0.01
+    accumulate: Annotated[Count, _train("Batches to a training step.", "N")] = 1
+    clip_norm: Annotated[
+        Positive | None, _train("Clip the gradients, unscaled, to this L2 norm.", "X")
+    ] = None
+    loss_scale: Annotated[
+        LossScale | None,
+        _train("How the loss is scaled.", "dynamic|none|X", "dynamic, for bfloat16 none"),
+    ] = None
+    initial_scale: Annotated[PowerOfTwo, _train("Where a dynamic loss scale starts.", "X")] = (
+        65536.0
+    )
+    scale_growth: Annotated[Growth, _train("Its growth factor.", "X")] = 2.0
+    scale_backoff: Annotated[Share, _train("Its back-off factor.", "X")] = 0.5
+    scale_interval: Annotated[Count, _train("Clean steps before it grows.", "N")] = 2000
+    train_metric: Annotated[
+        Name | None,
+        _train("The metric that training is judged by.", "NAME", "the first, or else the loss"),
+    ] = None
+    margin: Annotated[
+        Positive | None, _train("With --seeds: how much worse the metric may be, in its unit.", "X")
+    ] = None
+    fp32_seeds: Annotated[
+        File | None,
+        _train(
+            "With --seeds: take the margin from this file of amp-convert fp32-seeds.",
+            "FILE",
+            is_path=True,
+        ),
+    ] = None
+    checkpoint: Annotated[
+        File | None,
+        _train("Keep the training's state here, and go on from it.", "DIR", is_path=True),
+    ] = None
+    checkpoint_every: Annotated[Count, _train("Steps between two of them.", "N")] = 25
 
     @property
     def loss_scaling(self) -> str:
@@ -96,8 +249,16 @@ def load_settings(model_source: str, flags: Mapping[str, object]) -> Settings:
         if value is not None and value != () and value != []:
             flag = name.replace("_", "-")
             field = _field(flag, f"--{flag}")
-            values[field] = _checked(flag, value, f"--{flag}")
+            values[field] = _checked(field, value, f"--{flag}")
     return Settings(**values)
+
+
+def make_settings(**values: object) -> Settings:
+    """Settings from values given in a program; None for those that are absent. Raises UsageError
+    for an unknown name or a wrong value."""
+    given = {name: value for name, value in values.items() if value is not None}
+    fields = {_field(flag_of(name), "settings"): value for name, value in given.items()}
+    return Settings(**{n: _checked(n, value, "settings") for n, value in fields.items()})
 
 
 def split_source(source: str) -> tuple[str, str]:
@@ -150,164 +311,95 @@ def _from_pyproject(folder: Path) -> dict[str, Any]:
                 f"{key} is not a table", where=_TABLE, mend="Write [tool.amp-convert]."
             )
     return {
-        _field(key, _TABLE): _anchored(key, _checked(key, value, _TABLE), path.parent)
+        field: _anchored(field, _checked(field, value, _TABLE), path.parent)
         for key, value in table.items()
+        for field in [_field(key, _TABLE)]
     }
 
 
-def _anchored(key: str, value: Any, folder: Path) -> Any:
+def _anchored(field: str, value: Any, folder: Path) -> Any:
     """`value` with relative paths made absolute from `folder`; a preset's name stays."""
-    if key in ("out", "baseline", "fp32-baseline", "checkpoint"):
+    if option_of(field).is_path:
         return str(folder / value)
-    if key == "rules":
+    if field == "rules":
         return tuple(
-            str(folder / rule) if rule.endswith(".toml") or re.search(r"[/\\]", rule) else rule
+            str(folder / rule) if "." in rule or re.search(r"[/\\]", rule) else rule
             for rule in value
         )
     return value
 
 
 def _field(key: str, where: str) -> str:
-    if key in _CHECKS:
+    """The field of the setting that a flag or key names."""
+    key = _FORMER.get(key, key)
+    known = [flag_of(field) for field in SETTINGS]
+    if key in known:
         return key.replace("-", "_")
-    near = difflib.get_close_matches(key, _CHECKS, n=1)
-    mend = f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(sorted(_CHECKS))}."
+    near = difflib.get_close_matches(key, known, n=1)
+    mend = f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(sorted(known))}."
     raise UsageError(f"unknown setting {key}", where=where, mend=mend)
 
 
-def _checked(key: str, value: object, where: str) -> Any:
+def _checked(field: str, value: object, where: str) -> Any:
+    """The value in the setting's type."""
     try:
-        return _CHECKS[key](value)
-    except ValueError as error:
-        raise UsageError(f"{key} is {value!r}", where=where, mend=f"Give {error}.") from error
+        return TypeAdapter(_hints()[field]).validate_python(value)
+    except (ValidationError, ValueError, TypeError, OverflowError) as error:
+        mend = f"Give {_wanted(_hints()[field])}."
+        raise UsageError(f"{flag_of(field)} is {value!r}", where=where, mend=mend) from error
 
 
-# Each check returns the value in its field's type, or raises ValueError with what to give instead.
+# --- what is declared ----------------------------------------------------------------------------
 
 
-def _dtype(value: object) -> str:
-    if value == "float16" or value == "bfloat16":
-        return str(value)
-    raise ValueError("float16 or bfloat16")
-
-
-def _device(value: object) -> str:
-    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value):
-        return value
-    raise ValueError("auto, cpu, cuda or cuda:N")
-
-
-def _rules(value: object) -> tuple[str, ...]:
-    entries = [value] if isinstance(value, str) else value
-    if (
-        isinstance(entries, list | tuple)
-        and entries
-        and all(isinstance(entry, str) and entry for entry in entries)
-    ):
-        return tuple(entries)
-    raise ValueError("the name of a preset, the path of a rules file, or a list of them")
-
-
-def _path(value: object) -> str:
-    if isinstance(value, str | Path) and str(value):
-        return str(value)
-    raise ValueError("a path")
-
-
-def _count(value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    raise ValueError("a whole number of at least 1")
-
-
-def _number(value: object) -> float:
-    """`value` as a float; NaN, which every comparison refuses, unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    return float(value) if abs(value) <= sys.float_info.max else math.nan
-
-
-def _amount(value: object) -> float:
-    if (number := _number(value)) >= 0:
-        return number
-    raise ValueError("a finite number of at least 0")
-
-
-def _between(low: float, high: float, wanted: str) -> Callable[[object], float]:
-    def check(value: object) -> float:
-        if low < (number := _number(value)) < high:
-            return number
-        raise ValueError(wanted)
-
-    return check
-
-
-def _power_of_two(value: object) -> float:
-    number = _number(value)
-    if 1 <= number < 2.0**128 and math.frexp(number)[0] == 0.5:
-        return number
-    raise ValueError("a power of two from 1 to 2**127")  # the largest in FP32
-
-
-def _loss_scale(value: object) -> str:
-    if value == "dynamic" or value == "none":
-        return str(value)
-    try:
-        number = _power_of_two(float(value) if isinstance(value, str) else value)
-    except ValueError:
-        raise ValueError("dynamic, none, or a power of two from 1 to 2**127") from None
-    return f"{number:.0f}"
-
-
-def _io_types(value: object) -> str:
-    if value == "keep" or value == "low":
-        return str(value)
-    raise ValueError("keep or low")
-
-
-def _name(value: object) -> str:
-    if isinstance(value, str) and value:
-        return value
-    raise ValueError("a name")
-
-
-def _switch(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise ValueError("true or false")
-
-
-_positive = _between(0, math.inf, "a finite number above 0")
-_BY_FIELD: dict[str, Callable[[object], object]] = {
-    "dtype": _dtype,
-    "rules": _rules,
-    "device": _device,
-    "out": _path,
-    "baseline": _path,
-    "calibrate": _count,
-    "batches": _count,
-    "train": _switch,
-    "steps": _count,
-    "seeds": _count,
-    "onnx": _switch,
-    "io_types": _io_types,
-    "opset": _count,
-    "external_data": _switch,
-    "tolerance": _amount,
-    "metric_tolerance": _amount,
-    "accumulate": _count,
-    "clip_norm": _positive,
-    "loss_scale": _loss_scale,
-    "initial_scale": _power_of_two,
-    "scale_growth": _between(1, math.inf, "a finite number above 1"),
-    "scale_backoff": _between(0, 1, "a number between 0 and 1"),
-    "scale_interval": _count,
-    "train_metric": _name,
-    "margin": _positive,
-    "fp32_baseline": _path,
-    "checkpoint": _path,
-    "checkpoint_every": _count,
-}
 SETTINGS = tuple(field.name for field in fields(Settings))
 """The names of all settings."""
-_CHECKS = {field.name.replace("_", "-"): _BY_FIELD[field.name] for field in fields(Settings)}
+_FORMER = {"fp32-baseline": "fp32-seeds"}
+"""Former names of settings, which still hold."""
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Settings, include_extras=True)
+
+
+def _metadata(hint: Any) -> Iterator[object]:
+    """What the Annotated types in a type say, the outermost first."""
+    yield from getattr(hint, "__metadata__", ())
+    for inner in getattr(hint, "__args__", ()):
+        yield from _metadata(inner)
+
+
+def option_of(field: str) -> Option:
+    """What is said of a setting."""
+    return next(found for found in _metadata(_hints()[field]) if isinstance(found, Option))
+
+
+def _wanted(hint: Any) -> str:
+    return next(found.text for found in _metadata(hint) if isinstance(found, Wanted))
+
+
+def value_type(field: str) -> type:
+    """The plain type of a setting's value: str, int, float, bool or tuple."""
+    hint = _hints()[field]
+    while hasattr(hint, "__metadata__") or type(None) in getattr(hint, "__args__", ()):
+        hint = hint.__args__[0] if type(None) in getattr(hint, "__args__", ()) else hint.__origin__
+    origin = getattr(hint, "__origin__", hint)
+    found: type = str if origin is Literal else origin
+    return found
+
+
+def flag_of(field: str) -> str:
+    """A setting's name as a flag, without the dashes in front, and as a key."""
+    return field.replace("_", "-")
+
+
+def default_text(field: str) -> str:
+    """What holds where a setting is not given, in words; "" where that is nothing."""
+    said = option_of(field).default
+    value = Settings.__dataclass_fields__[field].default
+    if said or value in (None, False):
+        return said
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

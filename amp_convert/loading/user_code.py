@@ -33,7 +33,7 @@ from types import ModuleType
 import torch
 
 import amp_convert
-from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
+from amp_convert.core.errors import AmpConvertError, ModelError, UsageError, environment_problem
 
 SOURCES = "Give the path of a .py file, or package.module:attribute."
 _NOT_THE_USERS = tuple(
@@ -84,6 +84,8 @@ def user_code(what: str, path: str, mend: str = "") -> Iterator[None]:
         line = f"{os.path.basename(error.filename or path)}:{error.lineno or 1}"
         raise ModelError(f"{what} {said}", where=line, mend="Correct that line.") from error
     except Exception as error:
+        if problem := environment_problem(error):
+            raise problem from error
         mend = mend or "Correct it there; --debug shows the traceback."
         where = _user_line(error, path)
         raise ModelError(f"{what} {_raised(error)}", where=where, mend=mend) from error

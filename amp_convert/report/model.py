@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from amp_convert.capture.fidelity import Fidelity
-from amp_convert.capture.regions import Uncaptured
+from amp_convert.capture.regions import FixedSizes, Uncaptured
 from amp_convert.onnx_file.write import OnnxModel
 from amp_convert.plan.plan import Plan
 from amp_convert.report.records import NodeRecord
@@ -132,6 +132,7 @@ class RunReport(Section):
     inference: Divergence | None
     training: TrainingParity | Unchecked
     onnx: OnnxSection | Unchecked
+    fixed_sizes: tuple[FixedSizes, ...] = ()
 
     @field_validator("verdict")
     @classmethod

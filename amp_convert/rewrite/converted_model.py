@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,10 +55,12 @@ def convert_captured(
             if error.info is None or error.info.op in refused:
                 raise
             refused[error.info.op] = error.cause
+            _log.info("%s stays in FP32, the plan is made anew: %s", error.info.op, error.cause)
         else:
             return converted
 
 
+_log = logging.getLogger(__name__)
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 

@@ -151,7 +151,7 @@ def test_a_wrong_model_file(text: str, message: str, tmp_path: Path) -> None:
         (
             "tune model.py",
             f"tune is not available in amp-convert {__version__}. "
-            "Its commands are convert, baseline, audit, gate.",
+            "Its commands are convert, fp32-seeds, audit, gate.",
         ),
         ("audti model.py", "there is no command or file audti. Did you mean audit?"),
         (
@@ -322,7 +322,8 @@ def test_a_fault_of_our_own_is_one_line_too(
 ) -> None:
     write(tmp_path, GOOD)
     monkeypatch.setattr("amp_convert.pipeline.judge", lambda *_, **__: 1 / 0)
-    assert refused(tmp_path, "model.py") == (
-        "ZeroDivisionError: division by zero. This is a fault in amp-convert; --debug shows where."
+    assert refused(tmp_path, "model.py", code=5) == (
+        "a fault in amp-convert itself: ZeroDivisionError: division by zero. "
+        "Please report it with what --debug shows."
     )
     assert "in <lambda>" in amp(tmp_path, "model.py", "--debug").err

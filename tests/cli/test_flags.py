@@ -67,7 +67,7 @@ def test_without_flags_training_is_the_model_files_choice(model: str) -> None:
         {"checkpoint": "c"},
         {"checkpoint": "c", "checkpoint_every": 5},
         TEST,
-        {"seeds": 12, "fp32_baseline": "b"},
+        {"seeds": 12, "fp32_seeds": "b"},
     ],
 )
 def test_a_flag_of_training_asks_for_training(model: str, given: dict[str, object]) -> None:
@@ -106,7 +106,7 @@ def test_seeds_that_no_look_is_for(model: str, seeds: int) -> None:
 def test_seeds_need_a_margin(model: str) -> None:
     said = (
         "a test over seeds needs a margin that is fixed before it. Give --margin in the metric's "
-        "unit, or --fp32-baseline with a file that amp-convert baseline made."
+        "unit, or --fp32-seeds with a file that amp-convert fp32-seeds made."
     )
     assert refusal(model, seeds=5) == said
     table(model, "seeds = 12")
@@ -115,7 +115,7 @@ def test_seeds_need_a_margin(model: str) -> None:
     assert settings(model, seeds=1) == {"train": True, "seeds": 1}
 
 
-@pytest.mark.parametrize("name", ["margin", "fp32_baseline"])
+@pytest.mark.parametrize("name", ["margin", "fp32_seeds"])
 def test_what_is_for_seeds_is_refused_without_them(model: str, name: str) -> None:
     value = 0.1 if name == "margin" else "x"
     said = f"--{name.replace('_', '-')} {ONE_SEED}"
@@ -126,16 +126,16 @@ def test_what_is_for_seeds_is_refused_without_them(model: str, name: str) -> Non
 
 
 def test_one_margin_and_the_flag_has_the_last_word(model: str, tmp_path: Path) -> None:
-    said = "--margin and --fp32-baseline were both given. Leave one out."
-    assert refusal(model, seeds=5, margin=0.1, fp32_baseline="b") == said
+    said = "--margin and --fp32-seeds were both given. Leave one out."
+    assert refusal(model, seeds=5, margin=0.1, fp32_seeds="b") == said
     table(model, "margin = 0.1")
     asked = {"train": True, "seeds": 5}
-    assert settings(model, seeds=5, fp32_baseline="b") == {**asked, "fp32_baseline": "b"}
+    assert settings(model, seeds=5, fp32_seeds="b") == {**asked, "fp32_seeds": "b"}
     assert settings(model, seeds=5) == {**asked, "margin": 0.1}
-    table(model, "fp32-baseline = 'b'")
+    table(model, "fp32-seeds = 'b'")
     assert settings(model, seeds=5, margin=0.2) == {**asked, "margin": 0.2}
-    assert settings(model, seeds=5) == {**asked, "fp32_baseline": f"{tmp_path}/b"}
-    table(model, "fp32-baseline = 'b'\nmargin = 0.1")
+    assert settings(model, seeds=5) == {**asked, "fp32_seeds": f"{tmp_path}/b"}
+    table(model, "fp32-seeds = 'b'\nmargin = 0.1")
     assert refusal(model, seeds=5) == said
 
 

@@ -337,8 +337,8 @@ def test_help_lists_commands_and_exit_codes(tmp_path: Path) -> None:
     outcome = amp(tmp_path, "--help")
     assert outcome.code == 0
     text = " ".join(outcome.out.split())
-    assert "convert Convert MODEL, compare it with FP32, and give a verdict. baseline" in text
-    assert "baseline Measure FP32's spread over seeds: the margin for --seeds. audit" in text
+    assert "convert Convert MODEL, compare it with FP32, and give a verdict. fp32-seeds" in text
+    assert "fp32-seeds Measure FP32's spread over seeds: the margin for --seeds. audit" in text
     assert "0 pass, 1 parity or gate failed, 2 wrong usage or input, 3 inconclusive, 4" in text
     assert max(map(len, outcome.out.splitlines())) <= 80
 
@@ -352,7 +352,7 @@ def test_the_flags_of_the_contract_and_their_defaults(tmp_path: Path) -> None:
         "[default: auto]",
         "--out DIR The report's folder. [default: reports/<MODEL's stem>]",
         "--train / --no-train",
-        "--steps N Training steps. [default: up to 50]",
+        "--steps N Training steps. [default: as many as there are batches for, up to 50]",
         "--seeds N",
         "--onnx",
         "--baseline FILE",
@@ -378,7 +378,7 @@ def test_the_version(tmp_path: Path) -> None:
 def test_help_does_not_import_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from amp_convert.cli.main import run\n"
-        "helps = [run([*c, '--help']) for c in ([], ['convert'], ['baseline'], ['gate'])]\n"
+        "helps = [run([*c, '--help']) for c in ([], ['convert'], ['fp32-seeds'], ['gate'])]\n"
         "assert helps == [0] * 4\n"
         "assert (run(['--version']), run(['--jsn']), run(['x.py', '--steps', '0'])) == (0, 2, 2)\n"
         "assert run(['x.py', '--seeds', '5']) == 2  # a margin is missing\n"

@@ -121,7 +121,7 @@ def checks(outcome: Outcome) -> dict[str, Any]:
         (
             "--seeds 5",
             "a test over seeds needs a margin that is fixed before it. Give --margin in the "
-            "metric's unit, or --fp32-baseline with a file that amp-convert baseline made.",
+            "metric's unit, or --fp32-seeds with a file that amp-convert fp32-seeds made.",
         ),
         (
             "--margin 1",
@@ -165,6 +165,7 @@ def test_without_a_loss_or_batches_training_is_unchecked(
             "status": "unchecked",
             "value": None,
             "threshold": None,
+            "required": False,
             "reason": said,
         }
     }
@@ -417,6 +418,7 @@ def test_batches_that_run_out_before_the_steps_leave_it_open(tmp_path: Path) -> 
         "status": "unchecked",
         "value": 6.0,
         "threshold": 10.0,
+        "required": True,
         "reason": reason,
     }
     assert outcome.json["training"]["ended"] == reason
@@ -506,7 +508,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     folder = tmp_path_factory.mktemp("measured")
     write(folder, TRAINED)
     flags = ("--out", "b.json", "--steps", "6", "--train-metric", "loss", "--json")
-    return folder, amp(folder, "baseline", "model.py", *flags)
+    return folder, amp(folder, "fp32-seeds", "model.py", *flags)
 
 
 def test_a_baseline_is_a_file_that_seeds_take_their_margin_from(
@@ -520,7 +522,7 @@ def test_a_baseline_is_a_file_that_seeds_take_their_margin_from(
     assert (found["metric"], found["lower_is_better"]) == ("loss", True)
     assert found["seeds"] == list(range(1000, 1008))
     assert len(set(found["values"])) == 8
-    flags = ("--seeds", "5", "--steps", "6", "--fp32-baseline", "b.json", "--json")
+    flags = ("--seeds", "5", "--steps", "6", "--fp32-seeds", "b.json", "--json")
     outcome = amp(folder, "model.py", *flags)
     assert outcome.code == 0
     training = outcome.json["training"]
@@ -553,40 +555,46 @@ def test_a_baseline_of_other_training_is_refused(
     flags: str, message: str, measured: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     write(tmp_path, measured[1].out, "b.json")
-    more = ("--seeds", "5", "--fp32-baseline", "b.json", *flags.split())
+    more = ("--seeds", "5", "--fp32-seeds", "b.json", *flags.split())
     error = refused(tmp_path, TRAINED, "model.py", *more).error
-    assert error.startswith(f"the FP32 baseline is of other training: {message}")
+    assert error.startswith(f"the FP32 seeds are of other training: {message}")
 
 
 def test_a_baseline_of_another_model_file_is_refused(
     measured: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     write(tmp_path, measured[1].out, "b.json")
-    flags = ("--seeds", "5", "--fp32-baseline", "b.json", "--steps", "6")
+    flags = ("--seeds", "5", "--fp32-seeds", "b.json", "--steps", "6")
     error = refused(tmp_path, f"{TRAINED}\n", "model.py", *flags).error
     there = measured[1].json["conditions"]["digest"][:12]
     assert error.startswith(
-        f"the FP32 baseline is of other training: the model file's SHA-256 was {there}, is "
+        f"the FP32 seeds are of other training: the model file's SHA-256 was {there}, is "
     )
-    assert error.endswith(". Make it anew with amp-convert baseline.")
+    assert error.endswith(". Make it anew with amp-convert fp32-seeds.")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "cannot read b.json: No such file or directory. "),
-        ("{", "b.json is no FP32 baseline: the file: Invalid JSON: EOF while parsing an object"),
-        ('{"kind": "baseline"}', "b.json is no FP32 baseline: kind: Input should be 'amp-convert "),
+        (
+            "{",
+            "b.json is no file of FP32 seeds: the file: Invalid JSON: EOF while parsing an object",
+        ),
+        (
+            '{"kind": "baseline"}',
+            "b.json is no file of FP32 seeds: kind: Input should be 'amp-convert ",
+        ),
     ],
 )
 def test_no_baseline(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         write(tmp_path, text, "b.json")
-    flags = ("--seeds", "5", "--fp32-baseline", "b.json")
+    flags = ("--seeds", "5", "--fp32-seeds", "b.json")
     never = "raise RuntimeError('the model file was run')"
     error = refused(tmp_path, never, "model.py", *flags).error
     assert error.startswith(message)
-    assert error.endswith(" Make it anew with amp-convert baseline.")
+    assert error.endswith(" Make it anew with amp-convert fp32-seeds.")
 
 
 @pytest.mark.parametrize(
@@ -594,15 +602,14 @@ def test_no_baseline(text: str | None, message: str, tmp_path: Path) -> None:
     [
         (
             "--seeds 7 --out b.json",
-            "an FP32 baseline of 7 seeds was asked for; a margin needs at least 8. "
-            "Give --seeds 8 or more.",
+            "7 FP32 seeds were asked for; a margin needs at least 8. Give --seeds 8 or more.",
         ),
-        ("", "Missing option '--out'. See amp-convert baseline --help."),
+        ("", "Missing option '--out'. See amp-convert fp32-seeds --help."),
         ("--out .", "cannot write .: Is a directory."),
         ("--out model.py/b.json", "cannot write model.py/b.json: Not a directory."),
         (
             "--out model.py",
-            "model.py is not an FP32 training baseline, so it is not overwritten. "
+            "model.py is no file of FP32 seeds, so it is not overwritten. "
             "Choose another path, or remove that file.",
         ),
     ],
@@ -611,7 +618,7 @@ def test_a_baseline_that_cannot_be_made_is_refused_before_the_file_is_run(
     flags: str, message: str, tmp_path: Path
 ) -> None:
     text = "raise RuntimeError('the model file was run')"
-    assert refused(tmp_path, text, "baseline", "model.py", *flags.split()).error == message
+    assert refused(tmp_path, text, "fp32-seeds", "model.py", *flags.split()).error == message
 
 
 @pytest.mark.parametrize(
@@ -675,7 +682,7 @@ def test_a_baseline_that_cannot_be_made_is_refused_before_the_file_is_run(
         (
             TRAINED.replace("(outputs.argmax(1) == target).float().mean()", "0.5"),
             "--steps 1",
-            "the metric of the FP32 baseline is 0.5 for each of its 8 seeds. "
+            "the metric of the FP32 seeds is 0.5 for each of its 8 seeds. "
             "That gives no margin: give a tolerance instead.",
         ),
         (
@@ -689,11 +696,11 @@ def test_a_baseline_that_cannot_be_made_is_refused_before_the_file_is_run(
 def test_training_that_gives_no_baseline(
     text: str, flags: str, message: str, tmp_path: Path
 ) -> None:
-    made = refused(tmp_path, text, "baseline", "model.py", "--out", "new/b.json", *flags.split())
+    made = refused(tmp_path, text, "fp32-seeds", "model.py", "--out", "new/b.json", *flags.split())
     assert made.error == message
 
 
 def test_a_baseline_that_is_interrupted_is_not_written(tmp_path: Path) -> None:
     text = loss("raise KeyboardInterrupt")
-    outcome = refused(tmp_path, text, "baseline", "model.py", "--out", "b.json", code=130)
+    outcome = refused(tmp_path, text, "fp32-seeds", "model.py", "--out", "b.json", code=130)
     assert outcome.error == "interrupted"

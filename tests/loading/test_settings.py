@@ -63,7 +63,7 @@ def test_defaults(model: str) -> None:
         scale_interval=2000,
         train_metric=None,
         margin=None,
-        fp32_baseline=None,
+        fp32_seeds=None,
         checkpoint=None,
         checkpoint_every=25,
     )
@@ -118,7 +118,7 @@ def test_every_setting_from_pyproject(model: str, tmp_path: Path) -> None:
         "onnx = true\ntolerance = 1\nmetric-tolerance = 0.5\n"
         "accumulate = 2\nclip-norm = 1\nloss-scale = 'dynamic'\ninitial-scale = 1024\n"
         "scale-growth = 4\nscale-backoff = 0.25\nscale-interval = 100\ntrain-metric = 'f1'\n"
-        "margin = 0.1\nfp32-baseline = 'fp32.json'\ncheckpoint = 'c'\ncheckpoint-every = 7\n"
+        "margin = 0.1\nfp32-seeds = 'fp32.json'\ncheckpoint = 'c'\ncheckpoint-every = 7\n"
     )
     settings = load_settings(model, {})
     assert settings == Settings(
@@ -144,7 +144,7 @@ def test_every_setting_from_pyproject(model: str, tmp_path: Path) -> None:
         scale_interval=100,
         train_metric="f1",
         margin=0.1,
-        fp32_baseline=f"{tmp_path}/fp32.json",
+        fp32_seeds=f"{tmp_path}/fp32.json",
         checkpoint=f"{tmp_path}/c",
         checkpoint_every=7,
     )
@@ -218,7 +218,7 @@ def test_package_form(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
          "Did you mean metric-tolerance?"),
         ("zzz = 1", "unknown setting zzz",
          "Known are: accumulate, baseline, batches, calibrate, checkpoint, checkpoint-every, "
-         "clip-norm, device, dtype, external-data, fp32-baseline, initial-scale, io-types, "
+         "clip-norm, device, dtype, external-data, fp32-seeds, initial-scale, io-types, "
          "loss-scale, margin, metric-tolerance, onnx, opset, out, rules, scale-backoff, "
          "scale-growth, scale-interval, seeds, steps, tolerance, train, train-metric."),
         ("dtype = 'fp16'", "dtype is 'fp16'", "Give float16 or bfloat16."),
@@ -265,7 +265,7 @@ def test_wrong_keys_and_values(model: str, tmp_path: Path, line: str, what: str,
         ("scale-growth", "a finite number above 1", "1 0.5 -2 nan inf true '2'"),
         ("scale-backoff", "a number between 0 and 1", "0 1 2 -0.5 nan inf true '0.5'"),
         ("train-metric", "a name", "'' 1 true"),
-        ("fp32-baseline checkpoint", "a path", "'' 3 true"),
+        ("fp32-seeds checkpoint", "a path", "'' 3 true"),
     ],
 )  # fmt: skip
 def test_wrong_values_of_training(

@@ -200,6 +200,10 @@ def gaps(report: RunReport) -> list[Gap]:
     for cost in report.inference.costs if report.inference else ():
         if cost.note and (cost.milliseconds is None or cost.peak_bytes is None):
             found.append(Gap(f"cost of the {cost.arm} arm", cost.note))
+    for fixed in report.fixed_sizes:
+        what = f"other sizes in {fixed.mode} mode, {layer_name(fixed.layer)}"
+        why = f"the graph takes those of the example inputs alone: {fixed.reason}"
+        found.append(Gap(what, why))
     return _merged([*found, *covered])
 
 

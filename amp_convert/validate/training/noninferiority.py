@@ -8,7 +8,7 @@ smaller than a margin that was fixed before the run?
    is d_i = mixed - FP32 of one metric named beforehand, with the sign turned where lower is better,
    so that everywhere in this module a difference above 0 means that mixed is better.
 2. Margin Δ > 0: the user's tolerance, or 1.5 standard deviations of the metric over the seeds of a
-   *separate* FP32 baseline of at least 8 seeds. Taking it from the seeds under test would let one
+   *separate* FP32 runs of at least 8 seeds. Taking it from the seeds under test would let one
    accident both widen the margin and shift the difference.
 3. Looks at n = 5, 8 and 12 pairs. Each takes the one-sided bounds mean(d) ± t · s(d) / √n, where t
    is the 1 - 0.05 / 3 quantile of Student's t with n - 1 degrees of freedom. Pass when the lower
@@ -48,8 +48,8 @@ LOOKS = (5, 8, 12)
 """Numbers of pairs after which the test may stop."""
 ALPHA = 0.05 / len(LOOKS)
 """Chance of error on one side of one look."""
-MIN_BASELINE_SEEDS = 8
-BASELINE_FACTOR = 1.5
+MIN_SPREAD_SEEDS = 8
+SPREAD_FACTOR = 1.5
 
 # Larger values are as good as infinite: their differences and squares could overflow.
 _LARGEST = 1e300
@@ -77,7 +77,7 @@ class MarginSource(StrEnum):
 class Margin:
     """How much worse the mean of the metric may be, in the metric's own unit.
 
-    `seeds` and `std` describe the FP32 baseline that it was taken from, and are None for a
+    `seeds` and `std` describe the FP32 seeds that it was taken from, and are None for a
     tolerance. Raises UsageError unless `value` is a finite number above 0: at 0 nothing but a
     better model could pass, and without a bound anything would.
     """
@@ -93,32 +93,32 @@ class Margin:
             raise UsageError(what, mend="Give a finite number above 0, in the metric's unit.")
 
     @classmethod
-    def from_baseline(cls, metric: Sequence[float]) -> Margin:
+    def from_spread(cls, metric: Sequence[float]) -> Margin:
         """1.5 times the standard deviation of `metric`, one FP32 value a seed, in its own unit.
 
         The seeds must be others than those of the test. Raises UsageError for fewer than 8, and
         when all values are equal, which gives no margin; ModelError for a value that is no number.
         """
         values = [float(value) for value in metric]
-        count, mend = len(values), "Train the FP32 baseline with more seeds, or give a tolerance."
-        if count < MIN_BASELINE_SEEDS:
-            least = f"a margin needs at least {MIN_BASELINE_SEEDS}"
-            raise UsageError(f"the FP32 baseline has {count} seeds, {least}", mend=mend)
+        count, mend = len(values), "Train more seeds, or give a tolerance."
+        if count < MIN_SPREAD_SEEDS:
+            least = f"a margin needs at least {MIN_SPREAD_SEEDS}"
+            raise UsageError(f"the file of FP32 seeds has {count} seeds, {least}", mend=mend)
         for index, value in enumerate(values):
             if not _is_number(value):
-                what = f"the metric of the FP32 baseline is {value} for seed {index + 1} of {count}"
+                what = f"the metric of the FP32 seeds is {value} for seed {index + 1} of {count}"
                 raise ModelError(what, mend="Make the FP32 training stable first.")
         std = statistics.stdev(values)
         if std == 0:
-            what = f"the metric of the FP32 baseline is {values[0]:g} for each of its {count} seeds"
+            what = f"the metric of the FP32 seeds is {values[0]:g} for each of its {count} seeds"
             mend = "That gives no margin: give a tolerance instead."
             raise UsageError(what, mend=mend)
-        return cls(BASELINE_FACTOR * std, MarginSource.BASELINE, count, std)
+        return cls(SPREAD_FACTOR * std, MarginSource.BASELINE, count, std)
 
     def __str__(self) -> str:
         if self.source is MarginSource.TOLERANCE:
             return f"{self.value:.4g} (the given tolerance)"
-        origin = f"{BASELINE_FACTOR:g} standard deviations of {self.seeds} FP32 seeds"
+        origin = f"{SPREAD_FACTOR:g} standard deviations of {self.seeds} FP32 seeds"
         return f"{self.value:.4g} ({origin})"
 
 
@@ -175,17 +175,17 @@ def require_test(seeds: int, *, has_margin: bool) -> None:
     if not has_margin:
         raise UsageError(
             "a test over seeds needs a margin that is fixed before it",
-            mend="Give --margin in the metric's unit, or --fp32-baseline with a file that "
-            "amp-convert baseline made.",
+            mend="Give --margin in the metric's unit, or --fp32-seeds with a file that "
+            "amp-convert fp32-seeds made.",
         )
 
 
-def require_baseline(seeds: int) -> None:
-    """Raises UsageError for fewer seeds than an FP32 baseline needs."""
-    if seeds < MIN_BASELINE_SEEDS:
-        what = f"an FP32 baseline of {seeds} seeds was asked for; a margin needs at least "
-        mend = f"Give --seeds {MIN_BASELINE_SEEDS} or more."
-        raise UsageError(f"{what}{MIN_BASELINE_SEEDS}", mend=mend)
+def require_spread(seeds: int) -> None:
+    """Raises UsageError for fewer seeds than a file of FP32 seeds needs."""
+    if seeds < MIN_SPREAD_SEEDS:
+        what = f"{seeds} FP32 seeds were asked for; a margin needs at least "
+        mend = f"Give --seeds {MIN_SPREAD_SEEDS} or more."
+        raise UsageError(f"{what}{MIN_SPREAD_SEEDS}", mend=mend)
 
 
 def judge_pairs(

@@ -1,4 +1,4 @@
-"""An FP32 training baseline: one metric over seeds of its own, kept as a file.
+"""FP32 training over seeds of its own: one metric, and how far it spreads, kept as a file.
 
 The spread of a metric over FP32 seeds is the yardstick for how much worse mixed training may be. It
 has to come from other seeds than those under test, and from before the test, or an accident in them
@@ -30,13 +30,13 @@ from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import FP32
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.noninferiority import LOOKS, Margin, require_baseline
+from amp_convert.validate.training.noninferiority import LOOKS, Margin, require_spread
 from amp_convert.validate.training.paired_run import Race, training
 from amp_convert.validate.training.results import LOSS, TRAIN_LOSS
 
 FIRST_SEED = 1000
 _KIND: Literal["amp-convert FP32 training baseline"] = "amp-convert FP32 training baseline"
-_MAKE_ANEW = "Make it anew with amp-convert baseline."
+_MAKE_ANEW = "Make it anew with amp-convert fp32-seeds."
 
 
 class _Part(BaseModel):
@@ -59,7 +59,7 @@ class Conditions(_Part):
     batches: int
 
 
-class Fp32Baseline(_Part):
+class SeedSpread(_Part):
     """`values` has the metric of each of `seeds` after FP32 training under `conditions`.
 
     `created` is an ISO 8601 time in UTC.
@@ -77,7 +77,7 @@ class Fp32Baseline(_Part):
     values: tuple[FiniteFloat, ...]
 
     @model_validator(mode="after")
-    def _one_value_a_seed(self) -> Fp32Baseline:
+    def _one_value_a_seed(self) -> SeedSpread:
         if not len(self.values) == len(self.seeds) == len(set(self.seeds)):
             raise ValueError("there is not one value for each seed")
         return self
@@ -85,7 +85,7 @@ class Fp32Baseline(_Part):
     @property
     def margin(self) -> Margin:
         """What the spread allows. Raises UsageError where it allows nothing."""
-        return Margin.from_baseline(self.values)
+        return Margin.from_spread(self.values)
 
     @property
     def summary(self) -> str:
@@ -104,9 +104,9 @@ class Fp32Baseline(_Part):
     def margin_for(
         self, conditions: Conditions, metric: str | None, lower_is_better: Collection[str]
     ) -> Margin:
-        """The margin for a test of `metric` (None: of the baseline's) under `conditions`.
+        """The margin for a test of `metric` (None: of the file's) under `conditions`.
 
-        Raises UsageError where anything differs, and for a baseline that gives no margin.
+        Raises UsageError where anything differs, and for a spread that gives no margin.
         """
         for name in Conditions.model_fields:
             _refuse_other(name, getattr(self.conditions, name), getattr(conditions, name))
@@ -123,9 +123,9 @@ class Fp32Baseline(_Part):
 
 
 def check_writable(path: Path) -> None:
-    """Find out before any work that a baseline can be written to `path`.
+    """Find out before any work that the seeds can be written to `path`.
 
-    Raises UsageError where it cannot, and where `path` holds anything but such a baseline, since
+    Raises UsageError where it cannot, and where `path` holds anything but such a file, since
     that may be a file of the user's.
     """
     with _usage_errors(path):
@@ -133,20 +133,20 @@ def check_writable(path: Path) -> None:
         try_to_write(path)
 
 
-def load_fp32_baseline(path: Path) -> Fp32Baseline:
-    """The baseline in a file. Raises UsageError for one that is not there, or no baseline."""
+def load_seed_spread(path: Path) -> SeedSpread:
+    """What such a file holds. Raises UsageError for one that is not there, or another file."""
     try:
-        return Fp32Baseline.model_validate_json(path.read_bytes())
+        return SeedSpread.model_validate_json(path.read_bytes())
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", mend=_MAKE_ANEW) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        what = f"{path} is no FP32 baseline: {place}: {first['msg']}"
+        what = f"{path} is no file of FP32 seeds: {place}: {first['msg']}"
         raise UsageError(what, mend=_MAKE_ANEW) from error
 
 
-def make_fp32_baseline(
+def make_seed_spread(
     model: nn.Module,
     recipe: Recipe,
     data: Data,
@@ -157,14 +157,14 @@ def make_fp32_baseline(
     metric: str | None = None,
     lower_is_better: Collection[str] = (),
     tick: Callable[[], None] = lambda: None,
-) -> Fp32Baseline:
+) -> SeedSpread:
     """Train the FP32 model alone over `seeds` seeds; the model is afterwards as it was.
 
     `metric` None takes the first of the user's metrics, or else a loss. Raises UsageError for fewer
     than 8 seeds, an unknown metric, and one that is the same for all seeds; ModelError where the
     batches run out, or FP32 training fails or has a metric that is no number.
     """
-    require_baseline(seeds)
+    require_spread(seeds)
     recipe = dataclasses.replace(recipe, scaling=LossScaling("none"))
     numbers, values = range(FIRST_SEED, FIRST_SEED + seeds), []
     with training(model, None):
@@ -173,8 +173,8 @@ def make_fp32_baseline(
             metric = race.name_metric(metric)
             values.append(_trained(race, metric, conditions.steps, recipe.path, tick))
     assert metric is not None
-    Margin.from_baseline(values)  # where it raises, no run could use the file
-    return Fp32Baseline(
+    Margin.from_spread(values)  # where it raises, no run could use the file
+    return SeedSpread(
         kind=_KIND,
         schema_version=1,
         amp_convert=__version__,
@@ -219,9 +219,9 @@ def _refuse_other(name: str, there: Any, here: Any) -> None:
         name, there, here = "the model file's SHA-256", there[:12], here[:12]
     elif name != "lower_is_better":
         change = f"Leave {flag} out" if there is None else f"Give {flag} {there}"
-        name, mend = flag[2:], f"{change}, or make it anew with amp-convert baseline."
+        name, mend = flag[2:], f"{change}, or make it anew with amp-convert fp32-seeds."
     was, now = ("none" if value is None else value for value in (there, here))
-    what = f"the FP32 baseline is of other training: {name} was {was}, is {now}"
+    what = f"the FP32 seeds are of other training: {name} was {was}, is {now}"
     raise UsageError(what, mend=mend)
 
 
@@ -233,7 +233,7 @@ def _refuse_foreign(path: Path) -> None:
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or document.get("kind") != _KIND:
-        what = f"{path} is not an FP32 training baseline, so it is not overwritten"
+        what = f"{path} is no file of FP32 seeds, so it is not overwritten"
         raise UsageError(what, mend="Choose another path, or remove that file.")
 
 

@@ -25,7 +25,7 @@ from amp_convert.validate.training.compare import DEFAULT_STEPS, Options
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import Margin
-from amp_convert.validate.training.seed_spread import Conditions, Fp32Baseline, load_fp32_baseline
+from amp_convert.validate.training.seed_spread import Conditions, SeedSpread, load_seed_spread
 
 
 def why_not(case: Case, settings: Settings, captured: Captured | None = None) -> str:
@@ -116,7 +116,7 @@ def make_options(case: Case, settings: Settings, device: torch.device) -> Option
         identity={"model": case.digest, "eval_batches": settings.batches},
     )
     seeds, margin = settings.seeds or 1, load_margin(settings)
-    if not isinstance(margin, Fp32Baseline):
+    if not isinstance(margin, SeedSpread):
         return dataclasses.replace(options, seeds=seeds, margin=margin)
     under = conditions(case, settings, device)
     return dataclasses.replace(
@@ -128,13 +128,13 @@ def make_options(case: Case, settings: Settings, device: torch.device) -> Option
     )
 
 
-def load_margin(settings: Settings) -> Margin | Fp32Baseline | None:
+def load_margin(settings: Settings) -> Margin | SeedSpread | None:
     """What a test over seeds takes its margin from; None without such a test. Raises UsageError for
-    a file that is no FP32 baseline."""
+    a file that is no file of FP32 seeds."""
     if settings.train is False or settings.seeds in (None, 1):
         return None
-    if settings.fp32_baseline is not None:
-        return load_fp32_baseline(Path(settings.fp32_baseline))
+    if settings.fp32_seeds is not None:
+        return load_seed_spread(Path(settings.fp32_seeds))
     return None if settings.margin is None else Margin(settings.margin)
 
 

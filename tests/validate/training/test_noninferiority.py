@@ -250,7 +250,7 @@ def test_a_margin_that_cannot_judge_is_refused(value: float) -> None:
 
 
 def test_a_baseline_gives_one_and_a_half_standard_deviations() -> None:
-    margin = Margin.from_baseline(FP32[:8])
+    margin = Margin.from_spread(FP32[:8])
     assert margin.value == pytest.approx(1.5 * np.std(FP32[:8], ddof=1), rel=1e-9)
     assert (margin.source, margin.seeds) == (MarginSource.BASELINE, 8)
     assert str(margin) == "0.005612 (1.5 standard deviations of 8 FP32 seeds)"
@@ -259,18 +259,18 @@ def test_a_baseline_gives_one_and_a_half_standard_deviations() -> None:
 
 def test_a_small_baseline_is_refused() -> None:
     with pytest.raises(UsageError, match="7 seeds, a margin needs at least 8"):
-        Margin.from_baseline(FP32[:7])
+        Margin.from_spread(FP32[:7])
 
 
 def test_a_baseline_without_spread_is_refused() -> None:
     with pytest.raises(UsageError, match=r"is 0\.9 for each of its 8 seeds.*give a tolerance"):
-        Margin.from_baseline([0.9] * 8)
+        Margin.from_spread([0.9] * 8)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_baseline_that_diverges_is_refused(value: float) -> None:
     with pytest.raises(ModelError, match=rf"is {value} for seed 4 of 8"):
-        Margin.from_baseline([*FP32[:3], value, *FP32[4:8]])
+        Margin.from_spread([*FP32[:3], value, *FP32[4:8]])
 
 
 # --- properties ----------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def simulate(
     for full, low in zip(fp32, mixed, strict=True):
         margin = Margin(1.5)
         if baseline_seeds:
-            margin = Margin.from_baseline(random.standard_normal(baseline_seeds).tolist())
+            margin = Margin.from_spread(random.standard_normal(baseline_seeds).tolist())
         worse = (low + sign * loss_in_margins * margin.value).tolist()
         answer = judge_pairs(full.tolist(), worse, margin, lower_is_better=lower_is_better)
         counts[answer.status] += 1

@@ -22,15 +22,15 @@ from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.noninferiority import MarginSource
 from amp_convert.validate.training.seed_spread import (
     Conditions,
-    Fp32Baseline,
+    SeedSpread,
     check_writable,
-    load_fp32_baseline,
-    make_fp32_baseline,
+    load_seed_spread,
+    make_seed_spread,
 )
 from tests.zoo import assert_same_bits
 
 HERE = Conditions(digest="d" * 64, device="cpu", steps=3, accumulate=2, clip_norm=0.5, batches=8)
-MAKE_ANEW = "Make it anew with amp-convert baseline."
+MAKE_ANEW = "Make it anew with amp-convert fp32-seeds."
 
 
 def build(seed: int) -> nn.Module:
@@ -68,9 +68,9 @@ DATA = Data(batches, eval_batches, accuracy, build)
 FEW = dataclasses.replace(DATA, train_batches=lambda seed: itertools.islice(batches(seed), 5))
 
 
-def make(**options: Any) -> Fp32Baseline:
+def make(**options: Any) -> SeedSpread:
     given = {"model": build(3), "recipe": RECIPE, "data": DATA, "conditions": HERE}
-    return make_fp32_baseline(**{**given, "name": "net", "seeds": 8, **options})
+    return make_seed_spread(**{**given, "name": "net", "seeds": 8, **options})
 
 
 def by_hand(seed: int) -> tuple[nn.Module, list[float]]:
@@ -163,13 +163,12 @@ def test_the_model_and_the_random_state_are_afterwards_as_they_were() -> None:
         (
             {"seeds": 7},
             UsageError,
-            "an FP32 baseline of 7 seeds was asked for; a margin needs at least 8. "
-            "Give --seeds 8 or more.",
+            "7 FP32 seeds were asked for; a margin needs at least 8. Give --seeds 8 or more.",
         ),
         (
             {"metric": "constant"},
             UsageError,
-            "the metric of the FP32 baseline is 1 for each of its 8 seeds. "
+            "the metric of the FP32 seeds is 1 for each of its 8 seeds. "
             "That gives no margin: give a tolerance instead.",
         ),
         (
@@ -197,23 +196,23 @@ def test_what_gives_no_baseline(
 
 
 @pytest.fixture(scope="module")
-def made() -> Fp32Baseline:
+def made() -> SeedSpread:
     return make()
 
 
-def test_a_written_file_reads_back(made: Fp32Baseline, tmp_path: Path) -> None:
+def test_a_written_file_reads_back(made: SeedSpread, tmp_path: Path) -> None:
     path = tmp_path / "new" / "b.json"
     check_writable(path)
     assert not path.parent.exists()
     made.write(path)
     assert path.read_text(encoding="utf-8") == made.text
-    assert load_fp32_baseline(path) == made
+    assert load_seed_spread(path) == made
     assert [entry.name for entry in path.parent.iterdir()] == ["b.json"]
     made.write(path)  # over itself
-    assert load_fp32_baseline(path) == made
+    assert load_seed_spread(path) == made
 
 
-def test_the_file_says_what_it_is(made: Fp32Baseline) -> None:
+def test_the_file_says_what_it_is(made: SeedSpread) -> None:
     document = json.loads(made.text)
     assert list(document) == [
         *("kind", "schema_version", "amp_convert", "created", "model", "conditions", "metric"),
@@ -231,7 +230,7 @@ def test_the_file_says_what_it_is(made: Fp32Baseline) -> None:
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    made: Fp32Baseline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: SeedSpread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "b.json"
     made.write(path)
@@ -242,30 +241,30 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(UsageError, match=r"cannot write .*b\.json: No space left on device\."):
         made.model_copy(update={"model": "other"}).write(path)
-    assert load_fp32_baseline(path) == made
+    assert load_seed_spread(path) == made
     assert [entry.name for entry in tmp_path.iterdir()] == ["b.json"]
 
 
 @pytest.mark.parametrize("content", ["notes", '{"kind": "baseline"}', "[]", "\xff", "[" * 100_000])
-def test_another_file_is_not_overwritten(content: str, made: Fp32Baseline, tmp_path: Path) -> None:
+def test_another_file_is_not_overwritten(content: str, made: SeedSpread, tmp_path: Path) -> None:
     path = tmp_path / "b.json"
     path.write_text(content, encoding="latin-1")
     for refuse in (check_writable, made.write):
         with pytest.raises(UsageError) as caught:
             refuse(path)
         assert str(caught.value) == (
-            f"{path} is not an FP32 training baseline, so it is not overwritten. "
+            f"{path} is no file of FP32 seeds, so it is not overwritten. "
             "Choose another path, or remove that file."
         )
     assert path.read_text(encoding="latin-1") == content
 
 
-def test_a_damaged_baseline_of_ours_may_be_made_anew(made: Fp32Baseline, tmp_path: Path) -> None:
+def test_a_damaged_baseline_of_ours_may_be_made_anew(made: SeedSpread, tmp_path: Path) -> None:
     path = tmp_path / "b.json"
     path.write_text(json.dumps({**json.loads(made.text), "schema_version": 2}), encoding="utf-8")
     check_writable(path)
     made.write(path)
-    assert load_fp32_baseline(path) == made
+    assert load_seed_spread(path) == made
 
 
 @pytest.mark.parametrize(
@@ -295,29 +294,29 @@ def test_a_damaged_baseline_of_ours_may_be_made_anew(made: Fp32Baseline, tmp_pat
     ],
 )
 def test_a_crafted_file_is_refused(
-    change: dict[str, Any], message: str, made: Fp32Baseline, tmp_path: Path
+    change: dict[str, Any], message: str, made: SeedSpread, tmp_path: Path
 ) -> None:
     path = tmp_path / "b.json"
     path.write_text(json.dumps({**json.loads(made.text), **change}), encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        load_fp32_baseline(path)
-    assert str(caught.value).startswith(f"{path} is no FP32 baseline: {message}")
+        load_seed_spread(path)
+    assert str(caught.value).startswith(f"{path} is no file of FP32 seeds: {message}")
     assert str(caught.value).endswith(f". {MAKE_ANEW}")
 
 
-def test_a_truncated_file_is_refused(made: Fp32Baseline, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(made: SeedSpread, tmp_path: Path) -> None:
     path = tmp_path / "b.json"
     for length in range(0, len(made.text) - 2, 40):
         path.write_text(made.text[:length], encoding="utf-8")
-        with pytest.raises(UsageError, match="is no FP32 baseline: the file: Invalid JSON: "):
-            load_fp32_baseline(path)
+        with pytest.raises(UsageError, match="is no file of FP32 seeds: the file: Invalid JSON: "):
+            load_seed_spread(path)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot read .*b\.json: No such file or directory\."):
-        load_fp32_baseline(tmp_path / "b.json")
+        load_seed_spread(tmp_path / "b.json")
     with pytest.raises(UsageError, match=r": Is a directory\."):
-        load_fp32_baseline(tmp_path)
+        load_seed_spread(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -330,38 +329,38 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         (
             {"device": "cuda"},
             "device was cpu, is cuda. Give --device cpu, or make it anew with amp-convert "
-            "baseline.",
+            "fp32-seeds.",
         ),
         (
             {"steps": 50},
-            "steps was 3, is 50. Give --steps 3, or make it anew with amp-convert baseline.",
+            "steps was 3, is 50. Give --steps 3, or make it anew with amp-convert fp32-seeds.",
         ),
         (
             {"accumulate": 1},
             "accumulate was 2, is 1. Give --accumulate 2, or make it anew with amp-convert "
-            "baseline.",
+            "fp32-seeds.",
         ),
         (
             {"clip_norm": None},
             "clip-norm was 0.5, is none. Give --clip-norm 0.5, or make it anew with amp-convert "
-            "baseline.",
+            "fp32-seeds.",
         ),
         (
             {"batches": 1},
-            "batches was 8, is 1. Give --batches 8, or make it anew with amp-convert baseline.",
+            "batches was 8, is 1. Give --batches 8, or make it anew with amp-convert fp32-seeds.",
         ),
     ],
 )
 def test_a_margin_is_refused_under_other_conditions(
-    change: dict[str, Any], message: str, made: Fp32Baseline
+    change: dict[str, Any], message: str, made: SeedSpread
 ) -> None:
     assert set(change) <= set(Conditions.model_fields)
     with pytest.raises(UsageError) as caught:
         made.margin_for(HERE.model_copy(update=change), None, ())
-    assert str(caught.value) == f"the FP32 baseline is of other training: {message}"
+    assert str(caught.value) == f"the FP32 seeds are of other training: {message}"
 
 
-def test_a_margin_is_refused_for_another_metric(made: Fp32Baseline) -> None:
+def test_a_margin_is_refused_for_another_metric(made: SeedSpread) -> None:
     assert made.margin_for(HERE, "margin", ()) == made.margin
     with pytest.raises(UsageError, match=r"train-metric was margin, is loss\. Give --train-m"):
         made.margin_for(HERE, "loss", ())

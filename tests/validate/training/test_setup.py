@@ -16,7 +16,7 @@ from amp_convert.loading.settings import Settings
 from amp_convert.validate.training.compare import Options
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import Margin, MarginSource
-from amp_convert.validate.training.seed_spread import Conditions, Fp32Baseline
+from amp_convert.validate.training.seed_spread import Conditions, SeedSpread
 from amp_convert.validate.training.setup import (
     conditions,
     make_data,
@@ -241,7 +241,7 @@ def test_conditions_are_those_that_a_metric_depends_on() -> None:
 def test_seeds_with_a_margin_from_a_file(tmp_path: Path) -> None:
     """The file names the metric, and fixes how many steps there are."""
     values = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # standard deviation √6
-    baseline = Fp32Baseline(
+    baseline = SeedSpread(
         kind="amp-convert FP32 training baseline",
         schema_version=1,
         amp_convert="1",
@@ -255,15 +255,15 @@ def test_seeds_with_a_margin_from_a_file(tmp_path: Path) -> None:
     )
     baseline.write(tmp_path / "b.json")
     of = case(lower_is_better=frozenset({"nll"}))
-    settings = Settings(seeds=8, fp32_baseline=f"{tmp_path}/b.json")
+    settings = Settings(seeds=8, fp32_seeds=f"{tmp_path}/b.json")
     options = make_options(of, settings, CPU)
     assert (options.seeds, options.steps, options.metric) == (8, 50, "nll")
     assert options.margin == Margin(1.5 * 6**0.5, MarginSource.BASELINE, 8, 6**0.5)
     for other in ({"steps": 3}, {"accumulate": 2}, {"train_metric": "loss"}, {"batches": 1}):
-        with pytest.raises(UsageError, match="the FP32 baseline is of other training: "):
+        with pytest.raises(UsageError, match="the FP32 seeds are of other training: "):
             make_options(of, Settings(**{**vars(settings), **other}), CPU)
     with pytest.raises(UsageError, match="device was cpu, is cuda"):
         make_options(of, settings, torch.device("cuda"))
     with pytest.raises(UsageError, match="lower_is_better was True, is False"):
         make_options(case(), settings, CPU)
-    assert make_options(case(), Settings(fp32_baseline="none.json"), CPU).margin is None
+    assert make_options(case(), Settings(fp32_seeds="none.json"), CPU).margin is None

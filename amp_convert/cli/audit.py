@@ -1,0 +1,48 @@
+"""`amp-convert audit model.py`: which layers stay FP32, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from amp_convert import __version__
+from amp_convert.cli import flags
+from amp_convert.cli.app import app
+from amp_convert.cli.console import running
+from amp_convert.loading.settings import load_settings
+
+
+@app.command()
+@flags.taking("dtype", "rules", "device", "calibrate")
+def audit(
+    source: flags.Source,
+    given: Mapping[str, object],
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="A folder to write the audit to.")
+    ] = None,
+    as_json: flags.Json = False,
+    debug: flags.Debug = False,
+) -> int:
+    """Show which layers of MODEL stay FP32, and why; convert nothing."""
+    settings = load_settings(source, given)
+    with running(debug) as (console, progress):
+        from amp_convert import pipeline
+        from amp_convert.report.folder import check_writable
+        from amp_convert.report.sections import audit as auditing
+        from amp_convert.report.writers.json_report import json_text
+
+        folder = Path(out) if out else None
+        if folder is not None:
+            check_writable(folder)
+        plan, model = pipeline.audit(source, settings, progress)
+        report = auditing.audit_report(plan, model, __version__)
+        if folder is not None:
+            auditing.write_audit(folder, report)
+    if as_json:
+        console.file.write(json_text(report))
+    else:
+        auditing.render_audit(console, report, folder)
+    return 0
