@@ -79,9 +79,9 @@ def convert(
     `args` are example inputs: a tensor, a tuple of positional ones, or a dict of keywords (then
     without `kwargs`). `calibration` gives inputs of the same forms, one a batch, whose value ranges
     the guards look at; by default the example inputs. `dtype` is `torch.float16` or
-    `torch.bfloat16`. Without `train` the result is for inference only, and is made in about half
-    the time. The result shares the model's parameters and buffers; its training mode is the
-    model's. The device is the model's own.
+    `torch.bfloat16`. The result shares the model's parameters, buffers and submodules; its training
+    mode is the model's. Without `train` it is for inference only, made in about half the time, and
+    in eval mode, as the submodules then are. The device is the model's own.
 
     Raises UsageError for wrong rules or dtype, ModelError for inputs that do not fit,
     UnsupportedModelError when no part of the model can be captured.
@@ -95,7 +95,9 @@ def convert(
     batches: Iterable[Any] = [(positional, keywords)]
     if calibration is not None:
         batches = (as_call(batch, "calibration") for batch in calibration)
-    return convert_captured(captured, loaded, profile(captured, batches, [dtype]), dtype)
+    stats = profile(captured, batches, [dtype] if loaded.uses_trials else [])
+    mixed = convert_captured(captured, loaded, stats, dtype)
+    return mixed if train else mixed.eval()
 
 
 def audit(

@@ -343,7 +343,8 @@ def _prepare(
         training_setup.why_not(case, settings, captured)
     progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
     batches = _ticking(_batches(case, device, settings.calibrate), progress)
-    stats = profile(captured, batches, [from_name(settings.dtype)])
+    tried = [from_name(settings.dtype)] if rules.uses_trials else []
+    stats = profile(captured, batches, tried)
     return _Prepared(case, device, captured, rules, stats)
 
 

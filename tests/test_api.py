@@ -15,6 +15,7 @@ import amp_convert
 import amp_convert as amp
 from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError, UsageError
 from amp_convert.plan.plan import Decision
+from amp_convert.profile.rounding_trials import Trials
 from amp_convert.rules.rule_set import load_rules
 from tests.zoo import assert_same_bits
 
@@ -245,3 +246,14 @@ def test_the_whole_use_as_the_documentation_shows_it() -> None:
     with torch.no_grad():
         assert_same_bits(mixed(X), frozen(X))
     assert not amp.audit(model, X).to_frame().empty
+
+
+def test_roundings_are_tried_only_where_a_rule_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    of = Trials.of
+    monkeypatch.setattr(Trials, "of", lambda self, *rest: tried.append("") or of(self, *rest))
+    for rules in ("fp32", "autocast", "half"):
+        amp.convert(net(), X, rules=rules)
+    assert not tried
+    amp.convert(net(), X)
+    assert tried

@@ -19,7 +19,7 @@ import io
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,9 +181,12 @@ def _dynamic_program(
 ) -> tuple[torch.export.ExportedProgram | None, str]:
     """The program with dynamic first dimensions, or None and why there is none."""
     try:
-        return _program(module, call, *doubled_batch(args, kwargs), dynamic=True), ""
+        args, kwargs = doubled_batch(args, kwargs)
+        program = _program(module, call, args, kwargs, dynamic=True)
+        _check_guards(program, bind(call, args, kwargs).arguments)
     except Exception as error:  # noqa: BLE001  whatever fails dynamically is retried statically
         return None, f"{type(error).__name__}: {first_line(error)}"
+    return program, ""
 
 
 def _program(
@@ -232,20 +235,40 @@ def doubled_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, 
 
 def _guards(program: torch.export.ExportedProgram) -> tuple[SizeGuard, ...]:
     """What the model's own conditions on sizes came out as. The text is written by torch.export."""
-    found = []
-    for code in getattr(program, "_guards_code", ()):
-        holds = eval(f"lambda L: {code}", {"torch": torch, "math": math})  # noqa: S307
-        found.append(
-            SizeGuard(re.sub(r"L\['(\w+)'\]", r"\1", code), functools.partial(_holds, holds))
-        )
-    return tuple(found)
+    return tuple(
+        SizeGuard(re.sub(r"L\['(\w+)'\]", r"\1", code), _Condition(code))
+        for code in getattr(program, "_guards_code", ())
+    )
 
 
-def _holds(condition: Callable[[Mapping[str, Any]], bool], arguments: Mapping[str, Any]) -> bool:
-    try:
-        return condition(arguments)
-    except ZeroDivisionError:  # a size that divides others is 0
-        return False
+def _check_guards(program: torch.export.ExportedProgram, arguments: Mapping[str, Any]) -> None:
+    """Raises NotImplementedError where this PyTorch does not tell what tracing assumed of sizes, or
+    in words that are not known: a graph whose conditions nobody can check could be wrong for other
+    sizes, so it may take none."""
+    if not hasattr(program, "_guards_code"):
+        raise NotImplementedError("this PyTorch does not tell what tracing assumed of sizes")
+    for guard in _guards(program):
+        if not guard.holds(arguments):
+            raise NotImplementedError(f"the example inputs themselves break {guard.text}")
+
+
+class _Condition:
+    """A condition on the arguments by name, from its text. One that cannot be evaluated, since a
+    size that divides others is 0 or since it uses words that are not known, does not hold."""
+
+    def __init__(self, code: str) -> None:
+        self._code = code
+        self._compiled = compile(code, "<guard>", "eval")
+
+    def __call__(self, arguments: Mapping[str, Any]) -> bool:
+        names = {"L": arguments, "torch": torch, "math": math}
+        try:
+            return bool(eval(self._compiled, names))  # noqa: S307  torch.export wrote it
+        except Exception:  # noqa: BLE001  whatever goes wrong, nothing is known to hold
+            return False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Condition, (self._code,)
 
 
 _SOURCES = {

@@ -131,13 +131,26 @@ class GraphRunner:
         self.owner, self._constants = owner, dict(constants)
         self._changes = len(signature.buffer_outputs) + len(signature.input_outputs)
         self._slots = [(*self._slot(spec), spec.mutated) for spec in signature.inputs]
+        self._submodules = [
+            (path, module._modules, name, child)
+            for path, module in owner.named_modules()
+            for name, child in module._modules.items()
+        ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs(args, kwargs)
         return self.finish(self.graph_module(*inputs), inputs)
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The graph's flat inputs: the module's tensors and the leaves of the user's call."""
+        """The graph's flat inputs: the module's tensors and the leaves of the user's call. Raises
+        ModelError for a call that does not fit, or a module whose parts are not what they were."""
+        for path, children, name, child in self._submodules:
+            if children.get(name) is not child:
+                raise ModelError(
+                    f"the submodule {name} was replaced after the model was captured",
+                    where=path,
+                    mend="Convert the model anew.",
+                )
         leaves = iter(self._leaves(args, kwargs))
         return [
             next(leaves) if store is None else store[key].clone() if mutated else store[key]

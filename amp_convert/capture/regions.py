@@ -13,10 +13,11 @@ node's multiply-adds, which planning needs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -154,29 +155,44 @@ class Captured:
 
 
 def capture(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, train: bool = True
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    train: bool = True,
+    apart: Collection[str] = (),
 ) -> Captured:
     """Capture `model` for calls like `model(*args, **kwargs)`; without `train` for inference only.
+
+    The submodules at the paths `apart` become regions of their own, so that what is hooked to them
+    runs; what lies around them stays eager.
 
     The model's weights, buffers, training flags and random state are left as they are. Raises
     UnsupportedModelError, naming the user's line, when no part of the model can be captured.
     """
     register_containers()
     args, kwargs = tuple(args), dict(kwargs)
-    try:
-        regions: tuple[Region, ...] = (_region(model, args, kwargs, "", train),)
-        uncaptured: tuple[Uncaptured, ...] = ()
-    except _CannotCaptureError as error:
-        _log.info("the model cannot be captured whole (%s); its parts are tried", error.reason)
-        regions, uncaptured = _by_submodule(model, args, kwargs, error, train)
+    regions: tuple[Region, ...]
+    uncaptured: tuple[Uncaptured, ...] = ()
+    problem = None
+    if apart:
+        problem = _CannotCaptureError("", _Hooked(f"a hook on {', '.join(sorted(apart))}"))
+    else:
+        try:
+            regions = (_region(model, args, kwargs, "", train),)
+        except _CannotCaptureError as error:
+            problem = error
+    if problem is not None:
+        _log.info("the model cannot be captured whole (%s); its parts are tried", problem.reason)
+        regions, uncaptured = _by_submodule(model, args, kwargs, problem, train, apart)
         for part in uncaptured:
             _log.info("%s stays eager: %s", part.layer or "the top level", part.reason)
         if not regions:
             raise UnsupportedModelError(
-                f"no part of the model can be captured: {error.reason}",
-                where=error.location,
+                f"no part of the model can be captured: {problem.reason}",
+                where=problem.location,
                 mend="Move control flow that depends on tensor values out of the model.",
-            ) from error.__cause__
+            ) from problem.__cause__
     checks = [(region.path, _fidelity(region, mode)) for region in regions for mode in Mode]
     return Captured(model, args, kwargs, regions, uncaptured, _merged(checks))
 
@@ -185,6 +201,10 @@ def _refuse_environment(cause: Exception) -> None:
     """Raises what the environment lacks, if that is what came of it: that is no model's fault."""
     if problem := environment_problem(cause):
         raise problem from cause
+
+
+class _Hooked(Exception):  # noqa: N818  no error: a reason to leave a part eager
+    """A submodule inside has a hook that the graph does not hold."""
 
 
 class _CannotCaptureError(Exception):
@@ -198,6 +218,40 @@ class _CannotCaptureError(Exception):
 
 
 def _region(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, train: bool
+) -> Region:
+    with own_hooks_off(module) if path else contextlib.nullcontext():
+        return _traced_region(module, args, kwargs, path, train)
+
+
+@contextlib.contextmanager
+def own_hooks_off(module: nn.Module) -> Iterator[None]:
+    """A part is called as a module, so its own hooks run around its graph, and belong not into it;
+    those of the modules inside it do."""
+    tables = [getattr(module, name) for name in _HOOKS]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def hook_counts(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """How many forward hooks each submodule has, by path; the model itself left out."""
+    return {
+        path: (module, sum(len(getattr(module, name)) for name in _HOOKS))
+        for path, module in model.named_modules()
+        if path
+    }
+
+
+def _traced_region(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, train: bool
 ) -> Region:
     try:
@@ -287,6 +341,7 @@ def _by_submodule(
     kwargs: Mapping[str, Any],
     error: _CannotCaptureError,
     train: bool,
+    apart: Collection[str],
 ) -> tuple[tuple[Region, ...], tuple[Uncaptured, ...]]:
     """Capture the outermost children that can be; list what stays eager."""
     calls: dict[str, list[_Call]] = {}
@@ -304,6 +359,10 @@ def _by_submodule(
             seen.add(id(child))
             if inner not in calls:
                 visit(child, inner)  # a container, or a part that the example inputs do not reach
+                continue
+            if any(path.startswith(f"{inner}.") for path in apart):
+                uncaptured.append(Uncaptured(inner, error.reason, ""))
+                visit(child, inner)
                 continue
             try:
                 regions.append(_fitting_region(child, calls[inner], inner, train))
@@ -380,7 +439,8 @@ def _fitting_region(module: nn.Module, calls: list[_Call], path: str, train: boo
 def _fidelity(region: Region, mode: Mode) -> Fidelity:
     if mode not in region.graphs:
         return fidelity.unchecked(mode, f"the train graph was not captured: {region.train_failure}")
-    return fidelity.check(region.module, region.runner(mode), region.args, region.kwargs, mode)
+    with own_hooks_off(region.module) if region.path else contextlib.nullcontext():
+        return fidelity.check(region.module, region.runner(mode), region.args, region.kwargs, mode)
 
 
 def _merged(region: Sequence[tuple[str, Fidelity]]) -> tuple[Fidelity, ...]:

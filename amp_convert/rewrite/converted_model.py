@@ -24,17 +24,25 @@ import torch
 from torch import nn
 
 from amp_convert.capture.graph_call import GraphRunner
-from amp_convert.capture.regions import Captured, Region, RegionCall
+from amp_convert.capture.regions import (
+    Captured,
+    Region,
+    RegionCall,
+    capture,
+    hook_counts,
+    own_hooks_off,
+)
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.mode import Mode
+from amp_convert.core.number_formats import from_name
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.plan.plan import Plan
 from amp_convert.plan.planner import make_plan
-from amp_convert.profile.calibrate import RangeStats
+from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.rewrite.fold_constants import Folded, fold
 from amp_convert.rewrite.graph_execution import KernelError, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
-from amp_convert.rules.rule_set import Rules
+from amp_convert.rules.rule_set import Rules, rules_of_text
 
 
 def convert_captured(
@@ -79,7 +87,15 @@ class ConvertedModel(nn.Module):
         original = captured.model
         for name in _STATE:
             self.__dict__[name] = original.__dict__[name]
-        # Not through nn.Module: none of these is a submodule.
+        self._hold(captured, plan)
+        # What was hooked when the graphs were captured is in them.
+        self.__dict__["_hooks"] = hook_counts(original)
+        self.__dict__["_apart"] = frozenset()
+        self.training = original.training
+
+    def _hold(self, captured: Captured, plan: Plan) -> None:
+        """Rewrite what was captured as planned. Not through nn.Module: none of this is a
+        submodule."""
         self.__dict__["captured"], self.__dict__["plan"] = captured, plan
         self.__dict__["rewritten"] = {
             region.path: {mode: rewrite(region, mode, plan) for mode in region.graphs}
@@ -88,10 +104,38 @@ class ConvertedModel(nn.Module):
         self.__dict__["_parts"] = {
             region.path: _Part(region, self.rewritten[region.path]) for region in captured.regions
         }
-        self.training = original.training
+
+    def _heed_hooks(self) -> None:
+        """Let submodules that have got a forward hook since, or lost one, be regions of their own:
+        a hook does not run inside a graph. The plan's decisions stay, node by node."""
+        hooked = frozenset(
+            path
+            for path, (module, count) in self.__dict__["_hooks"].items()
+            if len(module._forward_hooks) + len(module._forward_pre_hooks) != count
+        )
+        if hooked == self.__dict__["_apart"]:
+            return
+        _log.info("captured anew around the hooks on %s", ", ".join(sorted(hooked)) or "nothing")
+        captured, plan = self.captured, self.plan
+        with contextlib.ExitStack() as unheard:  # this is no call of the user's
+            for path in hooked:
+                unheard.enter_context(own_hooks_off(captured.model.get_submodule(path)))
+            anew = capture(
+                captured.model, captured.args, captured.kwargs, train=self._has_train, apart=hooked
+            )
+            stats = profile(anew, [(captured.args, captured.kwargs)], [])
+        rules = rules_of_text(plan.to_toml(), "the plan")
+        self._hold(anew, make_plan(anew, rules, stats, from_name(plan.dtype)))
+        self.__dict__["_apart"] = hooked
+
+    @property
+    def _has_train(self) -> bool:
+        return all(Mode.TRAIN in region.graphs for region in self.captured.regions)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the original does, in the original's dtypes."""
+        if not torch.compiler.is_compiling():
+            self._heed_hooks()
         if self.captured.is_whole:
             return self.__dict__["_parts"][""](self.training, args, kwargs)
         with self._replaced():
@@ -102,6 +146,17 @@ class ConvertedModel(nn.Module):
         super().train(mode)
         self.captured.model.training = mode
         return self
+
+    def eval(self) -> ConvertedModel:
+        """Switch to the eval graph; the original follows."""
+        return self.train(False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and files hold the model, its example inputs and the plan; the graphs are captured
+        anew, since they cannot be stored."""
+        captured = self.captured
+        parts = (captured.model, captured.args, dict(captured.kwargs), self.plan)
+        return _recaptured, (*parts, self._has_train, self.training)
 
     def freeze(self) -> FrozenModel:
         """A copy for inference, weights stored in low precision; this model is left as it is."""
@@ -145,6 +200,20 @@ class ConvertedModel(nn.Module):
             if name.startswith("__") or "captured" not in self.__dict__:
                 raise
             return getattr(self.__dict__["captured"].model, name)
+
+
+def _recaptured(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    plan: Plan,
+    has_train: bool,
+    training: bool,
+) -> ConvertedModel:
+    """A copy of a converted model, from what `ConvertedModel.__reduce__` keeps."""
+    converted = ConvertedModel(capture(model, args, kwargs, train=has_train), plan)
+    converted.training = training
+    return converted
 
 
 class _Part:

@@ -83,6 +83,13 @@ class Rules:
     files: tuple[str, ...]
     rewrites: Rewrites = field(default_factory=Rewrites)
 
+    @property
+    def uses_trials(self) -> bool:
+        """Whether anything asks how far rounding a value throws others off (see
+        `rounding_trials`)."""
+        rewrites = self.rewrites.scale_scores or self.rewrites.rescale_layers
+        return self.guards.rounding_growth is not False or rewrites
+
     def overrides(self, *, node: str, layer: str, modules: Sequence[str]) -> list[int]:
         """Indices of the node, layer and module rules for a node, whatever they are limited to.
 
@@ -188,6 +195,20 @@ def load_rules(names: Sequence[str]) -> Rules:
         guards=guards,
         files=tuple(file.shown for file in loaded.values()),
         rewrites=rewrites,
+    )
+
+
+def rules_of_text(text: str, shown: str) -> Rules:
+    """The rules of one text that extends nothing, such as a plan; `shown` is what errors call it.
+    Raises UsageError as `load_rules` does."""
+    file = parse_rule_file(text, shown)
+    return Rules(
+        name=shown,
+        painting=file.painting or Painting.GRAPPLER,
+        rules=file.rules,
+        guards=replace(GuardLimits(), **file.guards),
+        files=(shown,),
+        rewrites=replace(Rewrites(), **file.rewrites),
     )
 
 

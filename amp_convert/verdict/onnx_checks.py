@@ -34,7 +34,7 @@ _JUDGED = ("unoptimised", "optimised")
 
 
 def onnx_checks(
-    parity: OnnxParity | None, reason: str, limits: Thresholds, *, metrics_supplied: bool
+    parity: OnnxParity | None, reason: str, limits: Thresholds, *, metrics_supplied: bool = True
 ) -> tuple[Check, ...]:
     """All checks on the file; one unchecked one with `reason` where there is none."""
     if parity is None:

@@ -197,10 +197,10 @@ def test_every_fp32_node_has_a_twin_and_every_other_node_is_a_cast(model: str) -
 
 def changed(plan: Plan, node: str, **changes: Any) -> Plan:
     """The plan with one decision of the eval graph changed by hand."""
-    dtypes = changes.pop("input_dtypes")
+    dtypes = changes.pop("input_dtypes", None)
 
     def cast(d: Decision) -> Decision:
-        pairs = zip(d.inputs, dtypes, strict=True)
+        pairs = zip(d.inputs, dtypes or d.input_dtypes, strict=True)
         return replace(d, inputs=tuple(replace(i, dtype=dtype) for i, dtype in pairs), **changes)
 
     return replace(plan, eval=tuple(cast(d) if d.node == node else d for d in plan.eval))

@@ -236,3 +236,7 @@ def test_why_instance_norm_stays_float32_on_the_cpu() -> None:
     rules = load_rules(["default"])
     name = "aten.instance_norm.default"
     assert [category(rules, name, device=d) for d in ("cpu", "cuda")] == ["deny", "infer"]
+
+
+def test_only_presets_that_ask_for_them_need_trials(preset: str) -> None:
+    assert load_rules([preset]).uses_trials is (preset == "default")
