@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     )
     from amp_convert.pipeline import Run
     from amp_convert.plan.plan import Decision, Plan
-    from amp_convert.rewrite.converted_model import ConvertedModel, FrozenModel
+    from amp_convert.rewrite.converted_model import ConvertedModel
+    from amp_convert.rewrite.frozen_model import FrozenModel
     from amp_convert.validate.inference.results import Divergence
 
 _HOMES = {

@@ -7,74 +7,54 @@ how far it is.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from amp_convert import __version__
-from amp_convert.capture.regions import Captured, capture
+from amp_convert.capture.captured import Captured
+from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch
 from amp_convert.core.device import Device
 from amp_convert.core.errors import UsageError
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.optional_packages import require
-from amp_convert.loading.model_file import Case, check_forward, load_case, score, user_batches
-from amp_convert.loading.settings import Settings, split_source
-from amp_convert.loading.user_code import SOURCES
+from amp_convert.core.progress import Logged, Progress, Silent
+from amp_convert.loading.model_file import Case, check_forward, load_case
+from amp_convert.loading.settings import Settings
+from amp_convert.loading.user_functions import score, user_batches
 from amp_convert.onnx_file import write as onnx_export
 from amp_convert.plan.plan import Plan
 from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.report import (
-    Environment,
     ModelInfo,
     OnnxSection,
-    PlanSection,
     RunReport,
     Unchecked,
 )
+from amp_convert.report.assemble import assemble, model_info
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rules.rule_set import Rules, load_rules
 from amp_convert.validate.inference import costs
 from amp_convert.validate.inference.compare import compare, frozen_identical
-from amp_convert.validate.inference.results import Divergence
 from amp_convert.validate.onnx.compare import validate_onnx
 from amp_convert.validate.training import checkpoint
 from amp_convert.validate.training import setup as training_setup
-from amp_convert.validate.training.compare import DEFAULT_STEPS, compare_training
-from amp_convert.validate.training.noninferiority import MIN_SPREAD_SEEDS
+from amp_convert.validate.training.compare import compare_training
+from amp_convert.validate.training.margin import MIN_SPREAD_SEEDS
+from amp_convert.validate.training.options import DEFAULT_STEPS
 from amp_convert.validate.training.results import TrainingParity
 from amp_convert.validate.training.seed_spread import SeedSpread, make_seed_spread
-from amp_convert.verdict.verdict import Thresholds, Verdict, judge
+from amp_convert.verdict.verdict import Verdict
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 _log = logging.getLogger(__name__)
-
-
-class Progress(Protocol):
-    """Who is told how far a run is."""
-
-    def stage(self, name: str, steps: int | None = None) -> None:
-        """A stage begins; `steps` is how many there will be, if that is known."""
-
-    def advance(self) -> None:
-        """One step of the current stage is done."""
-
-    def say(self, text: str) -> None:
-        """Something that the user should know now; a sentence or a clause."""
-
-    def interruptible(self) -> AbstractContextManager[Callable[[], bool]]:
-        """While this is open, the user may ask the stage to stop; gives whether that was asked."""
 
 
 @dataclass(frozen=True)
@@ -91,24 +71,6 @@ class Run:
     def verdict(self) -> Verdict:
         """What all checks add up to."""
         return self.report.verdict
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def stage(self, name: str, steps: int | None = None) -> None:
-        """A stage begins."""
-
-    def advance(self) -> None:
-        """One step of it is done."""
-
-    def say(self, text: str) -> None:
-        """Something that the user should know now goes to the log."""
-        _log.warning("%s", text)
-
-    def interruptible(self) -> AbstractContextManager[Callable[[], bool]]:
-        """Nobody asks to stop."""
-        return contextlib.nullcontext(lambda: False)
 
 
 def convert(source: str, settings: Settings, progress: Progress, work: Path) -> Run:
@@ -133,7 +95,7 @@ def check(
     UnsupportedModelError where no part of the model can be captured.
     """
     _check_settings(settings)
-    progress = _Logged(progress or Silent())
+    progress = Logged(progress or Silent())
     prepared = _prepare(case, settings, progress, trains=True)
     case, captured = prepared.case, prepared.captured
     progress.stage("plan and rewrite")
@@ -159,7 +121,9 @@ def check(
     exported = _export(prepared, converted, settings, progress, work)
     trained = _train(prepared, converted, settings, progress)
     progress.stage("judge")
-    report = _report(prepared, settings, converted.plan, divergence, trained, exported)
+    report = assemble(
+        case, prepared.device, captured, settings, converted.plan, divergence, trained, exported
+    )
     files = () if work is None else tuple(sorted(work.iterdir()))
     return Run(report, converted.plan, converted, files)
 
@@ -169,27 +133,6 @@ def _check_settings(settings: Settings) -> None:
     if settings.onnx:
         require("onnx", "onnx", "onnxscript", "onnxruntime")
     training_setup.load_margin(settings)
-
-
-class _Logged:
-    """Progress that is also told to the log."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def stage(self, name: str, steps: int | None = None) -> None:
-        _log.info("%s", name)
-        self._progress.stage(name, steps)
-
-    def advance(self) -> None:
-        self._progress.advance()
-
-    def say(self, text: str) -> None:
-        _log.info("%s", text)
-        self._progress.say(text)
-
-    def interruptible(self) -> AbstractContextManager[Callable[[], bool]]:
-        return self._progress.interruptible()
 
 
 def _export(
@@ -289,29 +232,11 @@ def audit(source: str, settings: Settings, progress: Progress) -> tuple[Plan, Mo
     devices.choose(settings.device)
     progress.stage("load the model")
     torch.manual_seed(0)
-    prepared = _prepare(load_case(source), settings, _Logged(progress))
+    prepared = _prepare(load_case(source), settings, Logged(progress))
     progress.stage("plan")
     dtype = from_name(settings.dtype)
     converted = convert_captured(prepared.captured, prepared.rules, prepared.stats, dtype)
-    return converted.plan, _model_info(prepared.case)
-
-
-def output_folder(source: str, settings: Settings) -> Path:
-    """Where the report goes: `--out`, or `reports/<the model file's stem>` in the current
-    folder. Raises UsageError for a source without a stem, such as ".".
-    """
-    if settings.out:
-        return Path(settings.out)
-    stem = _stem(source)
-    if stem in ("", ".."):
-        raise UsageError(f"{source!r} is not the name of a model file", mend=SOURCES)
-    return Path("reports") / stem
-
-
-def _stem(source: str) -> str:
-    place, attribute = split_source(source)
-    is_file = place.endswith(".py") or not attribute
-    return Path(place).stem if is_file else place.rpartition(".")[2]
+    return converted.plan, model_info(prepared.case)
 
 
 @dataclass(frozen=True)
@@ -370,74 +295,3 @@ def _ticking(batches: Iterator[Batch], progress: Progress) -> Iterator[Call]:
     for args, kwargs, _ in batches:
         yield args, kwargs
         progress.advance()
-
-
-# --- the report ----------------------------------------------------------------------------------
-
-
-def _report(
-    prepared: _Prepared,
-    settings: Settings,
-    plan: Plan,
-    divergence: Divergence,
-    training: TrainingParity | Unchecked,
-    onnx: OnnxSection | Unchecked,
-) -> RunReport:
-    case, captured = prepared.case, prepared.captured
-    thresholds = Thresholds.for_dtype(
-        settings.dtype,
-        output_rel_l2=settings.tolerance,
-        metric_tolerance=settings.metric_tolerance,
-    )
-    trained = training if isinstance(training, TrainingParity) else None
-    verdict = judge(
-        captured.fidelity,
-        plan,
-        divergence,
-        thresholds,
-        metrics_supplied=case.metrics is not None,
-        training=trained,
-        no_training=training.reason if isinstance(training, Unchecked) else "",
-        onnx=onnx.parity if isinstance(onnx, OnnxSection) else None,
-        no_onnx=onnx.reason if isinstance(onnx, Unchecked) else "",
-    )
-    return RunReport(
-        amp_convert=__version__,
-        model=_model_info(case),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        verdict=verdict,
-        environment=_environment(prepared.device, settings),
-        fidelity=captured.fidelity,
-        plan=PlanSection.of(plan),
-        inference=divergence,
-        training=training,
-        onnx=onnx,
-        fixed_sizes=captured.fixed_sizes,
-    )
-
-
-def _model_info(case: Case) -> ModelInfo:
-    kind = type(case.model)
-    return ModelInfo(
-        name=case.name,
-        source=case.source,
-        digest=case.digest,
-        model_class=f"{kind.__module__}.{kind.__qualname__}",
-        parameters=sum(p.numel() for p in case.model.parameters()),
-    )
-
-
-def _environment(device: Device, settings: Settings) -> Environment:
-    return Environment(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        platform=platform.platform(),
-        processor=platform.processor() or platform.machine(),
-        threads=torch.get_num_threads(),
-        device=device.type,
-        device_name=device.name,
-        device_reason=device.reason,
-        # Off in the FP32 arm, whatever the user's setting; other devices have no TF32.
-        tf32=False if device.type == "cuda" else None,
-        dtype=settings.dtype,
-    )

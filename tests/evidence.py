@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.capture.fidelity import Fidelity
-from amp_convert.capture.regions import Uncaptured
 from amp_convert.gate.baseline import baseline_of
 from amp_convert.gate.compare import GateResult, compare
 from amp_convert.plan.plan import Casts, Decision, Plan

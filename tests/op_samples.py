@@ -28,10 +28,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.export import CapturedGraph
-from amp_convert.capture.graph_call import InputSpec, Signature, Source, UserInput
+from amp_convert.capture.graph_signature import InputSpec, Signature, Source, UserInput
 from amp_convert.capture.node_info import NodeInfo
-from amp_convert.capture.regions import Captured, Region, _record
+from amp_convert.capture.regions import _record
 from amp_convert.core.op_facts import op_name
 
 aten = torch.ops.aten

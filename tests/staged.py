@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.regions import Captured, capture
+from amp_convert.capture.captured import Captured
+from amp_convert.capture.regions import capture
 from amp_convert.plan.plan import Casts, Decision, Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile

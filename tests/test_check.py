@@ -116,7 +116,9 @@ def test_wrong_calls(given: dict[str, Any], message: str) -> None:
 def test_the_log_tells_the_stages(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="amp_convert"):
         amp.check(net(), X)
-    told = [record.message for record in caplog.records if record.name == "amp_convert.pipeline"]
+    told = [
+        record.message for record in caplog.records if record.name == "amp_convert.core.progress"
+    ]
     assert told[:3] == ["capture and check against eager FP32", "calibrate", "plan and rewrite"]
     assert told[-1] == "judge"
 

@@ -265,24 +265,3 @@ def test_an_error_in_a_batch_names_the_users_line(convert: Callable[..., Run]) -
     line = late.splitlines().index("        yield batch(seed), 1 // (1 - seed)") + 1
     with pytest.raises(ModelError, match=rf"eval_batches\(\) raised Zero.* \(at model.py:{line}\)"):
         convert(late)
-
-
-@pytest.mark.parametrize(
-    ("source", "out", "expected"),
-    [
-        ("model.py", None, "reports/model"),
-        ("nets/model.v2.py", None, "reports/model.v2"),
-        ("nets/model.py:Net", None, "reports/model"),
-        ("package.nets:Net", None, "reports/nets"),
-        ("nets:Net", None, "reports/nets"),
-        ("model.py", "elsewhere/here", "elsewhere/here"),
-    ],
-)
-def test_where_the_report_goes(source: str, out: str | None, expected: str) -> None:
-    assert pipeline.output_folder(source, Settings(out=out)) == Path(expected)
-
-
-@pytest.mark.parametrize("source", ["", ".", "..", "/", "nets/.."])
-def test_a_source_without_a_name_has_no_folder(source: str) -> None:
-    with pytest.raises(UsageError, match="is not the name of a model file"):
-        pipeline.output_folder(source, Settings())

@@ -18,7 +18,8 @@ from amp_convert.validate.training.gradient_results import (
     GradientRange,
     LayerGradient,
 )
-from amp_convert.validate.training.noninferiority import Margin, judge_pairs
+from amp_convert.validate.training.margin import Margin
+from amp_convert.validate.training.noninferiority import judge_pairs
 from amp_convert.validate.training.results import ArmRecord, PairedRun, SeedPair, TrainingParity
 
 LOSSES = (2.0, 1.5, 1.25, 1.0, 0.75, 0.5, 0.5, 0.5)

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.regions import Captured, capture
+from amp_convert.capture.captured import Captured
+from amp_convert.capture.regions import capture
 from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rules.rule_set import load_rules

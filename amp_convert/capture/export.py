@@ -17,27 +17,17 @@ import gc
 import inspect
 import io
 import logging
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.export_repairs import detach_no_grad, mark_explicit_cast, repair
-from amp_convert.capture.graph_call import (
-    InputSpec,
-    Signature,
-    SizeGuard,
-    Source,
-    UserInput,
-    bind,
-    in_mode,
-)
+from amp_convert.capture.graph_call import bind, in_mode
+from amp_convert.capture.graph_signature import Signature, check_guards, signature_of
 from amp_convert.capture.node_info import NodeInfo, describe
 from amp_convert.core import device as devices
 from amp_convert.core.errors import first_line
@@ -97,7 +87,7 @@ def export_graph(
     graph = program.graph
     repair(graph)
     out_spec = returned[-1] if returned else program.call_spec.out_spec
-    signature = _signature(program, module, call, bound.arguments, out_spec)
+    signature = signature_of(program, module, call, bound.arguments, out_spec)
     for given in signature.user_inputs:
         if given.shape and given.shape[0] is not None:
             _log.info("input %s: its first dimension is fixed at %d", given.path, given.shape[0])
@@ -183,7 +173,7 @@ def _dynamic_program(
     try:
         args, kwargs = doubled_batch(args, kwargs)
         program = _program(module, call, args, kwargs, dynamic=True)
-        _check_guards(program, bind(call, args, kwargs).arguments)
+        check_guards(program, bind(call, args, kwargs).arguments)
     except Exception as error:  # noqa: BLE001  whatever fails dynamically is retried statically
         return None, f"{type(error).__name__}: {first_line(error)}"
     return program, ""
@@ -231,113 +221,3 @@ def doubled_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, 
 
 
 # --- guards and signature -------------------------------------------------------------------------
-
-
-def _guards(program: torch.export.ExportedProgram) -> tuple[SizeGuard, ...]:
-    """What the model's own conditions on sizes came out as. The text is written by torch.export."""
-    return tuple(
-        SizeGuard(re.sub(r"L\['(\w+)'\]", r"\1", code), _Condition(code))
-        for code in getattr(program, "_guards_code", ())
-    )
-
-
-def _check_guards(program: torch.export.ExportedProgram, arguments: Mapping[str, Any]) -> None:
-    """Raises NotImplementedError where this PyTorch does not tell what tracing assumed of sizes, or
-    in words that are not known: a graph whose conditions nobody can check could be wrong for other
-    sizes, so it may take none."""
-    if not hasattr(program, "_guards_code"):
-        raise NotImplementedError("this PyTorch does not tell what tracing assumed of sizes")
-    for guard in _guards(program):
-        if not guard.holds(arguments):
-            raise NotImplementedError(f"the example inputs themselves break {guard.text}")
-
-
-class _Condition:
-    """A condition on the arguments by name, from its text. One that cannot be evaluated, since a
-    size that divides others is 0 or since it uses words that are not known, does not hold."""
-
-    def __init__(self, code: str) -> None:
-        self._code = code
-        self._compiled = compile(code, "<guard>", "eval")
-
-    def __call__(self, arguments: Mapping[str, Any]) -> bool:
-        names = {"L": arguments, "torch": torch, "math": math}
-        try:
-            return bool(eval(self._compiled, names))  # noqa: S307  torch.export wrote it
-        except Exception:  # noqa: BLE001  whatever goes wrong, nothing is known to hold
-            return False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Condition, (self._code,)
-
-
-_SOURCES = {
-    InputKind.PARAMETER: Source.PARAMETER,
-    InputKind.BUFFER: Source.BUFFER,
-    InputKind.CONSTANT_TENSOR: Source.CONSTANT,
-    InputKind.USER_INPUT: Source.USER,
-}
-
-
-def _signature(
-    program: torch.export.ExportedProgram,
-    module: nn.Module,
-    call: inspect.Signature,
-    arguments: Mapping[str, Any],
-    out_spec: pytree.TreeSpec,
-) -> Signature:
-    declared = program.graph_signature
-    owned = {n for n, _ in [*module.named_parameters(remove_duplicate=False),
-                            *module.named_buffers(remove_duplicate=False)]}  # fmt: skip
-    mutated = set(declared.buffers_to_mutate.values())
-    inputs = []
-    for spec in declared.input_specs:
-        if spec.kind not in _SOURCES:
-            raise ValueError(f"a {spec.kind.name.lower()} input is not supported")
-        source, target = _SOURCES[spec.kind], spec.target or ""
-        if source is Source.BUFFER and target not in owned:
-            source = Source.CONSTANT
-        inputs.append(InputSpec(source, target, mutated=target in mutated))
-    buffers, changed = [], []
-    for output in declared.output_specs:
-        if output.kind is OutputKind.BUFFER_MUTATION:
-            buffers.append(output.target or "")
-        elif output.kind is OutputKind.USER_INPUT_MUTATION:
-            names = [s.arg.name for s in declared.input_specs]
-            changed.append(names.index(output.target))
-        elif output.kind is not OutputKind.USER_OUTPUT:
-            raise ValueError(f"a {output.kind.name.lower()} output is not supported")
-    leaves, in_spec = pytree.tree_flatten(list(arguments.values()))
-    return Signature(
-        call=call,
-        guards=_guards(program),
-        inputs=tuple(inputs),
-        names=tuple(arguments),
-        user_inputs=_user_inputs(program, arguments, leaves),
-        in_spec=in_spec,
-        out_spec=out_spec,
-        buffer_outputs=tuple(buffers),
-        input_outputs=tuple(changed),
-    )
-
-
-def _user_inputs(
-    program: torch.export.ExportedProgram, arguments: Mapping[str, Any], leaves: Sequence[Any]
-) -> tuple[UserInput, ...]:
-    paths = [
-        name + pytree.keystr(keys)
-        for name, value in arguments.items()
-        for keys, _ in pytree.tree_flatten_with_path(value)[0]
-    ]
-    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
-    specs = [s for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
-    found = []
-    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
-        value = None if isinstance(spec.arg, ConstantArgument) else values[spec.arg.name]
-        if isinstance(value, torch.Tensor):
-            sizes: list[int | torch.SymInt] = list(value.shape)
-            shape = tuple(size if isinstance(size, int) else None for size in sizes)
-            found.append(UserInput(path, shape, value.dtype))
-        else:
-            found.append(UserInput(path, None, None, leaf))
-    return tuple(found)

@@ -14,94 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.graph_signature import InputSpec, Signature, Source, UserInput
 from amp_convert.core.errors import ModelError
-
-_T = TypeVar("_T")
-
-
-class Source(StrEnum):
-    """Where an input of a captured graph comes from."""
-
-    PARAMETER = "parameter"
-    BUFFER = "buffer"
-    CONSTANT = "constant"
-    USER = "user"
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One placeholder: its source and, for all but the user's, the name of the tensor there."""
-
-    source: Source
-    target: str
-    mutated: bool = False
-
-
-@dataclass(frozen=True)
-class UserInput:
-    """What the graph expects of one leaf of the user's inputs.
-
-    `shape` holds None for a dimension that may vary; it is None for a leaf that is no tensor, and
-    then `value` is the value that the graph was captured with.
-    """
-
-    path: str
-    shape: tuple[int | None, ...] | None
-    dtype: torch.dtype | None
-    value: Any = None
-
-
-@dataclass(frozen=True)
-class SizeGuard:
-    """A condition on input sizes that the model tested while it was traced, and its outcome.
-
-    `holds` takes the arguments by name. Where it is false, the model would take another path than
-    the one in the graph.
-    """
-
-    text: str
-    holds: Callable[[Mapping[str, Any]], bool]
-
-
-@dataclass(frozen=True)
-class Signature:
-    """How a captured graph's flat inputs and outputs map to a module's.
-
-    `call` is the signature of the module's `forward`, `names` are its arguments that were given at
-    capture, `guards` what tracing assumed of their sizes. `inputs` has one entry a placeholder, in
-    order. The graph returns the new values of `buffer_outputs`, then of the user inputs numbered in
-    `input_outputs`, then the user's outputs.
-    """
-
-    call: inspect.Signature
-    guards: tuple[SizeGuard, ...]
-    inputs: tuple[InputSpec, ...]
-    names: tuple[str, ...]
-    user_inputs: tuple[UserInput, ...]
-    in_spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec
-    buffer_outputs: tuple[str, ...]
-    input_outputs: tuple[int, ...]
-
-    def placeholders(self, graph: fx.Graph) -> dict[fx.Node, InputSpec]:
-        """What each placeholder of a captured graph, or of a rewritten copy of it, stands for."""
-        return dict(zip(graph.find_nodes(op="placeholder"), self.inputs, strict=True))
-
-    def users(self, values: Iterable[_T]) -> list[tuple[UserInput, _T]]:
-        """Those of all inputs that the user gives, each with what the graph expects of it; `values`
-        has one for each input."""
-        given = [v for v, s in zip(values, self.inputs, strict=True) if s.source is Source.USER]
-        return list(zip(self.user_inputs, given, strict=True))
 
 
 def bind(

@@ -16,9 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,15 +25,16 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture import fidelity
+from amp_convert.capture.captured import Captured, Region, Trace, Uncaptured, Value
 from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
 from amp_convert.capture.fidelity import Fidelity, FidelityStatus
-from amp_convert.capture.graph_call import GraphRunner, in_mode
+from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.hooks import own_hooks_off
 from amp_convert.capture.mac_counter import MacCounter
-from amp_convert.capture.node_info import is_library_frame, short_path
+from amp_convert.capture.observed_calls import ModuleCall, observed_calls, user_line
 from amp_convert.capture.pytree_containers import register_containers
 from amp_convert.core import device as devices
 from amp_convert.core.errors import (
-    AmpConvertError,
     ModelError,
     UnsupportedModelError,
     environment_problem,
@@ -45,113 +44,6 @@ from amp_convert.core.mode import Mode
 from amp_convert.core.random_state import preserved_rng
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Uncaptured:
-    """A part of the model that stays eager FP32, and the line of code that made it so."""
-
-    layer: str
-    reason: str
-    location: str
-
-
-@dataclass(frozen=True)
-class FixedSizes:
-    """A graph whose sizes could not be left open, and why: it takes those of the example inputs."""
-
-    layer: str
-    mode: Mode
-    reason: str
-
-
-@dataclass(frozen=True)
-class Value:
-    """Shape and dtype of a tensor, for the example inputs."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one run of a graph on the example inputs recorded, by FX name.
-
-    `values` holds a `Value` a tensor, a tuple of them for a multi-output node, a number for a size,
-    None otherwise.
-    """
-
-    values: Mapping[str, Any] = field(repr=False)
-    macs: Mapping[str, int] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Region:
-    """A part of the model (the whole of it when `path` is empty) and its captured graphs."""
-
-    path: str
-    module: nn.Module
-    args: tuple[Any, ...] = field(repr=False)
-    kwargs: Mapping[str, Any] = field(repr=False)
-    graphs: Mapping[Mode, CapturedGraph] = field(repr=False)
-    traces: Mapping[Mode, Trace] = field(repr=False)
-    train_failure: str = ""
-
-    def qualified(self, name: str) -> str:
-        """A name inside the region as a name in the whole model."""
-        return f"{self.path}.{name}" if self.path else name
-
-    def runner(self, mode: Mode) -> GraphRunner:
-        """The captured FP32 graph of `mode`, callable like the module."""
-        graph = self.graphs[mode]
-        return GraphRunner(graph.graph_module, graph.signature, graph.constants, self.module)
-
-
-RegionCall = tuple[Region, tuple[Sequence[Any], Mapping[str, Any]]]
-"""A region and the (args, kwargs) of one call of it."""
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A model and all that was captured of it."""
-
-    model: nn.Module
-    args: tuple[Any, ...] = field(repr=False)
-    kwargs: Mapping[str, Any] = field(repr=False)
-    regions: tuple[Region, ...]
-    uncaptured: tuple[Uncaptured, ...]
-    fidelity: tuple[Fidelity, ...]
-
-    def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
-        """What each region receives when the model is called with these inputs, in eval mode, in
-        the order of the calls."""
-        if self.is_whole:
-            return [(self.regions[0], (args, kwargs))]
-        by_path = {region.path: region for region in self.regions}
-        observed = _observed_calls(self.model, tuple(args), kwargs, set(by_path))
-        return [(by_path[path], call) for path, call in observed]
-
-    @property
-    def fixed_sizes(self) -> tuple[FixedSizes, ...]:
-        """The graphs that take no sizes but those of the example inputs."""
-        return tuple(
-            FixedSizes(region.path, mode, graph.fixed_sizes)
-            for region in self.regions
-            for mode, graph in region.graphs.items()
-            if graph.fixed_sizes
-        )
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether one graph holds the whole model."""
-        return len(self.regions) == 1 and not self.regions[0].path
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is, and so where its graphs run."""
-        return devices.of_model(self.model)
 
 
 def capture(
@@ -213,7 +105,7 @@ class _CannotCaptureError(Exception):
     def __init__(self, path: str, cause: Exception) -> None:
         self.path = path
         self.reason = f"{type(cause).__name__}: {first_line(cause)}"
-        self.location = _user_line(cause)
+        self.location = user_line(cause)
         super().__init__(self.reason)
 
 
@@ -222,33 +114,6 @@ def _region(
 ) -> Region:
     with own_hooks_off(module) if path else contextlib.nullcontext():
         return _traced_region(module, args, kwargs, path, train)
-
-
-@contextlib.contextmanager
-def own_hooks_off(module: nn.Module) -> Iterator[None]:
-    """A part is called as a module, so its own hooks run around its graph, and belong not into it;
-    those of the modules inside it do."""
-    tables = [getattr(module, name) for name in _HOOKS]
-    kept = [dict(table) for table in tables]
-    for table in tables:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table, hooks in zip(tables, kept, strict=True):
-            table.update(hooks)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def hook_counts(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
-    """How many forward hooks each submodule has, by path; the model itself left out."""
-    return {
-        path: (module, sum(len(getattr(module, name)) for name in _HOOKS))
-        for path, module in model.named_modules()
-        if path
-    }
 
 
 def _traced_region(
@@ -344,8 +209,8 @@ def _by_submodule(
     apart: Collection[str],
 ) -> tuple[tuple[Region, ...], tuple[Uncaptured, ...]]:
     """Capture the outermost children that can be; list what stays eager."""
-    calls: dict[str, list[_Call]] = {}
-    for path, call in _observed_calls(model, args, kwargs):
+    calls: dict[str, list[ModuleCall]] = {}
+    for path, call in observed_calls(model, args, kwargs):
         calls.setdefault(path, []).append(call)
     regions: list[Region] = []
     uncaptured = [Uncaptured(error.path, error.reason, error.location)]
@@ -374,54 +239,7 @@ def _by_submodule(
     return tuple(regions), tuple(uncaptured)
 
 
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _observed_calls(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    paths: Collection[str] | None = None,
-) -> list[tuple[str, _Call]]:
-    """(path, inputs) of every call of the submodules at `paths` (all, if None), in order, from one
-    eager run in eval mode. Inputs are copies: the caller may write to its own later."""
-    calls: list[tuple[str, _Call]] = []
-
-    def watch(path: str) -> Any:
-        def hook(_: nn.Module, a: tuple[Any, ...], k: dict[str, Any]) -> None:
-            calls.append((path, _cloned((a, k))))
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(watch(path), with_kwargs=True)
-        for path, module in model.named_modules()
-        if path and (paths is None or path in paths)
-    ]
-    device = devices.of_model(model)
-    args, kwargs = _cloned((args, dict(kwargs)))
-    try:
-        with in_mode(model, training=False), torch.no_grad(), preserved_rng(device):
-            model(*args, **kwargs)
-    except AmpConvertError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"the model refuses its inputs: {type(error).__name__}: {first_line(error)}",
-            where=_user_line(error),
-            mend="Give example inputs that the model takes.",
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _cloned(tree: Any) -> Any:
-    return pytree.tree_map_only(torch.Tensor, torch.clone, tree)
-
-
-def _fitting_region(module: nn.Module, calls: list[_Call], path: str, train: bool) -> Region:
+def _fitting_region(module: nn.Module, calls: list[ModuleCall], path: str, train: bool) -> Region:
     """A region captured for the first call that also takes every other call's inputs."""
     region = _region(module, *calls[0], path, train)
     runner = region.runner(Mode.EVAL)
@@ -453,11 +271,3 @@ def _merged(region: Sequence[tuple[str, Fidelity]]) -> tuple[Fidelity, ...]:
         reason = f"{path}: {worst.reason}" if len(found) > 1 else worst.reason
         merged.append(dataclasses.replace(worst, reason=reason))
     return tuple(merged)
-
-
-def _user_line(error: BaseException) -> str:
-    """`file:line` of the deepest frame that is neither PyTorch's nor ours."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not is_library_frame(frame.filename):
-            return f"{short_path(frame.filename)}:{frame.lineno}"
-    return ""

@@ -12,6 +12,7 @@ from amp_convert.cli import flags
 from amp_convert.cli.app import app
 from amp_convert.cli.console import running
 from amp_convert.loading.settings import SETTINGS
+from amp_convert.loading.source import output_folder
 
 if TYPE_CHECKING:
     from amp_convert.gate.compare import GateResult
@@ -34,7 +35,7 @@ def convert(
         from amp_convert.report.files import write_report
         from amp_convert.report.folder import check_writable, workspace
 
-        folder = pipeline.output_folder(source, settings)
+        folder = output_folder(source, settings.out)
         check_writable(folder)
         expected = load_baseline(Path(settings.baseline)) if settings.baseline else None
         gated = None

@@ -13,7 +13,7 @@ from amp_convert.cli import flags
 from amp_convert.cli.app import app
 from amp_convert.cli.console import running, say_renamed
 from amp_convert.loading.settings import load_settings
-from amp_convert.validate.training.noninferiority import MIN_SPREAD_SEEDS, require_spread
+from amp_convert.validate.training.margin import MIN_SPREAD_SEEDS, require_spread
 
 _SETTINGS = ("steps", "batches", "train_metric", "accumulate", "clip_norm", "device")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,17 +25,14 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_is_leaf, tr
 from amp_convert.core import digests
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.number_formats import name_of
-from amp_convert.loading.settings import split_source
-from amp_convert.loading.user_code import defined_at, placed, run_file, run_module
-from amp_convert.loading.user_code import user_code as user_code
-from amp_convert.loading.user_code import user_output_to_stderr as user_output_to_stderr
+from amp_convert.loading.source import split_source
+from amp_convert.loading.user_code import run_file, run_module, user_code
 
 _INPUTS = "a tensor, a tuple (positional arguments) or a dict (keyword arguments)"
 _OPTIONAL = (
     *("eval_batches", "metrics", "train_batches", "loss"),
     *("optimizer", "scheduler", "initial_model"),
 )
-_END = object()
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,49 +143,6 @@ def check_forward(case: Case) -> Any:
         what = f"the FP32 model itself gives NaN in its output ({'; '.join(spoilt[:5])})"
         raise ModelError(what, where=os.path.basename(case.path), mend=mend)
     return outputs
-
-
-def user_batches(
-    what: str, make: Callable[[], Iterable[tuple[Any, Any]]], path: str, at_most: int
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
-    """The first `at_most` batches of `make()`, each as (args, kwargs, target).
-
-    `what` is the user's name for `make`, "eval_batches" or "train_batches". Raises ModelError
-    when the user's code does, when it gives no batch at all, or when a batch is not a pair.
-    """
-    what, where = f"{what}()", defined_at(make, path)
-    mend = "Let it give (inputs, target) pairs, anew at each call."
-    with user_code(what, path):
-        batches = iter(make())
-    for index in range(at_most):
-        with user_code(what, path):
-            batch: Any = next(batches, _END)
-        if batch is _END and index:
-            return
-        if batch is _END:
-            raise ModelError(f"{what} gives no batches", where=where, mend=mend)
-        said = f"batch {index} of {what}"
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ModelError(f"{said} is {kind_of(batch)}, not a pair", where=where, mend=mend)
-        with placed(where):
-            args, kwargs = as_call(batch[0], said)
-        yield args, kwargs, batch[1]
-
-
-def score(case: Case, outputs: Any, target: Any) -> dict[str, float]:
-    """The user's metrics of one batch, as plain floats; empty when the file defines none.
-
-    Raises ModelError when metrics() fails or gives anything but a dict of numbers.
-    """
-    if case.metrics is None:
-        return {}
-    with user_code("metrics()", case.path):
-        values: Any = case.metrics(outputs, target)
-        if isinstance(values, Mapping):
-            return {str(name): float(value) for name, value in values.items()}
-    what, where = f"metrics() gives {kind_of(values)}", defined_at(case.metrics, case.path)
-    mend = 'Return a dict of numbers, such as {"accuracy": 0.98}.'
-    raise ModelError(f"{what}, not a dict", where=where, mend=mend)
 
 
 def named_leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -35,8 +34,8 @@ from pydantic import (
 )
 
 from amp_convert.core.errors import UsageError
+from amp_convert.loading.source import model_folder
 
-_NAME = r"[^\W\d]\w*"
 _TABLE = "pyproject.toml [tool.amp-convert]"
 
 
@@ -259,36 +258,6 @@ def make_settings(**values: object) -> Settings:
     given = {name: value for name, value in values.items() if value is not None}
     fields = {_field(flag_of(name), "settings"): value for name, value in given.items()}
     return Settings(**{n: _checked(n, value, "settings") for n, value in fields.items()})
-
-
-def split_source(source: str) -> tuple[str, str]:
-    """`source` as (file or module, attribute); the attribute is "" when there is none.
-
-    The first part is a file when it ends in ".py" or when there is no attribute, otherwise a
-    module. Any other colon belongs to the path, as in `C:\\nets\\model.py`.
-    """
-    place, _, attribute = source.rpartition(":")
-    dotted = rf"{_NAME}(\.{_NAME})*"
-    if re.fullmatch(dotted, attribute) and (
-        place.endswith(".py") or (re.fullmatch(dotted, place) and not os.path.exists(source))
-    ):
-        return place, attribute
-    return source, ""
-
-
-def model_folder(source: str) -> Path:
-    """The folder of the model file, found without running any of it.
-
-    A module that is not under the current folder counts as lying in the current folder: an
-    installed package's own pyproject.toml is not the user's.
-    """
-    place, attribute = split_source(source)
-    if place.endswith(".py") or not attribute:
-        return Path(os.path.abspath(place)).parent
-    path = Path.cwd().joinpath(*place.split("."))
-    if path.is_dir():
-        return path
-    return path.parent if path.with_suffix(".py").is_file() else Path.cwd()
 
 
 def _from_pyproject(folder: Path) -> dict[str, Any]:

@@ -34,8 +34,8 @@ import torch
 
 import amp_convert
 from amp_convert.core.errors import AmpConvertError, ModelError, UsageError, environment_problem
+from amp_convert.loading.source import SOURCES
 
-SOURCES = "Give the path of a .py file, or package.module:attribute."
 _NOT_THE_USERS = tuple(
     os.path.dirname(os.path.abspath(f)) + os.sep for f in (amp_convert.__file__, torch.__file__)
 )

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,11 +30,12 @@ import torch
 from torch import fx, nn
 from torch.fx import traceback as fx_traceback
 
+from amp_convert.capture.captured import Region
 from amp_convert.capture.export import CapturedGraph, collector_paused
-from amp_convert.capture.graph_call import GraphRunner, Source
-from amp_convert.capture.regions import Region
+from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.graph_signature import Source
 from amp_convert.core import device as devices
-from amp_convert.core.errors import UnsupportedModelError, first_line
+from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.op_facts import Family, facts_of_target
@@ -51,9 +51,10 @@ from amp_convert.onnx_file.ports import (
     output_names,
     tensor_outputs,
 )
+from amp_convert.onnx_file.untranslated import untranslated
 from amp_convert.plan.plan import Decision
-from amp_convert.rewrite.converted_model import fold_weights, hold
 from amp_convert.rewrite.fold_constants import Folded
+from amp_convert.rewrite.frozen_model import fold_weights, hold
 from amp_convert.rewrite.insert_casts import Rewritten
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def _translated(
             program, dynamo=True, optimize=False, verbose=False, opset_version=opset
         )
     except Exception as error:
-        raise _untranslated(region, error) from error
+        raise untranslated(region, error) from error
     assert exported is not None
     if exported.model.opset_imports[""] != opset:
         raise UnsupportedModelError(
@@ -278,28 +279,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _untranslated(region: Region, error: Exception) -> UnsupportedModelError:
-    """What the exporter says, with the layer and line of the operator that it stumbles over."""
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-    what = first_line(causes[-1])
-    where = ""
-    # Its words: Error when translating node %name : [...] = call_function[target=torch.ops.OP](
-    stumbled = r"translating node %(\w+) .*?\[target=torch\.ops\.([\w.]+)\]"
-    if found := re.search(stumbled, " ".join(map(str, causes))):
-        info = region.graphs[Mode.EVAL].nodes.get(found[1])
-        if info is not None and info.op == found[2]:
-            where = f"{info.layer} {info.location}".strip()
-        if what.startswith("No ONNX function"):
-            what = f"the operator {found[2]} has no translation to ONNX"
-    return UnsupportedModelError(
-        f"this model cannot be written as ONNX: {what}",
-        where=where,
-        mend="Write that part of the model with other operators.",
-    )
 
 
 def _axes(inputs: Sequence[ir.Value], names: Sequence[str]) -> dict[str | ir.SymbolicDim, str]:

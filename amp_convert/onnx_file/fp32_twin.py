@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.regions import Region, Value
+from amp_convert.capture.captured import Region, Value
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES, widened
 from amp_convert.rewrite.insert_casts import Rewritten

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from amp_convert.capture.captured import Region, Value
 from amp_convert.capture.export import doubled_batch
-from amp_convert.capture.graph_call import Source
-from amp_convert.capture.regions import Region, Value
+from amp_convert.capture.graph_signature import Source
 from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode
 from amp_convert.core.random_state import preserved_rng

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.regions import Region, Value
+from amp_convert.capture.captured import Region, Value
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import FULL, castable, name_of
 from amp_convert.core.op_facts import facts_of_target
@@ -24,33 +24,8 @@ from amp_convert.plan.evidence import Evidence
 from amp_convert.plan.node_context import Sites
 from amp_convert.plan.plan import Casts, Decision, DecisionKind, PlannedInput, RewriteKind
 from amp_convert.plan.rescaling import UNSCALED, Scaling
+from amp_convert.plan.rulings import NOTHING, Ruling
 from amp_convert.rules.rule_set import Category, Painting
-
-
-@dataclass(frozen=True)
-class Ruling:
-    """Why a node is what it is: the rule that gave its category, or what overruled it."""
-
-    kind: DecisionKind
-    category: Category | None
-    rule: str
-    reason: str
-    source: str
-    pinned: bool = False
-    evidence: str = ""
-    guard: str = ""
-    measured: float | None = None
-    limit: float | None = None
-    # What the op is by its own rule: a pinned node still passes a denial on.
-    own: Category | None = None
-
-    @property
-    def explicit(self) -> bool:
-        """Whether the model's own code decided."""
-        return self.kind is DecisionKind.EXPLICIT
-
-
-_NOTHING = Ruling(DecisionKind.NONE, None, "", "", "")
 
 
 @dataclass(frozen=True)
@@ -101,8 +76,8 @@ class Writer:
         owner = node
         while owner.target is operator.getitem:
             owner = owner.args[0]  # type: ignore[assignment]
-        ruling = self._settled.rulings.get(owner.name, _NOTHING) if node is owner else _NOTHING
-        decided = ruling is not _NOTHING
+        ruling = self._settled.rulings.get(owner.name, NOTHING) if node is owner else NOTHING
+        decided = ruling is not NOTHING
         kind, reason = self._settle(node, ruling)
         clamp = self._clamp(node, flow)
         scaling = self._settled.scalings.get(node.name, UNSCALED)

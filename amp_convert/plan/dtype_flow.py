@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.regions import Value
+from amp_convert.capture.captured import Value
 from amp_convert.core.errors import first_line
 from amp_convert.core.number_formats import castable
 from amp_convert.core.op_facts import facts_of_target

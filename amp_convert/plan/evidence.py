@@ -15,9 +15,9 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from amp_convert.capture.graph_call import Source
+from amp_convert.capture.captured import Region
+from amp_convert.capture.graph_signature import Source
 from amp_convert.capture.node_info import NodeInfo
-from amp_convert.capture.regions import Region
 from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import Family, facts_of, facts_of_target
 from amp_convert.profile.calibrate import Range, RangeStats, input_key

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from amp_convert.capture.regions import Value
+from amp_convert.capture.captured import Value
 from amp_convert.core.op_facts import Family, OpFacts, facts_of, facts_of_target
 from amp_convert.plan.dtype_flow import tensor_arguments
 from amp_convert.plan.guards.epsilon import eps_of

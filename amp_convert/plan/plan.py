@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from amp_convert.capture.regions import Uncaptured
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import FULL
 from amp_convert.rules.rule_set import Category, Painting, Rewrites

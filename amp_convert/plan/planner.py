@@ -20,9 +20,8 @@ Nothing here touches a graph, and equal inputs give equal plans.
 
 from __future__ import annotations
 
-import difflib
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -30,21 +29,23 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.regions import Captured, Region, Value
+from amp_convert.capture.captured import Captured, Region, Value
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.op_facts import Family, canonical, facts_of_target
 from amp_convert.plan import guards as guarding
 from amp_convert.plan.coloring import Painted, paint
-from amp_convert.plan.decision_writer import Ruling, Settled, Writer
+from amp_convert.plan.decision_writer import Settled, Writer
 from amp_convert.plan.dtype_flow import NoKernelError, Precision, propagate, tensor_arguments
 from amp_convert.plan.evidence import Evidence
-from amp_convert.plan.guards import GuardFinding, Site
+from amp_convert.plan.guards import Site
 from amp_convert.plan.node_context import Sites
 from amp_convert.plan.plan import Casts, Decision, DecisionKind, Plan
 from amp_convert.plan.rescaling import UNSCALED, Rescaler, Scaling
+from amp_convert.plan.rulings import Judge, Ruling, ruling_of
+from amp_convert.plan.unmatched_rules import unmatched
 from amp_convert.profile.calibrate import Range, RangeStats
-from amp_convert.rules.rule_set import Category, Painting, Place, Rules, Target
+from amp_convert.rules.rule_set import Category, Painting, Rules
 
 
 def make_plan(
@@ -79,57 +80,8 @@ def make_plan(
         eval_casts=casts[Mode.EVAL],
         train_casts=casts[Mode.TRAIN],
         uncaptured=captured.uncaptured,
-        unmatched_rules=_unmatched(captured, rules),
+        unmatched_rules=unmatched(captured, rules),
     )
-
-
-def _unmatched(captured: Captured, rules: Rules) -> tuple[str, ...]:
-    """The user's node, layer and module rules that no node answers to: misspelt, perhaps."""
-    infos = [
-        info
-        for region in captured.regions
-        for graph in region.graphs.values()
-        for info in graph.nodes.values()
-    ]
-    matched = {
-        index
-        for info in infos
-        for index in rules.overrides(node=info.identity, layer=info.layer, modules=info.modules)
-    }
-    known = {
-        Target.NODE: {info.identity for info in infos},
-        Target.LAYER: {info.layer for info in infos},
-        Target.MODULE: {path for info in infos for path in info.modules},
-    }
-    return tuple(
-        f"{rule.name} ({rule.source}{_nearest(rule.pattern, known[rule.target])})"
-        for index, rule in enumerate(rules.rules)
-        if rule.target is not Target.OP and not rule.preset and index not in matched
-    )
-
-
-def _nearest(pattern: str, known: Collection[str]) -> str:
-    """What may have been meant: the nearest layer, class or node that the model has."""
-    ends = {name.rpartition(".")[2].lower(): name for name in sorted(known)}
-    near = difflib.get_close_matches(pattern, sorted(known), n=1)
-    if not near:
-        last = pattern.rpartition(".")[2].lower()
-        near = [ends[end] for end in difflib.get_close_matches(last, ends, n=1)]
-    return f"; the nearest is {near[0]}" if near else ""
-
-
-_UNKNOWN = Ruling(
-    DecisionKind.UNKNOWN, None, "unknown op", "no rule names this op, so it stays in FP32", ""
-)
-_EXPLICIT = Ruling(
-    DecisionKind.EXPLICIT, Category.DENY, "explicit cast",
-    "the model's own code asks for this dtype", "model",
-)  # fmt: skip
-# An op rule cannot see arguments.
-_ACCUMULATING = Ruling(
-    DecisionKind.RULE, Category.DENY, "accumulating write",
-    "it adds up values that fall on one place", "planner",
-)  # fmt: skip
 
 
 class _GraphPlanner:
@@ -145,7 +97,6 @@ class _GraphPlanner:
         device: str,
         refused: Mapping[str, str],
     ) -> None:
-        self._refused = refused
         self._region, self._mode, self._rules = region, mode, rules
         self._dtype, self._device = dtype, device
         captured = region.graphs[mode]
@@ -154,7 +105,10 @@ class _GraphPlanner:
         self._evidence = Evidence(region, mode, stats, dtype)
         self._nodes = [n for n in self._graph.nodes if self._is_concerned(n)]
         self._index = {node.name: i for i, node in enumerate(self._nodes)}
-        self._rulings = {n.name: self._judge(n) for n in self._nodes}
+        judge = Judge(rules, dtype, device, mode, refused)
+        self._rulings = {
+            n.name: judge.of(n, self._infos[n.name], self._values[n.name]) for n in self._nodes
+        }
         self._ops = {name: canonical(info.op) for name, info in self._infos.items()}
         kinds = rules.rewrites
         if mode == Mode.TRAIN:  # see `rescaling`
@@ -207,46 +161,6 @@ class _GraphPlanner:
             self._values[producer.name].dtype == torch.float32
             for _, producer in tensor_arguments(node, self._values)
         )
-
-    def _judge(self, node: fx.Node) -> Ruling:
-        info = self._infos[node.name]
-        place = Place(name_of(self._dtype), self._device, self._mode)
-        rule = self._rules.match_override(
-            place, node=info.identity, layer=info.layer, modules=info.modules
-        )
-        result = self._values[node.name]
-        is_cast = facts_of_target(node.target).is_a(Family.CAST)
-        if is_cast and isinstance(result, Value) and "dtype" in _arguments(node):
-            return _EXPLICIT
-        by_op = self._rules.match_op(place, info.op)
-        own = by_op.category if by_op is not None else None
-        if rule is None:
-            rule = by_op
-            if rule is not None and rule.category is Category.INFER and self._accumulates(node):
-                return _ACCUMULATING
-        if rule is None:
-            return _UNKNOWN
-        if info.op in self._refused and rule.category is not Category.DENY:
-            return Ruling(
-                DecisionKind.REFUSED, Category.DENY, "no kernel",
-                f"no {place.dtype} kernel for it on {place.device}", "measured",
-                pinned=True, evidence=self._refused[info.op], own=own,
-            )  # fmt: skip
-        override = rule.target is not Target.OP
-        return Ruling(
-            DecisionKind.OVERRIDE if override else DecisionKind.RULE,
-            rule.category, rule.name, rule.reason, rule.source,
-            pinned=override and rule.category in (Category.ALLOW, Category.DENY), own=own,
-        )  # fmt: skip
-
-    def _accumulates(self, node: fx.Node) -> bool:
-        """Whether the node is an `index_put` that adds to what is there: in FP16, 4096 values that
-        fall on one place leave an error of 1e-2. Autocast's own painting does as autocast does."""
-        if self._rules.painting is Painting.AUTOCAST or not facts_of_target(node.target).is_a(
-            Family.ACCUMULATING_WRITE
-        ):
-            return False
-        return True in (*node.args[3:4], *node.kwargs.values())
 
     # --- painting --------------------------------------------------------------------------------
 
@@ -328,7 +242,7 @@ class _GraphPlanner:
                 finding = guarding.first_finding(self._site(node), self._rules.guards, self._dtype)
                 if finding is not None:
                     fired = True
-                    self._pin(node.name, _ruling_of(finding))
+                    self._pin(node.name, ruling_of(finding))
         return fired
 
     def _site(self, node: fx.Node) -> Site:
@@ -361,17 +275,3 @@ class _GraphPlanner:
         was = self._rulings[name]
         source = "measured" if ruling.evidence else was.source
         self._rulings[name] = replace(ruling, source=source, pinned=True, own=was.own)
-
-
-def _ruling_of(finding: GuardFinding) -> Ruling:
-    return Ruling(
-        DecisionKind.GUARD, Category.DENY, f"guard {finding.guard}", finding.reason, "",
-        evidence=finding.evidence, guard=finding.guard, measured=finding.measured,
-        limit=finding.limit,
-    )  # fmt: skip
-
-
-def _arguments(node: fx.Node) -> set[str]:
-    """The names of the schema arguments that a call gives."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return {*names[: len(node.args)], *node.kwargs}

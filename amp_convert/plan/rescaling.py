@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from amp_convert.capture.regions import Value
+from amp_convert.capture.captured import Value
 from amp_convert.core.number_formats import unit_roundoff
 from amp_convert.core.op_facts import OpFacts, facts_of
 from amp_convert.plan.dtype_flow import tensor_arguments

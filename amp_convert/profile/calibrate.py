@@ -17,9 +17,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.graph_call import Source
+from amp_convert.capture.captured import Captured, Region
+from amp_convert.capture.graph_signature import Source
 from amp_convert.capture.node_info import NodeInfo
-from amp_convert.capture.regions import Captured, Region
 from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES, is_float_tensor

@@ -13,8 +13,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from amp_convert.capture.captured import FixedSizes, Uncaptured
 from amp_convert.capture.fidelity import Fidelity
-from amp_convert.capture.regions import FixedSizes, Uncaptured
 from amp_convert.onnx_file.write import OnnxModel
 from amp_convert.plan.plan import Plan
 from amp_convert.report.records import NodeRecord

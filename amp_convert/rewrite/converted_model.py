@@ -15,7 +15,6 @@ call pays for casting them.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,15 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from amp_convert.capture.graph_call import GraphRunner
-from amp_convert.capture.regions import (
-    Captured,
-    Region,
-    RegionCall,
-    capture,
-    hook_counts,
-    own_hooks_off,
-)
+from amp_convert.capture.captured import Captured, Region, RegionCall
+from amp_convert.capture.hooks import hook_counts, own_hooks_off
+from amp_convert.capture.regions import capture
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name
@@ -39,8 +32,8 @@ from amp_convert.core.random_state import preserved_rng
 from amp_convert.plan.plan import Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
-from amp_convert.rewrite.fold_constants import Folded, fold
-from amp_convert.rewrite.graph_execution import KernelError, try_kernels
+from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel
+from amp_convert.rewrite.graph_execution import KernelError, runner_of, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rules.rule_set import Rules, rules_of_text
 
@@ -69,7 +62,6 @@ def convert_captured(
 
 
 _log = logging.getLogger(__name__)
-_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 class ConvertedModel(nn.Module):
@@ -85,7 +77,7 @@ class ConvertedModel(nn.Module):
     def __init__(self, captured: Captured, plan: Plan) -> None:
         super().__init__()
         original = captured.model
-        for name in _STATE:
+        for name in MODULE_STATE:
             self.__dict__[name] = original.__dict__[name]
         self._hold(captured, plan)
         # What was hooked when the graphs were captured is in them.
@@ -169,7 +161,7 @@ class ConvertedModel(nn.Module):
         with torch.no_grad(), preserved_rng(device):
             for region in self.captured.regions:
                 for rewritten in self.rewritten[region.path].values():
-                    runner = _runner(rewritten, region.module)
+                    runner = runner_of(rewritten, region.module)
                     try_kernels(rewritten, runner.inputs(region.args, region.kwargs))
 
     def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
@@ -220,7 +212,7 @@ class _Part:
     """The rewritten graphs of one captured part."""
 
     def __init__(self, region: Region, rewritten: Mapping[str, Rewritten]) -> None:
-        self._runners = {mode: _runner(r, region.module) for mode, r in rewritten.items()}
+        self._runners = {mode: runner_of(r, region.module) for mode, r in rewritten.items()}
         self._why_no_train = region.train_failure
 
     def __call__(self, training: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -235,87 +227,3 @@ class _Part:
     def as_forward(self, module: nn.Module) -> Callable[..., Any]:
         """A `forward` for the part's module, which follows that module's mode."""
         return lambda *args, **kwargs: self(module.training, args, kwargs)
-
-
-class FrozenModel(nn.Module):
-    """A converted model for inference: weights in low precision, nothing left to cast.
-
-    Its tensors are its own, named as the original's were. It stays in eval mode.
-    """
-
-    plan: Plan
-
-    def __init__(self, converted: ConvertedModel) -> None:
-        super().__init__()
-        captured = converted.captured
-        self.__dict__["plan"] = converted.plan
-        folded = {
-            r.path: fold_weights(r, converted.rewritten[r.path][Mode.EVAL])
-            for r in captured.regions
-        }
-        if captured.is_whole:
-            hold(self, folded[""].tensors)
-            runner = GraphRunner(folded[""].graph_module, folded[""].signature, {}, self)
-            self.__dict__["_callee"] = runner
-        else:
-            # What was not captured runs as it is, on a copy of its own.
-            model = copy.deepcopy(captured.model)
-            for path, part in folded.items():
-                module = model.get_submodule(path)
-                hold(module, part.tensors)
-                module.__dict__["forward"] = GraphRunner(
-                    part.graph_module, part.signature, {}, module
-                )
-            for name in _STATE:
-                self.__dict__[name] = model.__dict__[name]
-            model.training = False
-            self.__dict__["_callee"] = model
-        self.eval()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the original does, in the original's dtypes; no gradients."""
-        with torch.no_grad():
-            return self.__dict__["_callee"](*args, **kwargs)
-
-    def train(self, mode: bool = True) -> FrozenModel:
-        """Refuse training mode: raises UnsupportedModelError when `mode` is true."""
-        if mode:
-            raise UnsupportedModelError(
-                "a frozen model is for inference only", mend="Train the converted model instead."
-            )
-        super().train(False)
-        return self
-
-
-def hold(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Store copies of `tensors` in `module` under their dotted names, in place of what is there."""
-    for name, tensor in tensors.items():
-        path, _, key = name.rpartition(".")
-        owner = module
-        for part in filter(None, path.split(".")):
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner._parameters.pop(key, None)
-        owner._buffers.pop(key, None)
-        if tensor.requires_grad:
-            # matmul takes another path for a weight that requires grad, even under no_grad: only
-            # the same flag gives the bits that were validated.
-            owner.register_parameter(key, nn.Parameter(tensor.detach().clone()))
-        else:
-            owner.register_buffer(key, tensor.clone())
-
-
-def _runner(rewritten: Rewritten, owner: nn.Module) -> GraphRunner:
-    captured = rewritten.captured
-    return GraphRunner(rewritten.graph_module, captured.signature, captured.constants, owner)
-
-
-def fold_weights(region: Region, rewritten: Rewritten, *, wide: bool = False) -> Folded:
-    """The graph for inference, with the weights that the region's module has now; `wide` as in
-    `fold`."""
-    runner = _runner(rewritten, region.module)
-    placeholders = runner.signature.placeholders(rewritten.graph_module.graph)
-    held = zip(placeholders, runner.tensors(), strict=True)
-    tensors = {node.name: tensor for node, tensor in held if tensor is not None}
-    return fold(rewritten, tensors, wide=wide)

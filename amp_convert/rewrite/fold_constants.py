@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from amp_convert.capture.graph_call import InputSpec, Signature, Source
+from amp_convert.capture.graph_signature import InputSpec, Signature, Source
 from amp_convert.core.number_formats import LOW_DTYPES, name_of, widened
 from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.rewrite.insert_casts import Rewritten

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core.errors import UnsupportedModelError, first_line
 from amp_convert.rewrite.insert_casts import Rewritten
@@ -84,3 +85,9 @@ def try_kernels(rewritten: Rewritten, inputs: Sequence[Any]) -> None:
     for node in rewritten.graph_module.graph.nodes:
         execute(running, node, rewritten)
         running.free()
+
+
+def runner_of(rewritten: Rewritten, owner: nn.Module) -> GraphRunner:
+    """A rewritten graph, callable as the module `owner` is, over its tensors."""
+    captured = rewritten.captured
+    return GraphRunner(rewritten.graph_module, captured.signature, captured.constants, owner)

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.captured import Region, Value
 from amp_convert.capture.export import CapturedGraph
-from amp_convert.capture.regions import Region, Value
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import castable, from_name, name_of
 from amp_convert.plan.dtype_flow import tensor_arguments

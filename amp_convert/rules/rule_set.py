@@ -31,18 +31,8 @@ from typing import Any
 from amp_convert.core.errors import UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import canonical, short_name, with_overload
-from amp_convert.rules.rule_file import (
-    Category,
-    GuardLimits,
-    Painting,
-    Rewrites,
-    Rule,
-    RuleFile,
-    Target,
-    is_glob,
-    parse_rule_file,
-    unknown,
-)
+from amp_convert.rules.rule import Category, GuardLimits, Painting, Rewrites, Rule, Target
+from amp_convert.rules.rule_file import RuleFile, is_glob, parse_rule_file, unknown
 
 __all__ = [
     "Category",

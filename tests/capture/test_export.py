@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.capture import export
+from amp_convert.capture import export, graph_signature
 from amp_convert.capture.export import export_graph
-from amp_convert.capture.graph_call import GraphRunner, InputSpec, Source, UserInput
+from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.graph_signature import InputSpec, Source, UserInput
 from amp_convert.core.errors import ModelError
 from amp_convert.core.mode import Mode
 from tests.exports import Function, X, calls, graph_of, targets
@@ -283,6 +284,6 @@ def test_conditions_that_nobody_can_check_fix_the_sizes(
 
 def test_a_condition_that_cannot_be_evaluated_does_not_hold() -> None:
     arguments = {"x": torch.ones(0, 3)}
-    assert export._Condition("L['x'].size()[1] == 3")(arguments)
-    assert not export._Condition("8 % L['x'].size()[0] == 0")(arguments)
-    assert not export._Condition("unheard_of(L['x'])")(arguments)
+    assert graph_signature._Condition("L['x'].size()[1] == 3")(arguments)
+    assert not graph_signature._Condition("8 % L['x'].size()[0] == 0")(arguments)
+    assert not graph_signature._Condition("unheard_of(L['x'])")(arguments)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from amp_convert.capture.export import export_graph
-from amp_convert.capture.graph_call import GraphRunner, Source, bind
+from amp_convert.capture.graph_call import GraphRunner, bind
+from amp_convert.capture.graph_signature import Source
 from amp_convert.core.errors import ModelError
 
 

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 import amp_convert as amp
 from amp_convert import api
-from amp_convert.capture.regions import Value, capture
+from amp_convert.capture.captured import Value
+from amp_convert.capture.regions import capture
 from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError
 from tests.zoo import assert_same_bits, captured, every_model, example, mode
 

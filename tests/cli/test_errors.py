@@ -321,7 +321,7 @@ def test_a_fault_of_our_own_is_one_line_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, GOOD)
-    monkeypatch.setattr("amp_convert.pipeline.judge", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("amp_convert.report.assemble.judge", lambda *_, **__: 1 / 0)
     assert refused(tmp_path, "model.py", code=5) == (
         "a fault in amp-convert itself: ZeroDivisionError: division by zero. "
         "Please report it with what --debug shows."

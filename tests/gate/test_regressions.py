@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from amp_convert.capture.regions import Uncaptured
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.gate.regressions import Regression, RegressionKind
 from amp_convert.report import RunReport
 from amp_convert.validate.training.results import TrainingParity

@@ -13,7 +13,8 @@ from torch import nn
 
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.loading import user_code as usercode
-from amp_convert.loading.model_file import Case, check_forward, load_case, score, user_batches
+from amp_convert.loading.model_file import Case, check_forward, load_case
+from amp_convert.loading.user_functions import score, user_batches
 
 HEAD = "import torch\nfrom torch import nn\n"
 MODEL = HEAD + "def build_model():\n    return nn.Linear(3, 2)\n"

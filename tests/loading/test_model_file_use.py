@@ -14,14 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amp_convert.core.errors import ModelError
-from amp_convert.loading.model_file import (
-    Case,
-    as_call,
-    check_forward,
-    named_leaves,
-    score,
-    user_batches,
-)
+from amp_convert.loading.model_file import Case, as_call, check_forward, named_leaves
+from amp_convert.loading.user_functions import score, user_batches
 
 
 def refusal(function: Callable[..., object], *args: object) -> str:

@@ -9,12 +9,11 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.amp import GradScaler
 
 from amp_convert.core.errors import UsageError
-from amp_convert.loading.settings import Settings, load_settings, model_folder, split_source
+from amp_convert.loading.settings import Settings, load_settings
+from amp_convert.loading.source import model_folder
 
 TABLE = "[tool.amp-convert]\n"
 POWERS = "a power of two from 1 to 2**127"
@@ -317,45 +316,6 @@ def test_not_toml(model: str, tmp_path: Path, data: bytes) -> None:
     said = refusal(model)
     assert said.startswith("pyproject.toml is not valid TOML: ")
     assert said.endswith(f"(at {tmp_path}/pyproject.toml). Correct that file.")
-
-
-# split_source and the module itself
-
-
-@pytest.mark.parametrize(
-    ("source", "parts"),
-    [
-        ("model.py", ("model.py", "")),
-        ("model.py:make", ("model.py", "make")),
-        ("a/b.py:Nets.small", ("a/b.py", "Nets.small")),
-        ("pkg.mod:make", ("pkg.mod", "make")),
-        ("pkg:make", ("pkg", "make")),
-        ("model", ("model", "")),
-        ("model.py:12", ("model.py:12", "")),
-        ("pkg.mod:", ("pkg.mod:", "")),
-        (":make", (":make", "")),
-        ("a/b:make", ("a/b:make", "")),
-        ("C:\\nets\\model.py", ("C:\\nets\\model.py", "")),
-        ("C:\\nets\\model.py:make", ("C:\\nets\\model.py", "make")),
-        ("", ("", "")),
-    ],
-)
-def test_split_source(source: str, parts: tuple[str, str]) -> None:
-    assert split_source(source) == parts
-
-
-def test_an_existing_file_with_a_colon_is_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a:b").write_text("")
-    monkeypatch.chdir(tmp_path)
-    assert split_source("a:b") == ("a:b", "")
-
-
-@given(st.text(alphabet="ab.:/\\y p1"))
-def test_split_source_loses_nothing(source: str) -> None:
-    place, attribute = split_source(source)
-    assert source == (f"{place}:{attribute}" if attribute else place)
 
 
 def test_importing_settings_does_not_import_torch() -> None:

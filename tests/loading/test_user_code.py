@@ -15,6 +15,7 @@ import torch
 
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.loading import user_code as usercode
+from amp_convert.loading.source import SOURCES
 from amp_convert.loading.user_code import defined_at, placed, run_file, run_module, user_code
 
 Write = Callable[..., str]
@@ -139,7 +140,7 @@ def test_a_file_that_fails_leaves_no_half_module(write: Write) -> None:
     [
         ("digits.py", "Did you mean {}/digits_cnn.py?"),
         ("digits_cnn", "Did you mean {}/digits_cnn.py?"),
-        ("zzz.py", usercode.SOURCES),
+        ("zzz.py", SOURCES),
     ],
 )
 def test_missing_file(write: Write, tmp_path: Path, typed: str, mend: str) -> None:

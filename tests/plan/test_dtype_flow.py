@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.regions import Value
+from amp_convert.capture.captured import Value
 from amp_convert.core.op_facts import facts_of_target
 from amp_convert.plan.dtype_flow import (
     Flow,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.graph_call import Source
+from amp_convert.capture.graph_signature import Source
 from amp_convert.core.number_formats import LOW_DTYPES, name_of
 from amp_convert.plan.plan import Casts, Decision, Plan
 from amp_convert.rewrite.converted_model import ConvertedModel

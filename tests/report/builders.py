@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from amp_convert.capture.regions import Uncaptured
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.plan.plan import Casts, Decision, Plan
 from amp_convert.report import Environment, PlanSection
 from amp_convert.validate.inference.results import NodeDivergence, OutputError

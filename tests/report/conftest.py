@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.capture.fidelity import Fidelity
-from amp_convert.capture.regions import Uncaptured
 from amp_convert.plan.plan import Decision
 from amp_convert.report import ModelInfo, RunReport, Unchecked
 from amp_convert.validate.inference.results import ArmCost, Divergence, MetricPair, NodeDivergence

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.capture.fidelity import Fidelity
-from amp_convert.capture.regions import Uncaptured
 from amp_convert.core.exponent_histogram import ExponentHistogram
 from amp_convert.plan.plan import Decision
 from amp_convert.report import RunReport, Unchecked
@@ -33,7 +33,8 @@ from amp_convert.validate.training.gradient_results import (
     LayerGradient,
     ParameterGradient,
 )
-from amp_convert.validate.training.noninferiority import Look, Margin, Noninferiority
+from amp_convert.validate.training.margin import Margin
+from amp_convert.validate.training.noninferiority import Look, Noninferiority
 from amp_convert.validate.training.results import ArmRecord, PairedRun, SeedPair, TrainingParity
 from amp_convert.verdict.verdict import Check, Verdict
 from tests.report.builders import decision, fp32, plan_section

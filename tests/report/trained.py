@@ -15,7 +15,8 @@ from amp_convert.validate.training.gradient_results import (
     LayerGradient,
     ParameterGradient,
 )
-from amp_convert.validate.training.noninferiority import Margin, Noninferiority, judge_pairs
+from amp_convert.validate.training.margin import Margin
+from amp_convert.validate.training.noninferiority import Noninferiority, judge_pairs
 from amp_convert.validate.training.results import ArmRecord, PairedRun, SeedPair, TrainingParity
 from tests.report.builders import HOSTILE
 

@@ -12,8 +12,8 @@ from torch import fx, nn
 import amp_convert as amp
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.core.errors import UnsupportedModelError
-from amp_convert.rewrite.converted_model import FrozenModel, fold_weights
 from amp_convert.rewrite.fold_constants import fold
+from amp_convert.rewrite.frozen_model import FrozenModel, fold_weights
 from tests.zoo import DTYPES, assert_same_bits, both_dtypes, converted, every_model, example, mode
 
 CASTS = torch.ops.aten._to_copy.default

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from amp_convert.capture.regions import Uncaptured
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.verdict.thresholds import metric_holds, metric_limit
 from tests.evidence import (
     FIRST,

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from amp_convert.validate.training.arm import Recipe
-from amp_convert.validate.training.compare import Options, compare_training
+from amp_convert.validate.training.compare import compare_training
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.gradient_results import GradientDifference
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.noninferiority import Margin
+from amp_convert.validate.training.margin import Margin
+from amp_convert.validate.training.options import Options
 from amp_convert.validate.training.results import PairedRun, TrainingParity
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_checks import (

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from amp_convert.capture.regions import Uncaptured
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.plan.plan import DecisionKind, Plan
 from amp_convert.report import text as fmt
 from amp_convert.report.folder import write_folder

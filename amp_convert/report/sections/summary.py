@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from amp_convert.capture.regions import Uncaptured
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport, Unchecked
 from amp_convert.report.sections.grouping import layer_name

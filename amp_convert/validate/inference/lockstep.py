@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.graph_call import Source
+from amp_convert.capture.graph_signature import Source
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.random_state import rng_state, set_rng_state
 from amp_convert.rewrite.graph_execution import GraphExecution, execute

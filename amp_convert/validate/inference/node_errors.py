@@ -26,7 +26,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.regions import Region
+from amp_convert.capture.captured import Region
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.op_facts import Family, facts_of, facts_of_target

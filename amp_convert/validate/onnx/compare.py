@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.graph_call import Source
+from amp_convert.capture.graph_signature import Source
 from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size, no_score
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, ulp_at
 from amp_convert.loading.model_file import named_leaves
 from amp_convert.onnx_file import build as onnx_program
 from amp_convert.onnx_file.write import OnnxModel
-from amp_convert.rewrite.converted_model import ConvertedModel, fold_weights
+from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.rewrite.frozen_model import fold_weights
 from amp_convert.validate.inference.compare import evaluating
 from amp_convert.validate.inference.output_errors import accumulate
 from amp_convert.validate.inference.results import OutputError

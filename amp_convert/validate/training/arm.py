@@ -34,8 +34,8 @@ from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.memory_meter import StorageMeter, held_bytes
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.random_state import RngState, rng_state, set_rng_state
-from amp_convert.loading.model_file import kind_of, user_code
-from amp_convert.loading.user_code import defined_at, placed
+from amp_convert.loading.model_file import kind_of
+from amp_convert.loading.user_code import defined_at, placed, user_code
 from amp_convert.validate.training.arm_specs import FP32, ArmSpec
 from amp_convert.validate.training.gradient_step import (
     Loss,

@@ -20,16 +20,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from amp_convert import __version__
-from amp_convert.core import device as devices
-from amp_convert.core import digests
 from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
 from amp_convert.loading.user_code import placed
 from amp_convert.rewrite.converted_model import ConvertedModel
@@ -40,46 +33,18 @@ from amp_convert.validate.training.compare_gradients import compare_gradients
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.gradient_results import GradientParity
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.noninferiority import (
-    Margin,
-    Noninferiority,
-    judge_pairs,
-    require_test,
-)
-from amp_convert.validate.training.paired_run import Race, training
+from amp_convert.validate.training.noninferiority import Noninferiority, judge_pairs
+from amp_convert.validate.training.options import DEFAULT_STEPS, Options, fingerprint
+from amp_convert.validate.training.paired_run import Race
 from amp_convert.validate.training.results import (
     LOSS,
     TRAIN_LOSS,
-    ArmRecord,
     PairedRun,
     SeedPair,
     TrainingParity,
+    run_from,
 )
-
-DEFAULT_STEPS = 50
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a training comparison is run.
-
-    `steps` None takes up to `DEFAULT_STEPS`, or as many as there are batches for. `seeds` is how
-    many pairs may be trained, from seed 0 on; more than 1 needs a `margin`. `metric` is the one
-    that is judged over seeds; None takes the first of the user's. `identity` is what a checkpoint
-    must agree with, besides these options.
-    """
-
-    steps: int | None = None
-    seeds: int = 1
-    margin: Margin | None = None
-    metric: str | None = None
-    lower_is_better: frozenset[str] = frozenset()
-    checkpoint: Path | None = None
-    checkpoint_every: int = 25
-    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        require_test(self.seeds, has_margin=self.margin is not None)
+from amp_convert.validate.training.training_mode import training
 
 
 def compare_training(
@@ -261,27 +226,8 @@ class _Comparison:
 
     # --- checkpoints ---
 
-    @property
     def _fingerprint(self) -> dict[str, Any]:
-        options, recipe = self._options, self._recipe
-        plan = digests.of_text(self._converted.plan.to_toml())
-        return {
-            "steps": options.steps or "as many as there are",
-            "seeds": options.seeds,
-            "margin": None if options.margin is None else options.margin.value,
-            "metric": options.metric,
-            "accumulate": recipe.accumulate,
-            "clip_norm": recipe.clip_norm,
-            "loss_scaling": str(recipe.scaling),
-            "dtype": self._converted.plan.dtype,
-            "plan": plan[:16],
-            "device": str(self._converted.captured.device),
-            "kernels": devices.kernels_of(self._converted.captured.device),
-            "amp_convert": __version__,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            **options.identity,
-        }
+        return fingerprint(self._converted, self._recipe, self._options)
 
     def _save(self, race: Race) -> bool:
         """Write the checkpoint, where one is wanted; whether it is there."""
@@ -296,7 +242,7 @@ class _Comparison:
                 "pairs": [dataclasses.asdict(pair) for pair in self._pairs],
                 "first": None if self._first is None else dataclasses.asdict(self._first),
             }
-            checkpoint.save(folder, state, fingerprint=self._fingerprint)
+            checkpoint.save(folder, state, fingerprint=self._fingerprint())
         except UsageError as error:
             self._say(str(error))
             return False
@@ -304,13 +250,13 @@ class _Comparison:
 
     def _resume(self) -> dict[str, Any] | None:
         folder = self._options.checkpoint
-        state = checkpoint.load(folder, self._fingerprint) if folder is not None else None
+        state = checkpoint.load(folder, self._fingerprint()) if folder is not None else None
         if state is None:
             return None
         self._metric = state["metric"]
         self._pairs = [SeedPair(**pair) for pair in state["pairs"]]
         if state["first"]:
-            self._keep_first(_run_from(state["first"]))
+            self._keep_first(run_from(state["first"]))
         if self._pairs:
             self._decided()
         steps = state["race"]["steps"]
@@ -351,13 +297,3 @@ def _words(arm: Arm) -> dict[str, str]:
     if rates:
         name += f", learning rate {', '.join(f'{rate:g}' for rate in rates)}"
     return {"optimizer": name, "schedule": "none" if arm.scheduler is None else schedule}
-
-
-def _run_from(stored: Mapping[str, Any]) -> PairedRun:
-    """A `PairedRun` from what `dataclasses.asdict` made of it."""
-
-    def tuples(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        return ((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())
-
-    arms = tuple(ArmRecord(**dict(tuples(arm))) for arm in stored["arms"])
-    return PairedRun(**{**stored, "arms": arms})

@@ -21,8 +21,8 @@ from amp_convert.core.random_state import (
     seed_all,
     set_rng_state,
 )
-from amp_convert.loading.model_file import kind_of, user_code
-from amp_convert.loading.user_code import defined_at
+from amp_convert.loading.model_file import kind_of
+from amp_convert.loading.user_code import defined_at, user_code
 from amp_convert.validate.training.weights import Weights
 
 

@@ -24,8 +24,8 @@ from amp_convert.core.errors import ModelError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, is_float_tensor
 from amp_convert.core.random_state import RngState, preserved_rng, rng_state
-from amp_convert.loading.model_file import kind_of, user_code
-from amp_convert.loading.user_code import defined_at
+from amp_convert.loading.model_file import kind_of
+from amp_convert.loading.user_code import defined_at, user_code
 from amp_convert.rewrite.converted_model import ConvertedModel
 
 Loss = Callable[[Any, Any], torch.Tensor]

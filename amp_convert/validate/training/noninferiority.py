@@ -42,17 +42,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 
-from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.core.errors import UsageError
+from amp_convert.validate.training.margin import Margin, is_number
 
 LOOKS = (5, 8, 12)
 """Numbers of pairs after which the test may stop."""
 ALPHA = 0.05 / len(LOOKS)
 """Chance of error on one side of one look."""
-MIN_SPREAD_SEEDS = 8
-SPREAD_FACTOR = 1.5
 
-# Larger values are as good as infinite: their differences and squares could overflow.
-_LARGEST = 1e300
 # A bound this near to the margin, relative to it, lies on it, and decides nothing: 0.88 - 0.90 is
 # not the float -0.02, and where all pairs differ alike such noise would be the whole evidence.
 _ON_THE_MARGIN = 1e-9
@@ -64,62 +61,6 @@ class Outcome(StrEnum):
     PASS = "pass"  # noqa: S105  no password
     FAIL = "fail"
     INCONCLUSIVE = "inconclusive"
-
-
-class MarginSource(StrEnum):
-    """Where a margin came from."""
-
-    TOLERANCE = "tolerance"
-    BASELINE = "baseline"
-
-
-@dataclass(frozen=True)
-class Margin:
-    """How much worse the mean of the metric may be, in the metric's own unit.
-
-    `seeds` and `std` describe the FP32 seeds that it was taken from, and are None for a
-    tolerance. Raises UsageError unless `value` is a finite number above 0: at 0 nothing but a
-    better model could pass, and without a bound anything would.
-    """
-
-    value: float
-    source: MarginSource = MarginSource.TOLERANCE
-    seeds: int | None = None
-    std: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.value) and self.value > 0):
-            what = f"the margin of the training test is {self.value}"
-            raise UsageError(what, mend="Give a finite number above 0, in the metric's unit.")
-
-    @classmethod
-    def from_spread(cls, metric: Sequence[float]) -> Margin:
-        """1.5 times the standard deviation of `metric`, one FP32 value a seed, in its own unit.
-
-        The seeds must be others than those of the test. Raises UsageError for fewer than 8, and
-        when all values are equal, which gives no margin; ModelError for a value that is no number.
-        """
-        values = [float(value) for value in metric]
-        count, mend = len(values), "Train more seeds, or give a tolerance."
-        if count < MIN_SPREAD_SEEDS:
-            least = f"a margin needs at least {MIN_SPREAD_SEEDS}"
-            raise UsageError(f"the file of FP32 seeds has {count} seeds, {least}", mend=mend)
-        for index, value in enumerate(values):
-            if not _is_number(value):
-                what = f"the metric of the FP32 seeds is {value} for seed {index + 1} of {count}"
-                raise ModelError(what, mend="Make the FP32 training stable first.")
-        std = statistics.stdev(values)
-        if std == 0:
-            what = f"the metric of the FP32 seeds is {values[0]:g} for each of its {count} seeds"
-            mend = "That gives no margin: give a tolerance instead."
-            raise UsageError(what, mend=mend)
-        return cls(SPREAD_FACTOR * std, MarginSource.BASELINE, count, std)
-
-    def __str__(self) -> str:
-        if self.source is MarginSource.TOLERANCE:
-            return f"{self.value:.4g} (the given tolerance)"
-        origin = f"{SPREAD_FACTOR:g} standard deviations of {self.seeds} FP32 seeds"
-        return f"{self.value:.4g} ({origin})"
 
 
 @dataclass(frozen=True)
@@ -180,14 +121,6 @@ def require_test(seeds: int, *, has_margin: bool) -> None:
         )
 
 
-def require_spread(seeds: int) -> None:
-    """Raises UsageError for fewer seeds than a file of FP32 seeds needs."""
-    if seeds < MIN_SPREAD_SEEDS:
-        what = f"{seeds} FP32 seeds were asked for; a margin needs at least "
-        mend = f"Give --seeds {MIN_SPREAD_SEEDS} or more."
-        raise UsageError(f"{what}{MIN_SPREAD_SEEDS}", mend=mend)
-
-
 def judge_pairs(
     fp32: Sequence[float], mixed: Sequence[float], margin: Margin, *, lower_is_better: bool
 ) -> Noninferiority:
@@ -201,8 +134,8 @@ def judge_pairs(
     if len(fp32) != len(mixed):
         what = f"the FP32 arm has {len(fp32)} seeds and the mixed arm {len(mixed)}"
         raise UsageError(what, mend="Give both arms' metric of the same seeds, in the same order.")
-    valid = [_is_number(value) for value in fp32]
-    sound = [_is_number(value) for value in mixed]
+    valid = [is_number(value) for value in fp32]
+    sound = [is_number(value) for value in mixed]
     invalid_pairs = tuple(i for i, ok in enumerate(valid, 1) if not ok)
     failed_pairs = tuple(
         i for i, (ok, own) in enumerate(zip(valid, sound, strict=True), 1) if ok and not own
@@ -292,10 +225,6 @@ def _look(differences: Sequence[float], margin: float) -> Look:
     elif upper < -margin * (1 + _ON_THE_MARGIN):
         status = Outcome.FAIL
     return Look(n, mean, std, lower, upper, status)
-
-
-def _is_number(value: float) -> bool:
-    return abs(value) <= _LARGEST  # False for NaN
 
 
 def _say_broken(arm: str, value: float, numbers: Sequence[int], count: int) -> str:

@@ -15,22 +15,20 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.gradient_probe import real_gradient
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch, MetricMeans, batch_size
-from amp_convert.core.errors import AmpConvertError, ModelError, UsageError, first_line
+from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.random_state import preserved_rng, set_rng_state
-from amp_convert.core.tensor_errors import ErrorSums
-from amp_convert.loading.model_file import user_code
+from amp_convert.loading.user_code import user_code
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.training.arm import Arm, Recipe
 from amp_convert.validate.training.arm_specs import FP32, PAIR, ArmSpec
@@ -38,6 +36,14 @@ from amp_convert.validate.training.data import Data, Stream, initial_weights, se
 from amp_convert.validate.training.gradient_step import cloned
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.results import LOSS, TRAIN_LOSS, ArmRecord, PairedRun
+from amp_convert.validate.training.training_mode import (
+    autocast_failure,
+    mode_of,
+    native_autocast,
+    nudged,
+    weight_distance,
+    widened_outputs,
+)
 from amp_convert.validate.training.weights import Weights
 
 
@@ -80,7 +86,7 @@ class Race:
         if spec.autocast:
             assert self._converted is not None
             low = from_name(self._converted.plan.dtype)
-            context = functools.partial(_autocast, self.device, low)
+            context = functools.partial(native_autocast, self.device, low)
         return Arm(spec, call, self.weights, initial, recipe, self.device, self.rng, context)
 
     def first_batch(self) -> Batch:
@@ -108,7 +114,7 @@ class Race:
             try:
                 arm.step(batches, meter=meter)
             except Exception as error:  # noqa: BLE001  autocast bans or breaks some models: a result
-                arm.note = _autocast_failure(error)
+                arm.note = autocast_failure(error)
                 arm.clear()
         states = [self.arms[spec.name].rng for spec in PAIR if spec.name in self.arms]
         if self.random_parted is None and not all(states[0].same(state) for state in states):
@@ -138,7 +144,7 @@ class Race:
         After a run that was `interrupted` an arm whose evaluation fails has no metrics: a Ctrl-C
         reaches the user's own worker processes too.
         """
-        moved = _distance(self.arms[FP32.name].tensors, self.initial, self.weights)
+        moved = weight_distance(self.arms[FP32.name].tensors, self.initial, self.weights)
         rows = tuple(self._row(arm, moved, interrupted) for arm in self.arms.values())
         return PairedRun(self.seed, self.steps, self.random_parted, rows, self.initial_metrics)
 
@@ -148,12 +154,12 @@ class Race:
             metrics = {} if arm.note else self.evaluate(arm)
         except Exception as error:
             if arm.spec.may_fail:
-                arm.note = _autocast_failure(error)
+                arm.note = autocast_failure(error)
             elif not (interrupted and isinstance(error, AmpConvertError)):
                 raise
         base = self.arms[FP32.name].tensors
-        drift = _distance(arm.tensors, base, self.weights) / moved if moved else None
-        own = _distance(arm.tensors, self.initial, self.weights) / moved if moved else None
+        drift = weight_distance(arm.tensors, base, self.weights) / moved if moved else None
+        own = weight_distance(arm.tensors, self.initial, self.weights) / moved if moved else None
         return ArmRecord(
             arm=arm.name,
             losses=tuple(arm.losses),
@@ -182,7 +188,7 @@ class Race:
         with (
             arm.installed(),
             in_mode(self._model, training=False),
-            _mode_of(self._converted, training=False),
+            mode_of(self._converted, training=False),
             preserved_rng(self.device),
             torch.no_grad(),
         ):
@@ -218,7 +224,7 @@ class Race:
             with contextlib.suppress(ModelError), user_code("loss()", self._recipe.path):
                 # On copies: a loss may write to what it is given, and the metrics come next.
                 found["loss"] = float(self._recipe.loss(*cloned((outputs, target))))
-        wide = pytree.tree_map_only(torch.Tensor, _widened, outputs)
+        wide = pytree.tree_map_only(torch.Tensor, widened_outputs, outputs)
         return {**found, **self._data.score(wide, target)}
 
     def state(self) -> dict[str, Any]:
@@ -243,91 +249,3 @@ class Race:
             )
         for name, arm in self.arms.items():
             arm.load(state["arms"][name])
-
-
-@contextlib.contextmanager
-def training(model: nn.Module, converted: ConvertedModel | None) -> Iterator[None]:
-    """Train mode, exact FP32, gradients on; the model and the random state are afterwards as they
-    were, whatever the user's code has done to them."""
-    device = devices.of_model(model)
-    weights = Weights(model)
-    before = weights.get()
-    copies = {name: tensor.detach().clone() for name, tensor in before.items()}
-    kept = {p: (p.grad, p.requires_grad) for p in weights.parameters.values()}
-    with (
-        in_mode(model, training=True),
-        _mode_of(converted, training=True),
-        devices.exact_fp32(device),
-        preserved_rng(device),
-        devices.plain_mode(device),
-    ):
-        for parameter in kept:
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            for name, tensor in before.items():
-                tensor.detach().copy_(copies[name])
-            weights.put(before)
-            for parameter, (gradient, trained) in kept.items():
-                parameter.grad = gradient
-                parameter.requires_grad_(trained)
-
-
-@contextlib.contextmanager
-def _mode_of(converted: ConvertedModel | None, *, training: bool) -> Iterator[None]:
-    """The mode of the converted model, whose parts follow the original's."""
-    if converted is None:
-        yield
-        return
-    before, converted.training = converted.training, training
-    try:
-        yield
-    finally:
-        converted.training = before
-
-
-@contextlib.contextmanager
-def _autocast(device: torch.device, low: torch.dtype) -> Iterator[None]:
-    """Native autocast. It forgets its cast weights at its end, as it does when it is not nested in
-    another one (`plain_mode` is one): at the next step they would be those of this step."""
-    try:
-        with torch.autocast(device.type, dtype=low):
-            yield
-    finally:
-        torch.clear_autocast_cache()
-
-
-def _autocast_failure(error: Exception) -> str:
-    return f"the original fails under torch.autocast: {first_line(error)}"
-
-
-def nudged(
-    tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    """The tensors with every FP32 parameter moved by one ULP, up or down by a coin."""
-    coin = torch.Generator().manual_seed(0)
-    moved = dict(tensors)
-    for name in parameters:
-        tensor = tensors[name]
-        if tensor.dtype == torch.float32:
-            up = torch.randint(2, tensor.shape, generator=coin, dtype=torch.bool).to(tensor.device)
-            ends = torch.where(up, math.inf, -math.inf).to(tensor.dtype)
-            moved[name] = torch.nextafter(tensor, ends)
-    return moved
-
-
-def _distance(
-    a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], weights: Weights
-) -> float:
-    """The L2 distance of two sets of weights, buffers left out, in FP64."""
-    sums = ErrorSums()
-    for name in weights.parameters:
-        if a[name].is_floating_point() or a[name].is_complex():
-            sums.add(real_gradient(b[name]), real_gradient(a[name]))
-    return math.sqrt(sums.difference) if sums.difference >= 0 else math.nan
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    low = tensor.dtype in (torch.float16, torch.bfloat16)
-    return tensor.float() if low else tensor

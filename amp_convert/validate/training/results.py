@@ -6,8 +6,9 @@ See `compare` for how it is measured, and `training_checks` for how it is judged
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from amp_convert.validate.training.arm_specs import FP32, MIXED
 from amp_convert.validate.training.gradient_results import GradientParity
@@ -159,7 +160,7 @@ class SeedPair:
 class TrainingParity:
     """Mixed training held against FP32 training.
 
-    `steps` were asked for (by default at most `compare.DEFAULT_STEPS`), and `ended` says why there
+    `steps` were asked for (by default at most `options.DEFAULT_STEPS`), and `ended` says why there
     are fewer; "" if there are not. `interrupted` is whether the user stopped it. `optimizer`,
     `schedule`, `initial_weights` and `loss_scaling` say in words what was used. `accumulate`
     batches make a step; gradients are clipped to `clip_norm` where that is not None. `metric` is
@@ -206,3 +207,13 @@ def _first_worse(
 
 def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def run_from(stored: Mapping[str, Any]) -> PairedRun:
+    """A `PairedRun` from what `dataclasses.asdict` made of it."""
+
+    def tuples(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        return ((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())
+
+    arms = tuple(ArmRecord(**dict(tuples(arm))) for arm in stored["arms"])
+    return PairedRun(**{**stored, "arms": arms})

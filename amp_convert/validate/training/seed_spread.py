@@ -30,9 +30,11 @@ from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import FP32
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.noninferiority import LOOKS, Margin, require_spread
-from amp_convert.validate.training.paired_run import Race, training
+from amp_convert.validate.training.margin import Margin, require_spread
+from amp_convert.validate.training.noninferiority import LOOKS
+from amp_convert.validate.training.paired_run import Race
 from amp_convert.validate.training.results import LOSS, TRAIN_LOSS
+from amp_convert.validate.training.training_mode import training
 
 FIRST_SEED = 1000
 _KIND: Literal["amp-convert FP32 training baseline"] = "amp-convert FP32 training baseline"

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import torch
 
-from amp_convert.capture.regions import Captured
+from amp_convert.capture.captured import Captured
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch
 from amp_convert.core.errors import AmpConvertError, UnsupportedModelError, UsageError
-from amp_convert.loading.model_file import Case, score, user_batches
+from amp_convert.loading.model_file import Case
 from amp_convert.loading.settings import Settings
+from amp_convert.loading.user_functions import score, user_batches
 from amp_convert.validate.training.arm import Recipe
-from amp_convert.validate.training.compare import DEFAULT_STEPS, Options
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.noninferiority import Margin
+from amp_convert.validate.training.margin import Margin
+from amp_convert.validate.training.options import DEFAULT_STEPS, Options
 from amp_convert.validate.training.seed_spread import Conditions, SeedSpread, load_seed_spread
 
 

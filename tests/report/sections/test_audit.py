@@ -13,7 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from amp_convert.capture.regions import Uncaptured
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.plan.plan import Plan
 from amp_convert.report import RunReport
 from amp_convert.report.sections.audit import (

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from amp_convert.capture.regions import Uncaptured
+from amp_convert.capture.captured import Uncaptured
 from amp_convert.report import RunReport
 from amp_convert.report.records import NodeRecord
 from amp_convert.report.sections.grouping import fp32_groups, layer_patterns, layers_text, ops_text

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import amp_convert as amp
-from amp_convert.rewrite.converted_model import ConvertedModel, fold_weights
+from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.rewrite.frozen_model import fold_weights
 from amp_convert.validate.onnx import lockstep as onnx_lockstep
 from amp_convert.validate.onnx.lockstep import OnnxLockstep, OnnxNodeValues
 

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.validate.training.margin import Margin, MarginSource
 from amp_convert.validate.training.noninferiority import (
     ALPHA,
     LOOKS,
-    Margin,
-    MarginSource,
     Noninferiority,
     judge_pairs,
     student_t_quantile,

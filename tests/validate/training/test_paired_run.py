@@ -10,7 +10,8 @@ import torch
 
 from amp_convert.validate.training.arm_specs import ARMS, FP32, NOISE, PAIR
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.paired_run import Race, training
+from amp_convert.validate.training.paired_run import Race
+from amp_convert.validate.training.training_mode import training
 from tests.training import Trained, by_hand, recipe
 from tests.zoo import assert_same_bits
 

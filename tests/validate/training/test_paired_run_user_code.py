@@ -21,11 +21,13 @@ from amp_convert.rules.rule_set import load_rules
 from amp_convert.validate.training import checkpoint
 from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import ARMS, PAIR
-from amp_convert.validate.training.compare import Options, compare_training
+from amp_convert.validate.training.compare import compare_training
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.noninferiority import Margin
-from amp_convert.validate.training.paired_run import Race, training
+from amp_convert.validate.training.margin import Margin
+from amp_convert.validate.training.options import Options
+from amp_convert.validate.training.paired_run import Race
+from amp_convert.validate.training.training_mode import training
 from tests.training import OPTIMIZERS, POINTS, Net, classify, convert_net, initial_model, points
 from tests.zoo import assert_same_bits
 

@@ -19,7 +19,7 @@ from amp_convert.core.batches import Batch
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.data import Data
-from amp_convert.validate.training.noninferiority import MarginSource
+from amp_convert.validate.training.margin import MarginSource
 from amp_convert.validate.training.seed_spread import (
     Conditions,
     SeedSpread,

@@ -13,9 +13,9 @@ from torch import nn
 from amp_convert.core.errors import ModelError, UnsupportedModelError, UsageError
 from amp_convert.loading.model_file import Case
 from amp_convert.loading.settings import Settings
-from amp_convert.validate.training.compare import Options
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.noninferiority import Margin, MarginSource
+from amp_convert.validate.training.margin import Margin, MarginSource
+from amp_convert.validate.training.options import Options
 from amp_convert.validate.training.seed_spread import Conditions, SeedSpread
 from amp_convert.validate.training.setup import (
     conditions,

@@ -1,0 +1,124 @@
+"""`Captured`: a model and all that was captured of it. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from amp_convert.capture.export import CapturedGraph
+from amp_convert.capture.fidelity import Fidelity
+from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.observed_calls import observed_calls
+from amp_convert.core import device as devices
+from amp_convert.core.mode import Mode
+
+
+@dataclass(frozen=True)
+class Uncaptured:
+    """A part of the model that stays eager FP32, and the line of code that made it so."""
+
+    layer: str
+    reason: str
+    location: str
+
+
+@dataclass(frozen=True)
+class FixedSizes:
+    """A graph whose sizes could not be left open, and why: it takes those of the example inputs."""
+
+    layer: str
+    mode: Mode
+    reason: str
+
+
+@dataclass(frozen=True)
+class Value:
+    """Shape and dtype of a tensor, for the example inputs."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one run of a graph on the example inputs recorded, by FX name.
+
+    `values` holds a `Value` a tensor, a tuple of them for a multi-output node, a number for a size,
+    None otherwise.
+    """
+
+    values: Mapping[str, Any] = field(repr=False)
+    macs: Mapping[str, int] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the model (the whole of it when `path` is empty) and its captured graphs."""
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: Mapping[str, Any] = field(repr=False)
+    graphs: Mapping[Mode, CapturedGraph] = field(repr=False)
+    traces: Mapping[Mode, Trace] = field(repr=False)
+    train_failure: str = ""
+
+    def qualified(self, name: str) -> str:
+        """A name inside the region as a name in the whole model."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def runner(self, mode: Mode) -> GraphRunner:
+        """The captured FP32 graph of `mode`, callable like the module."""
+        graph = self.graphs[mode]
+        return GraphRunner(graph.graph_module, graph.signature, graph.constants, self.module)
+
+
+RegionCall = tuple[Region, tuple[Sequence[Any], Mapping[str, Any]]]
+"""A region and the (args, kwargs) of one call of it."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model and all that was captured of it."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: Mapping[str, Any] = field(repr=False)
+    regions: tuple[Region, ...]
+    uncaptured: tuple[Uncaptured, ...]
+    fidelity: tuple[Fidelity, ...]
+
+    def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
+        """What each region receives when the model is called with these inputs, in eval mode, in
+        the order of the calls."""
+        if self.is_whole:
+            return [(self.regions[0], (args, kwargs))]
+        by_path = {region.path: region for region in self.regions}
+        observed = observed_calls(self.model, tuple(args), kwargs, set(by_path))
+        return [(by_path[path], call) for path, call in observed]
+
+    @property
+    def fixed_sizes(self) -> tuple[FixedSizes, ...]:
+        """The graphs that take no sizes but those of the example inputs."""
+        return tuple(
+            FixedSizes(region.path, mode, graph.fixed_sizes)
+            for region in self.regions
+            for mode, graph in region.graphs.items()
+            if graph.fixed_sizes
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one graph holds the whole model."""
+        return len(self.regions) == 1 and not self.regions[0].path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and so where its graphs run."""
+        return devices.of_model(self.model)

@@ -1,0 +1,104 @@
+"""A converted model for inference alone: weights in low precision, nothing left to cast."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from amp_convert.capture.captured import Region
+from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.core.mode import Mode
+from amp_convert.plan.plan import Plan
+from amp_convert.rewrite.fold_constants import Folded, fold
+from amp_convert.rewrite.graph_execution import runner_of
+from amp_convert.rewrite.insert_casts import Rewritten
+
+if TYPE_CHECKING:
+    from amp_convert.rewrite.converted_model import ConvertedModel
+
+MODULE_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+"""What makes one module stand for another: the tables of its tensors and submodules."""
+
+
+class FrozenModel(nn.Module):
+    """A converted model for inference: weights in low precision, nothing left to cast.
+
+    Its tensors are its own, named as the original's were. It stays in eval mode.
+    """
+
+    plan: Plan
+
+    def __init__(self, converted: ConvertedModel) -> None:
+        super().__init__()
+        captured = converted.captured
+        self.__dict__["plan"] = converted.plan
+        folded = {
+            r.path: fold_weights(r, converted.rewritten[r.path][Mode.EVAL])
+            for r in captured.regions
+        }
+        if captured.is_whole:
+            hold(self, folded[""].tensors)
+            runner = GraphRunner(folded[""].graph_module, folded[""].signature, {}, self)
+            self.__dict__["_callee"] = runner
+        else:
+            # What was not captured runs as it is, on a copy of its own.
+            model = copy.deepcopy(captured.model)
+            for path, part in folded.items():
+                module = model.get_submodule(path)
+                hold(module, part.tensors)
+                module.__dict__["forward"] = GraphRunner(
+                    part.graph_module, part.signature, {}, module
+                )
+            for name in MODULE_STATE:
+                self.__dict__[name] = model.__dict__[name]
+            model.training = False
+            self.__dict__["_callee"] = model
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the original does, in the original's dtypes; no gradients."""
+        with torch.no_grad():
+            return self.__dict__["_callee"](*args, **kwargs)
+
+    def train(self, mode: bool = True) -> FrozenModel:
+        """Refuse training mode: raises UnsupportedModelError when `mode` is true."""
+        if mode:
+            raise UnsupportedModelError(
+                "a frozen model is for inference only", mend="Train the converted model instead."
+            )
+        super().train(False)
+        return self
+
+
+def hold(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Store copies of `tensors` in `module` under their dotted names, in place of what is there."""
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        owner = module
+        for part in filter(None, path.split(".")):
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner._parameters.pop(key, None)
+        owner._buffers.pop(key, None)
+        if tensor.requires_grad:
+            # matmul takes another path for a weight that requires grad, even under no_grad: only
+            # the same flag gives the bits that were validated.
+            owner.register_parameter(key, nn.Parameter(tensor.detach().clone()))
+        else:
+            owner.register_buffer(key, tensor.clone())
+
+
+def fold_weights(region: Region, rewritten: Rewritten, *, wide: bool = False) -> Folded:
+    """The graph for inference, with the weights that the region's module has now; `wide` as in
+    `fold`."""
+    runner = runner_of(rewritten, region.module)
+    placeholders = runner.signature.placeholders(rewritten.graph_module.graph)
+    held = zip(placeholders, runner.tensors(), strict=True)
+    tensors = {node.name: tensor for node, tensor in held if tensor is not None}
+    return fold(rewritten, tensors, wide=wide)
