@@ -334,14 +334,11 @@ def category(rules: Rules, op: str) -> str | None:
     return found and found.category.value
 
 
-@pytest.mark.parametrize(
-    ("file", "function", "expected"), [entry for entry in entries() if ops(entry[1])]
-)
-def test_o1_has_the_category_of_every_entry(file: str, function: str, expected: str) -> None:
+def test_o1_has_the_category_of_every_entry() -> None:
     rules = load_rules(["apex-o1"])
-    for op in ops(function):
-        name = op.replace("*", "bilinear2d")
-        assert (op, category(rules, f"{name}.default")) == (op, expected)
+    expected = {op: wanted for _, function, wanted in entries() for op in ops(function)}
+    found = {op: category(rules, f"{op.replace('*', 'bilinear2d')}.default") for op in expected}
+    assert found == expected
 
 
 def test_o1_has_no_other_entries() -> None:

@@ -174,9 +174,9 @@ def stays_finite(name: str, dtype: torch.dtype, batch: str) -> bool:
     )
 
 
-# What leaves FP16's range on a batch 100 times larger, or with a value of 1e4 in it, than all that
-# calibration saw: the head room of the guards is less than that. One that is not listed has to hold;
-# to leave the list, a node's range has to be bounded from its inputs', not only measured.
+# What leaves FP16's range on a batch 100 times larger than all that calibration saw, or with a value
+# of 1e4 in it: the head room of the guards is less than that. One that is not listed has to hold. To
+# leave the list, a node's range has to be bounded by that of its inputs, not only measured.
 _BOTH = """
     attention_scores_before_scaling branch_on_a_value checkpointed_block
     cosine_similarity_of_large_vectors cubes_overflow divided_by_a_sum_plus_1e8
@@ -223,11 +223,7 @@ def test_converted_model_holds(name: str, dtype: torch.dtype) -> None:
     assert plan.low_nodes() > 0
     assert plan.share_macs_low() >= TRAPS[name].min_share_macs
     lost = {batch for batch in HOSTILE if not stays_finite(name, dtype, batch)}
-    known = (
-        TOO_LARGE.get(name, frozenset())
-        if dtype == torch.float16
-        else NO_FACTOR.get(name, frozenset())
-    )
+    known = TOO_LARGE if dtype == torch.float16 else NO_FACTOR
     assert lost <= known.get(name, frozenset())
 
 
