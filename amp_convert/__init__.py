@@ -15,9 +15,10 @@ Importing this package is cheap: PyTorch is imported when one of its names is fi
 
 from __future__ import annotations
 
-import importlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from amp_convert.core.lazy import names_in
 
 __version__ = "0.1.0"
 
@@ -25,61 +26,32 @@ __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    from amp_convert.api import audit, check, compare, convert, export_onnx
-    from amp_convert.core.errors import (
-        AmpConvertError,
-        ModelError,
-        UnsupportedModelError,
-        UsageError,
-    )
-    from amp_convert.pipeline import Run
-    from amp_convert.plan.plan import Decision, Plan
-    from amp_convert.rewrite.converted_model import ConvertedModel
-    from amp_convert.rewrite.frozen_model import FrozenModel
-    from amp_convert.validate.inference.results import Divergence
+    from amp_convert.api import audit as audit
+    from amp_convert.api import check as check
+    from amp_convert.api import compare as compare
+    from amp_convert.api import convert as convert
+    from amp_convert.api import export_onnx as export_onnx
+    from amp_convert.core.errors import AmpConvertError as AmpConvertError
+    from amp_convert.core.errors import ModelError as ModelError
+    from amp_convert.core.errors import UnsupportedModelError as UnsupportedModelError
+    from amp_convert.core.errors import UsageError as UsageError
+    from amp_convert.pipeline import Run as Run
+    from amp_convert.plan import Decision as Decision
+    from amp_convert.plan import Plan as Plan
+    from amp_convert.rewrite import ConvertedModel as ConvertedModel
+    from amp_convert.rewrite import FrozenModel as FrozenModel
+    from amp_convert.validate.inference import Divergence as Divergence
 
-_HOMES = {
-    "audit": "api",
-    "check": "api",
-    "compare": "api",
-    "convert": "api",
-    "export_onnx": "api",
-    "Run": "pipeline",
-    "ConvertedModel": "rewrite.converted_model",
-    "FrozenModel": "rewrite.converted_model",
-    "Decision": "plan.plan",
-    "Divergence": "validate.inference.results",
-    "Plan": "plan.plan",
-    "AmpConvertError": "core.errors",
-    "ModelError": "core.errors",
-    "UnsupportedModelError": "core.errors",
-    "UsageError": "core.errors",
-}
-
-__all__ = [
-    "AmpConvertError",
-    "ConvertedModel",
-    "Decision",
-    "Divergence",
-    "FrozenModel",
-    "ModelError",
-    "Plan",
-    "Run",
-    "UnsupportedModelError",
-    "UsageError",
-    "__version__",
-    "audit",
-    "check",
-    "compare",
-    "convert",
-    "export_onnx",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"amp_convert.{_HOMES[name]}"), name)
+__getattr__, __all__ = names_in(
+    __name__,
+    api="audit check compare convert export_onnx",
+    core__errors="AmpConvertError ModelError UnsupportedModelError UsageError",
+    pipeline="Run",
+    plan="Decision Plan",
+    rewrite="ConvertedModel FrozenModel",
+    validate__inference="Divergence",
+)
+__all__ += ["__version__"]
 
 
 def __dir__() -> list[str]:

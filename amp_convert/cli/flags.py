@@ -101,7 +101,8 @@ def table_of(part: Part) -> str:
             flag = f"--{flag_of(name)} {option.value}".strip().replace("|", "\\|")
             flag = "--train`, `--no-train" if name == "train" else flag
             text = option.help.format(presets=", ".join(preset_names()))
-            rows.append(f"| `{flag}` | {text} | {default_text(name)} |")
+            default = default_text(name).replace("<", "&lt;")
+            rows.append(f"| `{flag}` | {text} | {default} |")
     return "\n".join(rows) + "\n"
 
 

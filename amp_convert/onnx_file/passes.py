@@ -14,6 +14,11 @@ Constants are folded before that: sizes, scalars, and weights that are only move
 sliced, joined) on the way to what reads them. A weight that something else reads as well stays as
 it is, and equal constants become one, so none is stored twice. Nothing is fused: a batch
 normalisation folded into its convolution would mix two precisions.
+
+Of onnx-ir's passes (1.1.0), `IdentityEliminationPass` and `CommonSubexpressionEliminationPass` are
+not used: they drop the labels that say which node of the model a value is, and the second merges
+layers of equal weights. `DeduplicateHashedInitializersPass` raises ValueError on a weight that is
+not contiguous, and `DeduplicateInitializersPass` holds the bytes of all weights at once.
 """
 
 from __future__ import annotations
@@ -41,9 +46,8 @@ _RECKONS = {
 _LAST = 2**63 - 1
 """The end of a slice that goes on to the end."""
 
-_FP32, _FP16, _FP64, _BF16 = 1, 10, 11, 16  # ONNX's numbers
-_HOLDERS = {_FP16: {_FP32, _FP64}, _BF16: {_FP32, _FP64}, _FP32: {_FP64}}
-"""For each dtype those that hold all of its numbers."""
+_HOLDERS = {"FLOAT16": {"FLOAT", "DOUBLE"}, "BFLOAT16": {"FLOAT", "DOUBLE"}, "FLOAT": {"DOUBLE"}}
+"""For each dtype, by its name in `ir.DataType`, those that hold all of its numbers."""
 
 
 def add_tag(value: ir.Value, key: str, tag: str) -> None:
@@ -151,7 +155,8 @@ def _replacement(node: ir.Node) -> ir.Value | None:
     if before is not None and _is_cast(before):
         original = before.inputs[0]
         assert original is not None
-        if original.dtype == _target(node) and _target(before) in _HOLDERS.get(_target(node), ()):
+        holders = _HOLDERS.get(_target(node).name, ())
+        if original.dtype == _target(node) and _target(before).name in holders:
             return original
     return None
 
@@ -199,8 +204,10 @@ def _is_cast(node: ir.Node) -> bool:
     return node.op_type == "Cast" and not node.domain
 
 
-def _target(cast: ir.Node) -> int:
-    return cast.attributes["to"].as_int()
+def _target(cast: ir.Node) -> ir.DataType:
+    import onnx_ir as ir
+
+    return ir.DataType(cast.attributes["to"].as_int())
 
 
 def _share_constants(graph: ir.Graph) -> None:

@@ -174,9 +174,9 @@ def stays_finite(name: str, dtype: torch.dtype, batch: str) -> bool:
     )
 
 
-# What leaves FP16's range on a batch 100 times larger than all that calibration saw, or with a value
-# of 1e4 in it: the head room of the guards is less than that. One that is not listed has to hold. To
-# leave the list, a node's range has to be bounded by that of its inputs, not only measured.
+# What leaves FP16's range on a batch 100 times larger than all that calibration saw, or with a
+# value of 1e4 in it: the head room of the guards is less than that. One that is not listed has to
+# hold. To leave the list, a node's range has to be bounded by that of its inputs, not measured.
 _BOTH = """
     attention_scores_before_scaling branch_on_a_value checkpointed_block
     cosine_similarity_of_large_vectors cubes_overflow divided_by_a_sum_plus_1e8

@@ -6,6 +6,7 @@ dtype, the node runs in FP32 and the results are rounded. Equal nodes share a se
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,13 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-_FP32 = 1  # ONNX's numbers
-_LOW = {10: torch.float16, 16: torch.bfloat16}
+
+@functools.cache
+def _low() -> dict[int, torch.dtype]:
+    """The low dtypes by ONNX's numbers of them."""
+    import onnx_ir as ir
+
+    return {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
 
 def reads(node: ir.Node) -> list[ir.Value]:
@@ -42,13 +48,13 @@ def reads(node: ir.Node) -> list[ir.Value]:
 
 def is_low(value: ir.Value | None) -> bool:
     """Whether a value's dtype is a low one."""
-    return value is not None and value.dtype is not None and int(value.dtype) in _LOW
+    return value is not None and value.dtype is not None and int(value.dtype) in _low()
 
 
 def constant(tensor: ir.TensorProtocol) -> torch.Tensor:
     """A stored tensor; BF16, which NumPy does not have, by its bits."""
     array = np.array(tensor.numpy())
-    if int(tensor.dtype) == 16:
+    if tensor.dtype.name == "BFLOAT16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
@@ -72,15 +78,19 @@ class Kernels:
         results = zip(outputs, session.run(tensors), strict=True)
         if not is_wide:
             return dict(results)
-        return {v: t.to(_LOW.get(int(v.dtype or 0), t.dtype)) for v, t in results}
+        return {v: t.to(_low().get(int(v.dtype or 0), t.dtype)) for v, t in results}
 
     def _session(self, node: ir.Node, inputs: Sequence[int]) -> tuple[Session, bool]:
+        import onnx_ir as ir
+
         key = self._model(node, inputs).SerializeToString(deterministic=True)
         if key not in self._sessions:
             try:
                 self._sessions[key] = Session(key), False
             except Exception:  # noqa: BLE001  there is no kernel: its errors have no common class
-                wide = self._model(node, [_FP32 if i in _LOW else i for i in inputs], wide=True)
+                wide = self._model(
+                    node, [ir.DataType.FLOAT if i in _low() else i for i in inputs], wide=True
+                )
                 self._sessions[key] = Session(wide.SerializeToString()), True
         return self._sessions[key]
 
@@ -102,7 +112,12 @@ class Kernels:
         if wide:
             _widen(proto)
         results = [
-            (name, _FP32 if wide and int(value.dtype or 0) in _LOW else int(value.dtype or 0))
+            (
+                name,
+                ir.DataType.FLOAT
+                if wide and int(value.dtype or 0) in _low()
+                else int(value.dtype or 0),
+            )
             for name, value in zip(made, node.outputs, strict=True)
             if name
         ]
@@ -118,20 +133,20 @@ class Kernels:
 
 def number(dtype: torch.dtype) -> int:
     """ONNX's number of a dtype."""
-    from onnx import helper
+    from onnx import TensorProto, helper
 
     if dtype == torch.bfloat16:
-        return 16
+        return int(TensorProto.BFLOAT16)
     return int(helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=dtype).numpy().dtype))
 
 
 def _widen(proto: Any) -> None:
     """Have FP32 where the node's attributes name a low dtype."""
-    from onnx import AttributeProto, numpy_helper
+    from onnx import AttributeProto, TensorProto, numpy_helper
 
     for attribute in proto.attribute:
-        if attribute.name in ("to", "dtype") and attribute.i in _LOW:
-            attribute.i = _FP32
-        elif attribute.type == AttributeProto.TENSOR and attribute.t.data_type in _LOW:
+        if attribute.name in ("to", "dtype") and attribute.i in _low():
+            attribute.i = TensorProto.FLOAT
+        elif attribute.type == AttributeProto.TENSOR and attribute.t.data_type in _low():
             array = numpy_helper.to_array(attribute.t).astype(np.float32)
             attribute.t.CopyFrom(numpy_helper.from_array(array))

@@ -31,7 +31,6 @@ back; or not at all, because other nodes took its place."""
 SUSPECTS = ("FuseFp16InitializerToFp32NodeTransformer", "SimplifiedLayerNormFusion")
 """Optimisations that fail on FP16 files in some releases of ONNX Runtime."""
 
-_BF16 = 16
 _CAST = "InsertedPrecisionFreeCast_"
 _TIMEOUT = 600.0
 
@@ -151,16 +150,19 @@ class Session:
 
 def _to_ort(tensor: torch.Tensor) -> Any:
     import onnxruntime
+    from onnx import TensorProto
 
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         bits = tensor.view(torch.uint16).numpy()
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BF16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
     return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
 def _from_ort(value: Any) -> torch.Tensor:
-    if value.element_type() == _BF16:  # NumPy has no such dtype
+    from onnx import TensorProto
+
+    if value.element_type() == TensorProto.BFLOAT16:  # NumPy has no such dtype
         return from_dlpack(value._get_c_value()).cpu().clone()
     array = np.ascontiguousarray(value.numpy())
     return torch.from_numpy(array).reshape(tuple(value.shape()))
