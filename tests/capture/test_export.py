@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.capture import export, graph_signature
 from amp_convert.capture.export import export_graph
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.graph_signature import InputSpec, Source, UserInput
 from amp_convert.core.errors import ModelError
-from amp_convert.core.mode import Mode
 from tests.exports import Function, X, calls, graph_of, targets
 from tests.zoo import captured, every_model
 
@@ -250,40 +248,3 @@ def test_a_trace_leaves_the_garbage_collector_as_it_was(
         (gc.enable if before else gc.disable)()
     assert seen
     assert not any(seen)
-
-
-# --- what tracing assumed of sizes ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("codes", "why"),
-    [
-        (None, "this PyTorch does not tell what tracing assumed of sizes"),
-        (["new_words(L['input'].size()[0])"], "the example inputs themselves break new_words("),
-        (["L['input'].size()[0] > 100"], "the example inputs themselves break input.size()[0] >"),
-    ],
-)
-def test_conditions_that_nobody_can_check_fix_the_sizes(
-    codes: list[str] | None, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = export._program
-
-    def changed(*args: Any, dynamic: bool) -> Any:
-        made = program(*args, dynamic=dynamic)
-        if dynamic and codes is None:
-            del made._guards_code
-        elif dynamic:
-            made._guards_code = codes
-        return made
-
-    monkeypatch.setattr(export, "_program", changed)
-    graph = export.export_graph(nn.Linear(4, 2), (torch.ones(3, 4),), {}, Mode.EVAL)
-    assert graph.fixed_sizes.startswith(f"NotImplementedError: {why}")
-    assert graph.signature.user_inputs[0].shape == (3, 4)
-
-
-def test_a_condition_that_cannot_be_evaluated_does_not_hold() -> None:
-    arguments = {"x": torch.ones(0, 3)}
-    assert graph_signature._Condition("L['x'].size()[1] == 3")(arguments)
-    assert not graph_signature._Condition("8 % L['x'].size()[0] == 0")(arguments)
-    assert not graph_signature._Condition("unheard_of(L['x'])")(arguments)
