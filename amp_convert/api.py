@@ -20,7 +20,8 @@ from amp_convert.core import digests
 from amp_convert.core.errors import UsageError
 from amp_convert.core.number_formats import LOW_DTYPES, name_of
 from amp_convert.loading.model_file import Case, as_call
-from amp_convert.loading.settings import make_settings
+from amp_convert.loading.settings import given_settings, make_settings
+from amp_convert.loading.together import agreed
 from amp_convert.onnx_file.write import export_onnx as export_onnx
 from amp_convert.pipeline import Run
 from amp_convert.plan.plan import Plan
@@ -138,7 +139,8 @@ def check(
     file. `eval_batches` may also be a list or a data loader of (inputs, target) pairs, but nothing
     that can be gone through only once. `out` is a folder to write the report to, and is needed for
     `onnx=True`. `settings` are those of the command, such as `steps=200` or `tolerance=0.01`.
-    The model stays on its device. Progress goes to the log of "amp_convert".
+    With `baseline="FILE"` the result is gated, too: see `Run.gated`. The model stays on its device.
+    Progress goes to the log of "amp_convert".
 
     Raises UsageError for wrong settings, ModelError for what is wrong with the model, its inputs or
     functions, UnsupportedModelError when no part of the model can be captured.
@@ -147,13 +149,17 @@ def check(
         raise UsageError("check() takes rules by name", mend="Give presets or files.")
     _require_values(model)
     names = [rules] if isinstance(rules, str | PathLike) else rules
-    chosen = make_settings(
+    if "device" in settings:
+        raise UsageError("check() runs where the model is", mend="Move the model instead.")
+    given = given_settings(settings)
+    made = make_settings(
         dtype=name_of(dtype),
         rules=[fspath(each) for each in names],
         device=str(devices.of_model(model)),
         out=fspath(out) if out is not None else None,
-        **settings,
+        **given,
     )
+    chosen = agreed(made, given)
     positional, keywords = as_call(args, "args")
     case = Case(
         name=name or type(model).__name__,
@@ -219,6 +225,7 @@ def compare(model: nn.Module, mixed: ConvertedModel, batches: Iterable[Any]) -> 
             mend="Pass the very model that was given to convert().",
         )
     _require_values(model)
+    mixed.heed_hooks()
     divergence = compare_batches(mixed, ((*as_call(b, "batches"), None) for b in batches))
     if not divergence.batches:
         raise UsageError("there are no batches to compare on", mend="Give at least one.")

@@ -26,6 +26,9 @@ from amp_convert.core.errors import UsageError
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.optional_packages import require
 from amp_convert.core.progress import Logged, Progress, Silent
+from amp_convert.gate import GateResult
+from amp_convert.gate import compare as gate
+from amp_convert.gate.baseline import load_baseline
 from amp_convert.loading.model_file import Case, check_forward, load_case
 from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import score, user_batches
@@ -59,24 +62,32 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """What a run made: the report, the whole plan, the converted model, and the files that go with
-    the report."""
+    """What a run made: the report, the whole plan, the converted model, the files that go with the
+    report, and what the gate found where the settings name a baseline."""
 
     report: RunReport
     plan: Plan
     converted: ConvertedModel
     files: tuple[Path, ...] = ()
+    gated: GateResult | None = None
 
     @property
     def verdict(self) -> Verdict:
         """What all checks add up to."""
         return self.report.verdict
 
+    @property
+    def exit_code(self) -> int:
+        """The verdict's, or where that is a pass the gate's."""
+        return self.verdict.exit_code or (self.gated.exit_code if self.gated else 0)
+
 
 def convert(source: str, settings: Settings, progress: Progress, work: Path) -> Run:
     """The main job for the model file at `source`: load it, and `check` what it holds. What is
     wrong with the settings is said first."""
     _check_settings(settings)
+    if settings.baseline:
+        load_baseline(Path(settings.baseline))
     load_rules(settings.rules)
     devices.choose(settings.device)
     progress.stage("load the model")
@@ -95,6 +106,7 @@ def check(
     UnsupportedModelError where no part of the model can be captured.
     """
     _check_settings(settings)
+    expected = load_baseline(Path(settings.baseline)) if settings.baseline else None
     progress = Logged(progress or Silent())
     prepared = _prepare(case, settings, progress, trains=True)
     case, captured = prepared.case, prepared.captured
@@ -125,7 +137,10 @@ def check(
         case, prepared.device, captured, settings, converted.plan, divergence, trained, exported
     )
     files = () if work is None else tuple(sorted(work.iterdir()))
-    return Run(report, converted.plan, converted, files)
+    gated = None
+    if expected is not None:
+        gated = gate.compare(report, expected, metric_tolerance=settings.metric_tolerance)
+    return Run(report, converted.plan, converted, files, gated)
 
 
 def _check_settings(settings: Settings) -> None:

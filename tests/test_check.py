@@ -49,6 +49,49 @@ def test_it_gives_the_report_the_verdict_and_the_converted_model() -> None:
     assert torch.equal(run.converted(X), amp.convert(model, X, calibration=[X])(X))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 10}, "train_batches"),
+        ({"margin": 0.1}, "--margin does nothing with one seed"),
+        ({"seeds": 2}, "train_batches"),
+        ({"checkpoint_every": 3}, "--checkpoint-every does nothing without a checkpoint"),
+        ({"fp32_baseline": "x.json"}, "--fp32-seeds does nothing with one seed"),
+        ({"steps": 10, "train": False}, "--no-train and --steps were both given"),
+        ({"opset": 18}, "there is no folder for the ONNX file"),
+        ({"baseline": "nowhere.json"}, "nowhere.json"),
+        ({"device": "cpu"}, "check() runs where the model is"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(settings: Any, said: str) -> None:
+    with pytest.raises(amp.UsageError) as caught:
+        amp.check(net(), X, **settings)
+    assert said in str(caught.value)
+
+
+def test_a_baseline_gates_the_result(tmp_path: Path) -> None:
+    from amp_convert.gate.baseline import baseline_of
+
+    def checked(**settings: Any) -> amp.Run:
+        return amp.check(net(), X, eval_batches=batches, metrics=accuracy, name="net", **settings)
+
+    run = checked()
+    assert (run.gated, run.exit_code) == (None, 0)
+    baseline = baseline_of(run.report)
+    file = tmp_path / "baseline.json"
+    file.write_text(baseline.model_dump_json())
+    again = checked(baseline=file)
+    assert again.gated is not None
+    assert (again.gated.status, again.exit_code) == ("pass", 0)
+    was = baseline.metrics["accuracy"]
+    better = {"accuracy": was.model_copy(update={"mixed": was.mixed + 0.5})}
+    file.write_text(baseline.model_copy(update={"metrics": better}).model_dump_json())
+    worse = checked(baseline=file)
+    assert worse.verdict.status == "pass"
+    assert worse.gated is not None
+    assert (worse.gated.status, worse.exit_code) == ("fail", 1)
+
+
 def test_training_and_settings() -> None:
     run = amp.check(
         net(),

@@ -26,10 +26,11 @@ def own_hooks_off(module: nn.Module) -> Iterator[None]:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def hook_counts(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
-    """How many forward hooks each submodule has, by path; the model itself left out."""
+def hooks_of(model: nn.Module) -> dict[str, frozenset[int]]:
+    """The forward hooks of each submodule, by path and by the number that PyTorch gives each hook;
+    the model itself left out. A submodule with several paths is there under each."""
     return {
-        path: (module, sum(len(getattr(module, name)) for name in _HOOKS))
-        for path, module in model.named_modules()
+        path: frozenset(number for name in _HOOKS for number in getattr(module, name))
+        for path, module in model.named_modules(remove_duplicate=False)
         if path
     }

@@ -31,25 +31,17 @@ def convert(
     settings = flags.convert_settings(source, given)
     with running(debug) as (console, progress):
         from amp_convert import pipeline
-        from amp_convert.gate.baseline import load_baseline
         from amp_convert.report.files import write_report
         from amp_convert.report.folder import check_writable, workspace
 
         folder = output_folder(source, settings.out)
         check_writable(folder)
-        expected = load_baseline(Path(settings.baseline)) if settings.baseline else None
-        gated = None
         with workspace(folder) as work:
             run = pipeline.convert(source, settings, progress, work)
-            if expected is not None:
-                from amp_convert.gate import compare as gate
-
-                tolerance = settings.metric_tolerance
-                gated = gate.compare(run.report, expected, metric_tolerance=tolerance)
             write_report(folder, run.report, run.plan.to_toml(), run.files)
         pipeline.clean_up(run, settings)
-    _print_report(console, run.report, folder, gated, as_json=as_json)
-    return run.report.verdict.exit_code or (gated.exit_code if gated else 0)
+    _print_report(console, run.report, folder, run.gated, as_json=as_json)
+    return run.exit_code
 
 
 def _print_report(

@@ -6,15 +6,13 @@ names the settings that it takes.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
-from amp_convert.core.errors import UsageError
 from amp_convert.loading.settings import (
     SETTINGS,
     Part,
@@ -25,8 +23,9 @@ from amp_convert.loading.settings import (
     option_of,
     value_type,
 )
+from amp_convert.loading.together import agreed
 from amp_convert.rules.rule_set import preset_names
-from amp_convert.validate.training.noninferiority import LOOKS, require_test
+from amp_convert.validate.training.noninferiority import require_test
 
 Source = Annotated[
     str, typer.Argument(metavar="MODEL", help="model.py, or package.module:attribute.")
@@ -106,76 +105,14 @@ def table_of(part: Part) -> str:
     return "\n".join(rows) + "\n"
 
 
-# --- which go together ---
-
-_OF_A_SCALE = ("initial_scale", "scale_growth", "scale_backoff", "scale_interval")
-_OF_SEEDS = ("margin", "fp32_seeds")
-_OF_TRAINING = tuple(
-    name for name in SETTINGS if option_of(name).part is Part.TRAINING and name != "train"
-)
-_OF_ONNX = tuple(name for name in SETTINGS if option_of(name).part is Part.ONNX)
-_LEAVE_ONE_OUT = "Leave one out."
-
-
 def convert_settings(source: str, given: Mapping[str, object]) -> Settings:
     """The settings of `amp-convert convert`, from the flags that were `given`, None for absent.
 
-    A flag of training asks for training. One that would do nothing beside the others is refused,
-    for whoever gave it expects something; what stands in pyproject.toml waits for the run that it
-    is for, and gives way to a flag that says something else. Raises UsageError as `load_settings`
-    does, and for seeds that make no test.
+    Raises UsageError as `load_settings` and `agreed` do, and for seeds that make no test.
     """
-    settings = load_settings(source, given)
-    settings = _with_onnx(settings, given)
-    asked = [name for name in _OF_TRAINING if given.get(name) is not None]
-    if asked and given.get("train") is False:
-        raise UsageError(f"--no-train and {_flag(asked[0])} were both given", mend=_LEAVE_ONE_OUT)
-    if asked:
-        settings = dataclasses.replace(settings, train=True)
+    settings = agreed(load_settings(source, given), given)
     if settings.train is False:
         return settings
-    for name in asked:
-        _refuse_idle(name, settings)
-    settings = _one_margin(settings, asked)
     has_margin = settings.margin is not None or settings.fp32_seeds is not None
     require_test(settings.seeds or 1, has_margin=has_margin)
     return settings
-
-
-def _with_onnx(settings: Settings, given: Mapping[str, object]) -> Settings:
-    """The settings, with ONNX where a flag of it was given."""
-    if any(given.get(name) is not None for name in _OF_ONNX):
-        return dataclasses.replace(settings, onnx=True)
-    return settings
-
-
-def _refuse_idle(name: str, settings: Settings) -> None:
-    """Raises UsageError for a flag that does nothing beside the others."""
-    if name in _OF_SEEDS and settings.seeds in (None, 1):
-        why, more = "with one seed", f"--seeds {LOOKS[0]} to {LOOKS[-1]}"
-    elif name in _OF_A_SCALE and settings.loss_scaling != "dynamic":
-        default = "" if settings.loss_scale else f", the default for {settings.dtype}"
-        why = f"with a loss scale of {settings.loss_scaling}{default}"
-        more = "--loss-scale dynamic"
-    elif name == "checkpoint_every" and settings.checkpoint is None:
-        why, more = "without a checkpoint", "--checkpoint DIR"
-    else:
-        return
-    mend = f"Give {more} as well, or leave it out."
-    raise UsageError(f"{_flag(name)} does nothing {why}", mend=mend)
-
-
-def _one_margin(settings: Settings, asked: Collection[str]) -> Settings:
-    """The settings with one source of the margin at most: a flag before pyproject.toml."""
-    if settings.margin is None or settings.fp32_seeds is None:
-        return settings
-    match [name for name in ("margin", "fp32_seeds") if name in asked]:
-        case ["margin"]:
-            return dataclasses.replace(settings, fp32_seeds=None)
-        case ["fp32_seeds"]:
-            return dataclasses.replace(settings, margin=None)
-    raise UsageError("--margin and --fp32-seeds were both given", mend=_LEAVE_ONE_OUT)
-
-
-def _flag(name: str) -> str:
-    return f"--{flag_of(name)}"

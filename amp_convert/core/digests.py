@@ -25,6 +25,11 @@ def of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        tensor = tensor.detach().cpu()
+        if tensor.is_quantized:
+            tensor = tensor.dequantize()
+        elif tensor.layout is not torch.strided:
+            tensor = tensor.to_dense()
+        flat = tensor.contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()

@@ -92,6 +92,9 @@ def _as_scale(value: object) -> object:
     return f"{TypeAdapter(PowerOfTwo).validate_python(number):.0f}"
 
 
+SEEDS = "5 to 12"
+"""How many make a test, see `noninferiority`."""
+
 Finite = Field(strict=True, allow_inf_nan=False)
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Count = Annotated[int, Field(strict=True, ge=1), Wanted("a whole number of at least 1")]
@@ -176,7 +179,7 @@ class Settings:
     ] = None
     seeds: Annotated[
         Count | None,
-        _train("Train up to N pairs, 5 to 12, and test that mixed is not worse.", "N", "1"),
+        _train(f"Train up to N pairs, {SEEDS}, and test that mixed is not worse.", "N", "1"),
     ] = None
     onnx: Annotated[
         Switch, Option("Write the model as ONNX too, and check it in ONNX Runtime.")
@@ -252,12 +255,21 @@ def load_settings(model_source: str, flags: Mapping[str, object]) -> Settings:
     return Settings(**values)
 
 
+def given_settings(values: Mapping[str, object]) -> dict[str, object]:
+    """Values given in a program under the settings' names of today, without those that are absent.
+    Raises UsageError for an unknown name."""
+    return {
+        _field(flag_of(name), "settings"): value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
 def make_settings(**values: object) -> Settings:
     """Settings from values given in a program; None for those that are absent. Raises UsageError
     for an unknown name or a wrong value."""
-    given = {name: value for name, value in values.items() if value is not None}
-    fields = {_field(flag_of(name), "settings"): value for name, value in given.items()}
-    return Settings(**{n: _checked(n, value, "settings") for n, value in fields.items()})
+    given = given_settings(values)
+    return Settings(**{n: _checked(n, value, "settings") for n, value in given.items()})
 
 
 def _from_pyproject(folder: Path) -> dict[str, Any]:

@@ -120,6 +120,7 @@ def export(
 ) -> Exported:
     """`export_onnx`, and what validation needs beside the file."""
     require("onnx", *_PACKAGES)
+    converted.heed_hooks()
     target, dtype = _checked_path(path), converted.plan.dtype
     opset = DEFAULT_OPSETS[dtype] if opset is None else opset
     if opset not in OPSETS:

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from amp_convert.capture.captured import Captured, Region, RegionCall
-from amp_convert.capture.hooks import hook_counts, own_hooks_off
+from amp_convert.capture.hooks import hooks_of, own_hooks_off
 from amp_convert.capture.regions import capture
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.mode import Mode
@@ -81,7 +81,7 @@ class ConvertedModel(nn.Module):
             self.__dict__[name] = original.__dict__[name]
         self._hold(captured, plan)
         # What was hooked when the graphs were captured is in them.
-        self.__dict__["_hooks"] = hook_counts(original)
+        self.__dict__["_hooks"] = hooks_of(original)
         self.__dict__["_apart"] = frozenset()
         self.training = original.training
 
@@ -97,21 +97,17 @@ class ConvertedModel(nn.Module):
             region.path: _Part(region, self.rewritten[region.path]) for region in captured.regions
         }
 
-    def _heed_hooks(self) -> None:
+    def heed_hooks(self) -> None:
         """Let submodules that have got a forward hook since, or lost one, be regions of their own:
         a hook does not run inside a graph. The plan's decisions stay, node by node."""
-        hooked = frozenset(
-            path
-            for path, (module, count) in self.__dict__["_hooks"].items()
-            if len(module._forward_hooks) + len(module._forward_pre_hooks) != count
-        )
+        before = self.__dict__["_hooks"]
+        now = hooks_of(self.captured.model)
+        hooked = frozenset(path for path, hooks in before.items() if now.get(path) != hooks)
         if hooked == self.__dict__["_apart"]:
             return
         _log.info("captured anew around the hooks on %s", ", ".join(sorted(hooked)) or "nothing")
         captured, plan = self.captured, self.plan
-        with contextlib.ExitStack() as unheard:  # this is no call of the user's
-            for path in hooked:
-                unheard.enter_context(own_hooks_off(captured.model.get_submodule(path)))
+        with _unheard(captured.model, hooked):
             anew = capture(
                 captured.model, captured.args, captured.kwargs, train=self._has_train, apart=hooked
             )
@@ -127,7 +123,7 @@ class ConvertedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the original does, in the original's dtypes."""
         if not torch.compiler.is_compiling():
-            self._heed_hooks()
+            self.heed_hooks()
         if self.captured.is_whole:
             return self.__dict__["_parts"][""](self.training, args, kwargs)
         with self._replaced():
@@ -146,12 +142,15 @@ class ConvertedModel(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and files hold the model, its example inputs and the plan; the graphs are captured
         anew, since they cannot be stored."""
+        self.heed_hooks()
         captured = self.captured
         parts = (captured.model, captured.args, dict(captured.kwargs), self.plan)
-        return _recaptured, (*parts, self._has_train, self.training)
+        hooks = (self.__dict__["_hooks"], self.__dict__["_apart"])
+        return _recaptured, (*parts, self._has_train, self.training, *hooks)
 
     def freeze(self) -> FrozenModel:
         """A copy for inference, weights stored in low precision; this model is left as it is."""
+        self.heed_hooks()
         return FrozenModel(self)
 
     def try_kernels(self) -> None:
@@ -201,11 +200,25 @@ def _recaptured(
     plan: Plan,
     has_train: bool,
     training: bool,
+    hooks: Mapping[str, frozenset[int]],
+    apart: frozenset[str],
 ) -> ConvertedModel:
     """A copy of a converted model, from what `ConvertedModel.__reduce__` keeps."""
-    converted = ConvertedModel(capture(model, args, kwargs, train=has_train), plan)
+    with _unheard(model, apart):
+        captured = capture(model, args, kwargs, train=has_train, apart=apart)
+    converted = ConvertedModel(captured, plan)
+    converted.__dict__.update(_hooks=hooks, _apart=apart)
     converted.training = training
     return converted
+
+
+@contextlib.contextmanager
+def _unheard(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """The hooks of these submodules off: a capture is no call of the user's."""
+    with contextlib.ExitStack() as off:
+        for module in {id(m): m for m in map(model.get_submodule, paths)}.values():
+            off.enter_context(own_hooks_off(module))
+        yield
 
 
 class _Part:

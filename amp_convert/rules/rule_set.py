@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib.resources
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
@@ -220,11 +220,23 @@ def _class_paths(pattern: str) -> frozenset[str]:
         found: Any = sys.modules.get(".".join(parts[:cut]))
         if found is None:
             continue
+        package = found
         for part in parts[cut:]:
             found = vars(found).get(part) if isinstance(found, ModuleType | type) else None
         if isinstance(found, type):
             return frozenset({pattern, f"{found.__module__}.{found.__qualname__}"})
+        if cut == len(parts) - 1 and hasattr(package, "__getattr__"):
+            return frozenset({pattern, *_inside(package.__name__, parts[-1])})
     return frozenset({pattern})
+
+
+def _inside(package: str, name: str) -> Iterator[str]:
+    """The classes of that name in imported modules of a package that gives its names lazily: the
+    one that it means is among them."""
+    for path, module in list(sys.modules.items()):
+        found = vars(module).get(name) if path.startswith(f"{package}.") else None
+        if isinstance(found, type) and found.__module__ == path:
+            yield f"{path}.{found.__qualname__}"
 
 
 @lru_cache(maxsize=1)

@@ -23,3 +23,15 @@ def test_tensors_by_name_dtype_shape_and_bits() -> None:
     assert found == hashlib.sha256(written + b":torch.float32:(0,)").hexdigest()
     assert digests.of_tensors([("x", inputs)]) != digests.of_tensors([("x", inputs.reshape(4))])
     assert digests.of_tensors([("x", -empty)]) != digests.of_tensors([("y", empty)])
+
+
+def test_sparse_and_quantised_tensors_count_by_their_values() -> None:
+    eye = torch.eye(3)
+    for made in (
+        torch.Tensor.to_sparse,
+        torch.Tensor.to_sparse_csr,
+        lambda t: torch.quantize_per_tensor(t, 0.5, 0, torch.qint8),
+    ):
+        same, twice = (digests.of_tensors([("x", made(t))]) for t in (eye, eye * 2))
+        assert same != twice
+        assert same == digests.of_tensors([("x", made(eye.clone()))])

@@ -70,6 +70,68 @@ def test_a_hook_that_changes_a_value_counts() -> None:
     assert torch.equal(mixed(X), model(X))
 
 
+def plus_one(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + 1
+
+
+def minus_one(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output - 1
+
+
+def test_a_hook_in_place_of_another_is_another() -> None:
+    model = net()
+    handle = model[1].register_forward_hook(plus_one)
+    mixed = amp.convert(model, X, rules="fp32")
+    handle.remove()
+    model[1].register_forward_hook(minus_one)
+    assert torch.equal(mixed(X), model(X))
+
+
+def test_a_hook_on_a_module_with_two_paths_runs_at_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Sequential(nn.Linear(8, 8))
+            self.q = nn.Sequential(self.p[0])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.q(torch.relu(self.p(x))))
+
+    torch.manual_seed(0)
+    model = Twice().eval()
+    mixed = amp.convert(model, X, rules="fp32")
+    model.p[0].register_forward_hook(plus_one)
+    assert torch.equal(mixed(X), model(X))
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_later_hook_is_in_what_is_made_of_the_model(called: bool) -> None:
+    """Whether or not it was called since."""
+    model = net()
+    mixed = amp.convert(model, X, rules="fp32")
+    model[1].a.register_forward_hook(plus_one)
+    if called:
+        mixed(X)
+    expected = model(X)
+    assert torch.equal(mixed.freeze()(X), expected)
+    assert torch.equal(copy.deepcopy(mixed)(X), expected)
+    assert not amp.compare(model, mixed, [X]).outputs[0].max_abs_err
+    with pytest.raises(amp.UnsupportedModelError):
+        amp.export_onnx(mixed, "m.onnx")
+
+
+def test_a_copy_loses_a_hook_as_the_model_does() -> None:
+    model = net()
+    mixed = amp.convert(model, X, rules="fp32")
+    expected = mixed(X)
+    handle = model[1].a.register_forward_hook(plus_one)
+    again = copy.deepcopy(mixed)
+    again.captured.model[1].a._forward_hooks.clear()
+    assert torch.equal(again(X), expected)
+    handle.remove()
+    assert torch.equal(mixed(X), expected)
+
+
 def test_a_hook_in_a_model_of_parts_runs_once() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -275,6 +276,20 @@ def test_module_patterns_match_any_module_around_the_node(
     rules = load_rules([write(tmp_path / "r.toml", rule("module", pattern, "deny"))])
     around = ("torch.nn.modules.normalization.LayerNorm", "model.Block")
     assert (override(rules, modules=around) == "r") is matches
+
+
+def test_a_public_name_of_a_package_that_gives_it_lazily(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, inner = ModuleType("lazypkg"), ModuleType("lazypkg.inner")
+    kind = type("Net", (), {"__module__": "lazypkg.inner"})
+    vars(inner)["Net"] = kind
+    rules = load_rules([write(tmp_path / "r.toml", rule("module", "lazypkg.Net", "deny"))])
+    monkeypatch.setitem(sys.modules, "lazypkg", package)
+    monkeypatch.setitem(sys.modules, "lazypkg.inner", inner)
+    vars(package)["__getattr__"] = {"Net": kind}.__getitem__
+    assert override(rules, modules=("lazypkg.inner.Net",)) == "r"
+    assert override(rules, modules=("lazypkg.other.Net",)) is None
 
 
 def test_a_module_rule_imports_nothing(tmp_path: Path) -> None:

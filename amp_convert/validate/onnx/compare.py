@@ -187,8 +187,8 @@ class _Validation:
         )
 
     def _finished(self, run: FileRun, reference: Mapping[str, OutputError]) -> OnnxRun:
+        lacking = onnx_sessions.lacks_kernel(run.failure)
         if run.failed:  # some batches at most: nothing to judge by
-            lacking = onnx_sessions.lacks_kernel(run.failure)
             return OnnxRun(run.arm, run.failure, (), run.batches, (), lacking)
         outputs = tuple(
             self._output(
@@ -198,7 +198,7 @@ class _Validation:
             )
             for name, sums in run.against_fp32.items()
         )
-        return OnnxRun(run.arm, run.failure, run.without, run.batches, outputs)
+        return OnnxRun(run.arm, run.failure, run.without, run.batches, outputs, lacking)
 
     def _output(
         self, fp32: OutputError, converted: OutputError | None, reference: OutputError | None

@@ -22,6 +22,7 @@ from amp_convert.core.errors import UsageError
 from amp_convert.core.number_formats import ulp_at
 from amp_convert.onnx_file.write import OnnxModel, export_onnx
 from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.validate.onnx import sessions
 from amp_convert.validate.onnx.compare import validate_onnx
 from amp_convert.validate.onnx.results import OnnxParity
 from amp_convert.validate.onnx.sessions import Session
@@ -477,3 +478,21 @@ def test_what_the_optimiser_spoils_does_not_pass(tmp_path: Path) -> None:
         check = converted_check(parity)
         assert check.status == "fail"
         assert "an optimisation of ONNX Runtime changes the result" in check.reason
+
+
+def test_a_kernel_that_only_an_optimisation_asks_for_says_nothing_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : SimplifiedLayerNormalization(1)"
+    found = (said, (sessions.SUSPECTS[1],))
+    monkeypatch.setattr(sessions, "failing_optimisation", lambda path: found)
+    x = torch.randn(3, 4)
+    mixed = amp.convert(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).eval(), x)
+    parity = validate_onnx(mixed, export_onnx(mixed, tmp_path / "m.onnx"), [((x,), {}, None)])
+    optimised = parity.run("optimised")
+    assert (optimised.failure, optimised.batches, optimised.lacks_kernel) == (said, 1, True)
+    checks = {
+        c.name: c
+        for c in onnx_checks(parity, "", Thresholds.for_dtype("float16"), metrics_supplied=False)
+    }
+    assert checks["onnx.runs"].status == "unchecked"
