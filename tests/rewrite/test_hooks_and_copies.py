@@ -181,8 +181,9 @@ def stored(mixed: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("name", ["cnn", "gpt2"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, stored], ids=["deepcopy", "torch.save"])
+@pytest.mark.parametrize(
+    ("name", "copied"), [("cnn", copy.deepcopy), ("gpt2", stored)], ids=["deepcopy", "torch.save"]
+)
 def test_a_copy_gives_the_same_bits_and_is_its_own(name: str, copied: Any) -> None:
     model, args, kwargs = build(name)
     mixed = amp.convert(model.eval(), args, kwargs)

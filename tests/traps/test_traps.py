@@ -61,7 +61,7 @@ def expected(name: str) -> Any:
 def captured(name: str) -> tuple[Captured, RangeStats]:
     """The trap's model captured and calibrated on its inputs: what both dtypes share."""
     model, args = built(name)
-    found = capture(model, args, {})
+    found = capture(model, args, {}, train=False)
     return found, profile(found, [(args, {})])
 
 
