@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -29,8 +29,29 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def hooks_of(model: nn.Module) -> dict[str, frozenset[int]]:
     """The forward hooks of each submodule, by path and by the number that PyTorch gives each hook;
     the model itself left out. A submodule with several paths is there under each."""
-    return {
-        path: frozenset(number for name in _HOOKS for number in getattr(module, name))
-        for path, module in model.named_modules(remove_duplicate=False)
-        if path
-    }
+    return {path: _hooks(module) for path, module in _submodules(model)}
+
+
+class HookWatch:
+    """Tells which submodules of a model have other forward hooks than the `known` ones. It is asked
+    at each call of a converted model, so it keeps the modules at hand."""
+
+    def __init__(self, model: nn.Module, known: Mapping[str, frozenset[int]]) -> None:
+        self._modules = [(path, module, known.get(path)) for path, module in _submodules(model)]
+
+    def changed(self) -> frozenset[str]:
+        """The paths of these submodules."""
+        return frozenset(
+            path
+            for path, module, known in self._modules
+            if (known or module._forward_hooks or module._forward_pre_hooks)
+            and _hooks(module) != known
+        )
+
+
+def _hooks(module: nn.Module) -> frozenset[int]:
+    return frozenset(number for name in _HOOKS for number in getattr(module, name))
+
+
+def _submodules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((p, m) for p, m in model.named_modules(remove_duplicate=False) if p)

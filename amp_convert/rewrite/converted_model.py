@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from amp_convert.capture.captured import Captured, Region, RegionCall
-from amp_convert.capture.hooks import hooks_of, own_hooks_off
+from amp_convert.capture.hooks import HookWatch, hooks_of, own_hooks_off
 from amp_convert.capture.regions import capture
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.mode import Mode
@@ -81,8 +81,7 @@ class ConvertedModel(nn.Module):
             self.__dict__[name] = original.__dict__[name]
         self._hold(captured, plan)
         # What was hooked when the graphs were captured is in them.
-        self.__dict__["_hooks"] = hooks_of(original)
-        self.__dict__["_apart"] = frozenset()
+        self._watch(hooks_of(original), frozenset())
         self.training = original.training
 
     def _hold(self, captured: Captured, plan: Plan) -> None:
@@ -97,12 +96,15 @@ class ConvertedModel(nn.Module):
             region.path: _Part(region, self.rewritten[region.path]) for region in captured.regions
         }
 
+    def _watch(self, hooks: Mapping[str, frozenset[int]], apart: frozenset[str]) -> None:
+        """Take `hooks` as those that are in the graphs, and `apart` as captured around hooks."""
+        watch = HookWatch(self.captured.model, hooks)
+        self.__dict__.update(_hooks=hooks, _apart=apart, _watch_of_hooks=watch)
+
     def heed_hooks(self) -> None:
         """Let submodules that have got a forward hook since, or lost one, be regions of their own:
         a hook does not run inside a graph. The plan's decisions stay, node by node."""
-        before = self.__dict__["_hooks"]
-        now = hooks_of(self.captured.model)
-        hooked = frozenset(path for path, hooks in before.items() if now.get(path) != hooks)
+        hooked = self.__dict__["_watch_of_hooks"].changed()
         if hooked == self.__dict__["_apart"]:
             return
         _log.info("captured anew around the hooks on %s", ", ".join(sorted(hooked)) or "nothing")
@@ -207,7 +209,7 @@ def _recaptured(
     with _unheard(model, apart):
         captured = capture(model, args, kwargs, train=has_train, apart=apart)
     converted = ConvertedModel(captured, plan)
-    converted.__dict__.update(_hooks=hooks, _apart=apart)
+    converted._watch(hooks, apart)
     converted.training = training
     return converted
 
