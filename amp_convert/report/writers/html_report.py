@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from amp_convert.report import text as fmt
-from amp_convert.report.charts import charts, gradient_chart, svg, training_charts
+from amp_convert.report.charts import error_chart, gradient_chart, svg, training_charts
 from amp_convert.report.charts.tiles import tiles, training_tiles
 from amp_convert.report.model import RunReport, Unchecked
 from amp_convert.report.records import NodeRecord
@@ -91,8 +91,8 @@ def _content(report: RunReport) -> dict[str, object]:
         "tiles": tiles(report),
         "rows": rows,
         "arms": [arm for arm in ARMS if any(getattr(row, arm) for row in rows)],
-        "chart": charts.error_chart(report),
-        "frame": charts,
+        "chart": error_chart.error_chart(report),
+        "frame": error_chart,
         "svg": svg,
         "worst": worst_layers(report),
         "groups": fp32_groups(decisions),

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 from amp_convert.report import RunReport
-from amp_convert.report.charts.charts import BOTTOM, error_chart
+from amp_convert.report.charts.error_chart import BOTTOM, error_chart
 from amp_convert.report.charts.svg import LEFT, RIGHT, TOP
 from amp_convert.validate.inference.results import NodeDivergence
 from tests.report.builders import decision, divergence_of
