@@ -69,10 +69,11 @@ def rule(category: str, *, name: str = "test.toml:1", **target: str) -> Rule:
 
 
 def rules_with(*rules: Rule, preset: str = "default", **guards: Any) -> Rules:
-    """A preset with rules after its own, and with some guards set. The guard that tries rounding
-    is off unless it is set: it would catch what the others do; and nothing is rescaled."""
+    """A preset with rules after its own, and with some guards set. Those that try rounding are off
+    unless they are set: they would catch what the others do; and nothing is rescaled."""
     loaded = load_rules([preset])
-    found = replace(loaded.guards, **{"rounding_growth": False, **guards})
+    tried = ("rounding_growth", "output_error", "choice_error", "increment_loss")
+    found = replace(loaded.guards, **{**dict.fromkeys(tried, False), **guards})
     assert isinstance(found, GuardLimits)
     kept = replace(loaded.rewrites, scale_scores=False, rescale_layers=False)
     return replace(loaded, rules=(*loaded.rules, *rules), guards=found, rewrites=kept)

@@ -93,6 +93,8 @@ class Captured:
     regions: tuple[Region, ...]
     uncaptured: tuple[Uncaptured, ...]
     fidelity: tuple[Fidelity, ...]
+    eager_macs: int = 0
+    """Multiply-adds of what stays eager, for the example inputs in eval mode."""
 
     def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
         """What each region receives when the model is called with these inputs, in eval mode, in

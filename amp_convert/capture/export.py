@@ -25,7 +25,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.export_repairs import detach_no_grad, mark_explicit_cast, repair
+from amp_convert.capture.export_repairs import (
+    detach_no_grad,
+    inline_autocast_off,
+    mark_explicit_cast,
+    repair,
+)
 from amp_convert.capture.graph_call import bind, in_mode
 from amp_convert.capture.graph_signature import Signature, check_guards, signature_of
 from amp_convert.capture.node_info import NodeInfo, describe
@@ -196,6 +201,7 @@ def _program(
         program = torch.export.export(
             module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
         )
+    inline_autocast_off(program.graph_module)
     for node in list(program.graph.nodes):
         mark_explicit_cast(node)
         detach_no_grad(node)

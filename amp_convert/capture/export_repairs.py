@@ -1,6 +1,6 @@
 """Repairs that make an exported graph fit for conversion.
 
-There are five, none of which changes a bit of the FP32 result:
+There are six, none of which changes a bit of the FP32 result:
 
 1. A `.to(float32)` on an FP32 value is a no-op that export drops, yet it is the model's own request
    for FP32 and has to hold once its input is FP16. It is marked before and restored after.
@@ -8,16 +8,22 @@ There are five, none of which changes a bit of the FP32 result:
 3. `_assert_tensor_metadata` repeats the FP32 dtypes of the trace; it would reject every conversion.
 4. Inactive dropout is the identity in eager mode, but a copy in the trace. The copy goes.
 5. What a `torch.no_grad()` region returns is detached, since decomposing forgets the region.
+6. A `torch.autocast(enabled=False)` region is the model's own request for FP32 as well. Decomposing
+   would forget it, and which layer and line each of its nodes comes from: it is put into the graph
+   around it before, each node marked.
 """
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 aten = torch.ops.aten
+AUTOCAST_OFF = "amp_convert_autocast_off"
+"""The key in a node's custom metadata that marks it as under `torch.autocast(enabled=False)`."""
 
 
 @torch.library.custom_op("amp_convert::explicit_cast", mutates_args=())
@@ -57,6 +63,45 @@ def detach_no_grad(node: fx.Node) -> None:
             detached = node.graph.call_function(aten.detach.default, (node,))
         detached.meta = dict(node.meta)
         node.replace_all_uses_with(detached, lambda user: user is not detached)
+
+
+def inline_autocast_off(graph_module: fx.GraphModule) -> None:
+    """Repair 6, before decomposition."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.higher_order.wrap_with_autocast or node.args[2]:
+            continue
+        region = getattr(graph_module, str(node.args[4].target))
+        inline_autocast_off(region)
+        given = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
+        values = dict(zip(given, node.args[5:], strict=True))
+        with graph.inserting_before(node):
+            for inner in region.graph.nodes:
+                if inner.op not in ("placeholder", "output"):
+                    values[inner] = _copied(graph_module, region, inner, values)
+        (outputs,) = region.graph.output_node().args
+        results = fx.map_arg(outputs, values.__getitem__)
+        for user in list(node.users):  # the region gives a tuple
+            name, result = user.name, results[user.args[1]]
+            user.replace_all_uses_with(result)
+            graph.erase_node(user)
+            if any(reader.op == "output" for reader in result.users):
+                result._rename(name)  # the program's signature knows its outputs by name
+        graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _copied(
+    graph_module: fx.GraphModule, region: fx.GraphModule, inner: fx.Node, values: dict[fx.Node, Any]
+) -> fx.Node:
+    """A node of a region in the graph around it, marked as under no autocast."""
+    copy = graph_module.graph.node_copy(inner, values.__getitem__)
+    if inner.op == "get_attr":  # a region within the region
+        name = f"autocast_off_{len(list(graph_module.named_children()))}"
+        setattr(graph_module, name, getattr(region, str(inner.target)))
+        copy.target = name
+    copy.meta["custom"] = {**copy.meta.get("custom", {}), AUTOCAST_OFF: True}
+    return copy
 
 
 def repair(graph: fx.Graph) -> None:

@@ -20,7 +20,7 @@ from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import is_float_tensor
-from amp_convert.core.random_state import preserved_rng
+from amp_convert.core.random_state import preserved_rng, rng_state
 from amp_convert.core.tensor_errors import larger
 
 
@@ -56,6 +56,7 @@ class _Trace:
     outputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
     buffers: dict[str, torch.Tensor]
+    drawn: list[str]
 
 
 def unchecked(mode: Mode, reason: str) -> Fidelity:
@@ -86,6 +87,12 @@ def check(
             eager = _trace(module, module, args, kwargs, mode, device, backward=backward)
         except Exception as error:  # noqa: BLE001  the same
             return unchecked(mode, f"the eager model fails in {mode} mode: {error}")
+    if eager.drawn:
+        return unchecked(
+            mode,
+            f"the model draws from {' and '.join(eager.drawn)}'s random numbers while it runs in "
+            f"{mode} mode, and a graph holds those of one draw for ever: draw from torch",
+        )
     graph = _trace(module, captured, args, kwargs, mode, device, backward=backward)
     verdicts: list[bool | None] = []
     worst = 0.0
@@ -132,7 +139,9 @@ def _trace(
         devices.plain_mode(device),
     ):
         torch.manual_seed(0)
+        before = rng_state(device)
         result = call(*args, **kwargs)
+        drawn = before.drawn_outside_torch(rng_state(device))
         gradients = _gradients(module, result) if backward else {}
         leaves = pytree.tree_flatten_with_path(result)[0]
         outputs = {
@@ -143,7 +152,7 @@ def _trace(
         for keys, leaf in given:
             if isinstance(leaf, torch.Tensor):  # the model may write to what it is given
                 outputs[f"input {pytree.keystr(keys)}"] = leaf.detach()
-    return _Trace(outputs, gradients, buffers)
+    return _Trace(outputs, gradients, buffers, drawn)
 
 
 def _gradients(module: nn.Module, result: Any) -> dict[str, torch.Tensor]:

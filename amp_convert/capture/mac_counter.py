@@ -40,6 +40,12 @@ class MacCounter:
             },
         )
 
+    def count(self, call: Callable[[], Any]) -> int:
+        """The multiply-adds of all that `call` does."""
+        with self._mode:
+            call()
+        return self._mode.get_total_flops() // 2
+
     def run(self, call: Callable[[], Any], target: Any) -> tuple[Any, int]:
         """The result of `call`, one operator's, and its multiply-adds: half its operations."""
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 import amp_convert
+from amp_convert.capture.export_repairs import AUTOCAST_OFF
 from amp_convert.core.op_facts import op_name, short_name
 
 
@@ -23,6 +24,7 @@ class NodeInfo:
 
     `identity` is `layer/op#ordinal`: it survives recapture, which FX names do not. `modules` are
     the class paths around the node, innermost first; `location` is the user's file and line.
+    `autocast_off` is whether the model's own code has switched autocast off there.
     """
 
     identity: str
@@ -30,6 +32,7 @@ class NodeInfo:
     modules: tuple[str, ...]
     op: str
     location: str
+    autocast_off: bool = False
 
     @property
     def short_op(self) -> str:
@@ -51,7 +54,8 @@ def describe(graph: fx.Graph, path: str) -> dict[str, NodeInfo]:
         ordinal = ordinals[layer, short]
         ordinals[layer, short] += 1
         identity = f"{layer}/{short}#{ordinal}"
-        described[node.name] = NodeInfo(identity, layer, modules, op, user_location(node))
+        off = AUTOCAST_OFF in node.meta.get("custom", {})
+        described[node.name] = NodeInfo(identity, layer, modules, op, user_location(node), off)
     return described
 
 

@@ -28,7 +28,7 @@ from amp_convert.capture import fidelity
 from amp_convert.capture.captured import Captured, Region, Trace, Uncaptured, Value
 from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
 from amp_convert.capture.fidelity import Fidelity, FidelityStatus
-from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.graph_call import GraphRunner, in_mode
 from amp_convert.capture.hooks import own_hooks_off
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.observed_calls import ModuleCall, observed_calls, user_line
@@ -86,7 +86,8 @@ def capture(
                 mend="Move control flow that depends on tensor values out of the model.",
             ) from problem.__cause__
     checks = [(region.path, _fidelity(region, mode)) for region in regions for mode in Mode]
-    return Captured(model, args, kwargs, regions, uncaptured, _merged(checks))
+    eager = _eager_macs(model, args, kwargs, regions) if uncaptured else 0
+    return Captured(model, args, kwargs, regions, uncaptured, _merged(checks), eager)
 
 
 def _refuse_environment(cause: Exception) -> None:
@@ -195,6 +196,18 @@ def _record(
         recorder = _Recorder(graph.graph_module, MacCounter())
         recorder.run(*runner.inputs(args, kwargs), enable_io_processing=False)
     return Trace(recorder.values, recorder.macs)
+
+
+def _eager_macs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], regions: Sequence[Region]
+) -> int:
+    """The multiply-adds of the whole model less those of its regions: what stays eager."""
+    device = devices.of_model(model)
+    given = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    with in_mode(model, training=False), torch.no_grad(), preserved_rng(device):
+        whole = MacCounter().count(lambda: model(*given[0], **given[1]))
+    captured = sum(sum(region.traces[Mode.EVAL].macs.values()) for region in regions)
+    return max(whole - captured, 0)
 
 
 # --- fallback by submodule -----------------------------------------------------------------------

@@ -40,6 +40,8 @@ class Family(StrEnum):
     """Some values pass on, or all of them repeated, joined or in another order."""
     CHOICE = auto()
     """Each result is one of the values that are read, perhaps without its sign, or a constant."""
+    RANKING = auto()
+    """Says which values are the largest, or in which order they are."""
     BOUND = auto()
     """The larger or the smaller of a value and a bound."""
     SIGN = auto()
@@ -186,6 +188,7 @@ _FAMILIES = {
     "replication_pad3d roll rot90 select slice split split_with_sizes stack take take_along_dim "
     "tensor_split tril triu unbind unfold vsplit vstack",
     Family.CHOICE: "abs amax amin fmax fmin masked_fill max min relu sort topk where",
+    Family.RANKING: "argmax argmin argsort kthvalue max median min mode msort sort topk",
     Family.BOUND: "clamp clamp_max clamp_min maximum minimum",
     Family.SIGN: "neg",
     Family.SUM: "add rsub sub",

@@ -170,7 +170,8 @@ class Plan:
 
     `dtype` is the low dtype, `device` the device type, `rules` the rules files in order,
     `calibration_batches` the number of batches that the evidence rests on, and `unmatched_rules`
-    the node, layer and module rules that no node answers to.
+    the node, layer and module rules that no node answers to. `eager_macs` are the multiply-adds of
+    what was not captured.
     """
 
     dtype: str
@@ -184,6 +185,7 @@ class Plan:
     train_casts: Casts
     uncaptured: tuple[Uncaptured, ...]
     unmatched_rules: tuple[str, ...]
+    eager_macs: int = 0
 
     def unknown_ops(self) -> dict[str, int]:
         """Operators that no rule names and how many nodes of each stayed FP32 for that, sorted."""
@@ -206,7 +208,11 @@ class Plan:
 
     def share_macs_low(self) -> float:
         """Multiply-adds in low nodes as a share of all that could be counted, 0 to 1."""
-        return sum(d.macs for d in self.eval if d.low) / max(sum(d.macs for d in self.eval), 1)
+        return sum(d.macs for d in self.eval if d.low) / max(self.total_macs(), 1)
+
+    def total_macs(self) -> int:
+        """All multiply-adds that could be counted, with those of what stays eager."""
+        return self.eager_macs + sum(d.macs for d in self.eval)
 
     def to_frame(self, mode: str = Mode.EVAL) -> pd.DataFrame:
         """One row a node of the graph of `mode` ("eval" or "train"), one column a field, and some

@@ -81,6 +81,7 @@ def make_plan(
         train_casts=casts[Mode.TRAIN],
         uncaptured=captured.uncaptured,
         unmatched_rules=unmatched(captured, rules),
+        eager_macs=captured.eager_macs,
     )
 
 

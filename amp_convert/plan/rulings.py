@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,12 @@ _ACCUMULATING = Ruling(
 )  # fmt: skip
 
 
+_AUTOCAST_OFF = Ruling(
+    DecisionKind.RULE, Category.DENY, "autocast off",
+    "the model's own code switches autocast off around it", "model", pinned=True,
+)  # fmt: skip
+
+
 def ruling_of(finding: GuardFinding) -> Ruling:
     """What a guard that fired says."""
     return Ruling(
@@ -101,6 +107,8 @@ class Judge:
             return _EXPLICIT
         by_op = self._rules.match_op(place, info.op)
         own = by_op.category if by_op is not None else None
+        if rule is None and info.autocast_off:
+            return replace(_AUTOCAST_OFF, own=own)
         if rule is None:
             rule = by_op
             if rule is not None and rule.category is Category.INFER and self._accumulates(node):

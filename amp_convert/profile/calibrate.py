@@ -166,7 +166,8 @@ def _profile_call(
         and (seen := ranges.get(region.qualified(spec.target))) is not None
         and seen.integral
     }
-    profiler = _Profiler(runner.graph_module, infos, ranges, growths, counting)
+    values = region.traces[Mode.EVAL].values
+    profiler = _Profiler(runner.graph_module, infos, values, ranges, growths, counting)
     profiler.run(*inputs, enable_io_processing=False)
 
 
@@ -180,6 +181,7 @@ class _Profiler(fx.Interpreter):
         self,
         graph_module: fx.GraphModule,
         infos: Mapping[str, NodeInfo],
+        values: Mapping[str, Any],
         ranges: dict[str, Range],
         growths: Growths,
         counting: set[fx.Node],
@@ -189,7 +191,7 @@ class _Profiler(fx.Interpreter):
         self._names = {name: info.identity for name, info in infos.items()}
         self._ranges, self._growths, self._counting = ranges, growths, counting
         labels = {n: f"{i.short_op} in {i.layer or 'the model itself'}" for n, i in infos.items()}
-        self._trials = {d: Trials(graph_module.graph, labels, d) for d in growths}
+        self._trials = {d: Trials(graph_module.graph, labels, values, d) for d in growths}
 
     def run_node(self, n: fx.Node) -> Any:
         sources = [s for s in n.all_input_nodes if _has_float(self.env[s])]
@@ -203,6 +205,7 @@ class _Profiler(fx.Interpreter):
                     _merge(self._ranges, name, seen)
                     if seen.integral:
                         self._counting.add(n)
+        if name is not None or n.op == "output":
             for dtype, trials in self._trials.items():
                 known = self._growths[dtype]
                 for node, growth in trials.of(n, self.env, result):

@@ -18,7 +18,8 @@ Custom operators, those that write to their inputs and those that draw random nu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +27,19 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.captured import Value
+from amp_convert.core import choices
 from amp_convert.core.number_formats import is_float_tensor, unit_roundoff
-from amp_convert.core.op_facts import Family, facts_of_target
+from amp_convert.core.op_facts import HEAVY, Family, facts_of_target
+from amp_convert.core.slices import LEAST, SliceKind, SliceSums
 from amp_convert.core.tensor_errors import ErrorSums, larger
 
 WINDOW = 32
 """How many nodes back, in graph order, a value is blamed for a later error."""
 NOTABLE = 4.0
 """The growth from which on a value is searched for; no limit in a rules file is lower."""
-
+_ANY = 1e-9
+"""Of the share of changed choices."""
 
 # Of a table that a rounded index leaves, or a matrix that is singular when it is rounded.
 _REFUSALS = (RuntimeError, IndexError, ValueError)
@@ -42,30 +47,55 @@ _REFUSALS = (RuntimeError, IndexError, ValueError)
 
 @dataclass(frozen=True)
 class Growth:
-    """How rounding errors grow around one node, in units of the low dtype's roundoff.
+    """What rounding does around one node. Errors are in units of the low dtype's roundoff.
 
     `inputs` is the relative L2 error of the node's result when everything that it reads is rounded;
-    `result` that of a later node, the `reader`, when this node's result is. Both are 0 where
-    nothing was tried, and below `NOTABLE` only `inputs` is measured.
+    `result` that of a later node, the `reader`, when this node's result is. `output` is the error
+    of the worst channel of an output, relative to its spread, when this node's result is rounded.
+    `choices` is the share of what a later node, the `chooser`, chooses, or what this one does, that
+    changes; only where the choice decides what is computed. `lost` is the share of the increments
+    that a sum adds to a running value without any effect. All are 0 where nothing was tried, and
+    below `NOTABLE` only `inputs` is measured.
     """
 
     inputs: float = 0.0
     result: float = 0.0
     reader: str = ""
+    output: float = 0.0
+    choices: float = 0.0
+    chooser: str = ""
+    lost: float = 0.0
 
     def merged(self, other: Growth) -> Growth:
-        """The larger of both; NaN is larger than anything."""
+        """The worse of both; NaN is worse than anything."""
         worst = max(self, other, key=lambda growth: (math.isnan(growth.result), growth.result))
-        return Growth(larger(self.inputs, other.inputs), worst.result, worst.reader)
+        chooses = max(self, other, key=lambda growth: growth.choices)
+        return Growth(
+            larger(self.inputs, other.inputs),
+            worst.result,
+            worst.reader,
+            larger(self.output, other.output),
+            chooses.choices,
+            chooses.chooser,
+            larger(self.lost, other.lost),
+        )
 
 
 class Trials:
-    """The trials of one graph; `labels` names nodes as `Growth.reader` does."""
+    """The trials of one graph; `labels` names nodes as `Growth.reader` does, and `values` has what
+    each gave when it was recorded (see `capture.captured.Trace`)."""
 
-    def __init__(self, graph: fx.Graph, labels: Mapping[str, str], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        labels: Mapping[str, str],
+        values: Mapping[str, Any],
+        dtype: torch.dtype,
+    ) -> None:
         self._nodes = list(graph.nodes)
         self._index = {node: i for i, node in enumerate(self._nodes)}
         self._labels, self._dtype = labels, dtype
+        self._routers = {node for node in self._nodes if _routes(node, values)}
 
     def of(
         self, reader: fx.Node, env: Mapping[fx.Node, Any], result: Any
@@ -74,25 +104,139 @@ class Trials:
 
         `env` holds the FP32 values of at least the last `WINDOW` nodes, `result` the reader's own.
         """
+        if reader.op == "output":
+            yield from self._of_outputs(reader, env)
         if not _can_be_tried(reader):
             return
+        if facts_of_target(reader.target).is_a(Family.SUM):
+            yield reader, Growth(lost=self._lost(reader, env))
+        if reader in self._routers:
+            yield from self._of_choices(reader, env, result)
         kept = _kept_inputs(reader)
-        rounded = {n: self._rounded(env[n]) for n in reader.all_input_nodes if n not in kept}
-        inputs = self._growth(result, reader, {**env, **rounded})
+        inputs = self._growth(result, reader, self._all_rounded(reader, env))
         yield reader, Growth(inputs=inputs)
         if inputs < NOTABLE:
             return
-        label, between = self._labels.get(reader.name, reader.name), self._before(reader)
-        pending, known = list(reader.all_input_nodes), set(kept)
+
+        def measure(values: Mapping[fx.Node, Any]) -> float:
+            return self._growth(result, reader, values)
+
+        label = self._labels.get(reader.name, reader.name)
+        for value, growth in self._search(reader, kept, env, measure, NOTABLE):
+            yield value, Growth(result=growth, reader=label)
+
+    def _all_rounded(self, reader: fx.Node, env: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """All that a node reads, rounded, but for what it reads in FP32 on some device."""
+        kept = _kept_inputs(reader)
+        rounded = {n: self._rounded(env[n]) for n in reader.all_input_nodes if n not in kept}
+        return {**env, **rounded}
+
+    def _search(
+        self,
+        reader: fx.Node,
+        known: Collection[fx.Node],
+        env: Mapping[fx.Node, Any],
+        measure: Callable[[Mapping[fx.Node, Any]], float],
+        notable: float,
+        *,
+        past_products: bool = True,
+    ) -> Iterator[tuple[fx.Node, float]]:
+        """The values behind `reader`, from reader to producer, that matter to it when they alone
+        are rounded: `measure` says how much, of values by node. Nothing is looked for behind what
+        is harmless. Without `past_products` a heavy product is the last one, and all that it does
+        in low precision is tried: what it reads is rounded, too."""
+        between, pending, seen = self._before(reader), list(reader.all_input_nodes), set(known)
         while pending:
             value = pending.pop()
-            if value in known or value.op != "call_function":
+            if value in seen or value.op != "call_function":
                 continue
-            known.add(value)
-            growth = self._blame(value, reader, between, env, result)
-            if not growth < NOTABLE:
-                yield value, Growth(result=growth, reader=label)
+            seen.add(value)
+            ends = not past_products and facts_of_target(value.target).is_a(*HEAVY)
+            result = _evaluate(value, self._all_rounded(value, env)) if ends else env[value]
+            effect = self._blame(value, self._rounded(result), between, env, measure)
+            if effect < notable:
+                continue
+            yield value, effect
+            if not ends:
                 pending += value.all_input_nodes
+
+    # --- outputs, choices, increments ------------------------------------------------------------
+
+    def _of_outputs(
+        self, node: fx.Node, env: Mapping[fx.Node, Any]
+    ) -> Iterator[tuple[fx.Node, Growth]]:
+        """The last operations before an output whose spread is a few roundings wide."""
+        for output in dict.fromkeys(node.all_input_nodes):
+            want = env[output]
+            if not is_float_tensor(want) or want.numel() < LEAST:
+                continue
+
+            def measure(
+                values: Mapping[fx.Node, Any], output: fx.Node = output, want: Any = want
+            ) -> float:
+                have = values[output]
+                if have.shape != want.shape:
+                    return math.inf
+                sums = SliceSums()
+                sums.add(want, have)
+                kinds = (SliceKind.WHOLE, SliceKind.CHANNEL, SliceKind.FAINT_CHANNEL)
+                errors = [s.error for s in sums.slices() if s.kind in kinds and s.error > 0]
+                return max(errors, default=0.0) / unit_roundoff(self._dtype)
+
+            if not measure({**env, output: self._rounded(want)}) < NOTABLE:
+                found = self._search(node, (), env, measure, NOTABLE, past_products=False)
+                for value, error in found:
+                    yield value, Growth(output=error)
+
+    def _of_choices(
+        self, reader: fx.Node, env: Mapping[fx.Node, Any], result: Any
+    ) -> Iterator[tuple[fx.Node, Growth]]:
+        """What decides a choice that decides what is computed."""
+        total = sum(index.numel() for index in choices.indices(result))
+
+        def measure(values: Mapping[fx.Node, Any]) -> float:
+            have = _evaluate(reader, values)
+            read = values[reader.all_input_nodes[0]]
+            return choices.changed(reader, read, result, have) / max(total, 1)
+
+        label = self._labels.get(reader.name, reader.name)
+        own = measure(self._all_rounded(reader, env))
+        if own:
+            yield reader, Growth(choices=own, chooser=label)
+        for value, share in self._search(reader, (), env, measure, _ANY, past_products=False):
+            yield value, Growth(choices=share, chooser=label)
+
+    def _lost(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> float:
+        """The share of the increments that adding them to a running value in low precision leaves
+        without any effect; 0 where a node does not add to one."""
+        terms = [n for n in node.args[:2] if isinstance(n, fx.Node)]
+        if len(terms) != 2 or not all(is_float_tensor(env[n]) for n in terms):
+            return 0.0
+        sizes = [float(torch.linalg.vector_norm(env[n], dtype=torch.float64)) for n in terms]
+        running, small = terms if sizes[0] >= sizes[1] else terms[::-1]
+        if not self._is_running(running, node):
+            return 0.0
+        held, step = self._rounded(env[running]), env[small]
+        total = held - step if facts_of_target(node.target).name == "aten.sub" else held + step
+        moves = (step != 0).expand_as(total)
+        lost = (self._rounded(total) == held) & moves
+        return float(lost.sum()) / max(float(moves.sum()), 1.0)
+
+    @staticmethod
+    def _is_running(value: fx.Node, reader: fx.Node) -> bool:
+        """Whether a sum's larger term is a value that sums add to one after the other: it is an
+        input of the model or the result of a sum, or the result is added to again."""
+
+        def is_sum(node: fx.Node) -> bool:
+            return facts_of_target(node.target).is_a(Family.SUM)
+
+        while value.op == "call_function" and facts_of_target(value.target).is_a(
+            Family.SHAPE, Family.COPY, Family.DROPOUT
+        ):
+            value = value.all_input_nodes[0]
+        return value.op == "placeholder" or is_sum(value) or any(map(is_sum, reader.users))
+
+    # --- one rounded value -----------------------------------------------------------------------
 
     def _before(self, reader: fx.Node) -> list[fx.Node]:
         """What the reader depends on, of the nodes in the window before it, in order."""
@@ -107,16 +251,16 @@ class Trials:
     def _blame(
         self,
         value: fx.Node,
-        reader: fx.Node,
+        rounded: Any,
         between: list[fx.Node],
         env: Mapping[fx.Node, Any],
-        result: Any,
+        measure: Callable[[Mapping[fx.Node, Any]], float],
     ) -> float:
-        """The growth at the reader when `value` alone is rounded, wherever it is read; 0 where the
+        """What `measure` says when `value` alone is `rounded`, wherever it is read; 0 where the
         nodes between cannot run again."""
         if value not in between:
             return 0.0
-        values: dict[fx.Node, Any] = {**env, value: self._rounded(env[value])}
+        values: dict[fx.Node, Any] = {**env, value: rounded}
         changed = {value}
         for node in between[between.index(value) + 1 :]:
             if changed.isdisjoint(node.all_input_nodes):
@@ -128,7 +272,10 @@ class Trials:
             except _REFUSALS as refusal:
                 return _infinite(refusal)
             changed.add(node)
-        return self._growth(result, reader, values)
+        try:
+            return measure(values)
+        except _REFUSALS as refusal:
+            return _infinite(refusal)
 
     def _rounded(self, value: Any) -> Any:
         def low(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,6 +301,30 @@ class Trials:
                 sums.add(want, have)
                 error = larger(error, sums.rel_l2)
         return error / unit_roundoff(self._dtype)
+
+
+def _routes(node: fx.Node, values: Mapping[str, Any]) -> bool:
+    """Whether a node ranks, and which values are the largest decides what is computed: its indices
+    get to more than selections whose results the model returns."""
+
+    def is_float(node: fx.Node) -> bool:
+        recorded = values.get(node.name)
+        return isinstance(recorded, Value) and recorded.dtype.is_floating_point
+
+    if not facts_of_target(node.target).is_a(Family.RANKING) or is_float(node):
+        return False
+    pending = [u for u in node.users if u.target is not operator.getitem or not is_float(u)]
+    seen: set[fx.Node] = set()
+    while pending:
+        user = pending.pop()
+        if user in seen or user.op != "call_function":
+            continue
+        seen.add(user)
+        facts = facts_of_target(user.target)
+        if is_float(user) and not (facts.moves or facts.is_a(Family.CAST)):
+            return True
+        pending += user.users
+    return False
 
 
 def _infinite(refusal: Exception) -> float:

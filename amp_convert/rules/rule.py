@@ -61,7 +61,12 @@ class GuardLimits:
     difference reads, relative to its result. exp_growth is the largest exponent in a sum of
     exponentials, and so the factor by which its relative rounding error grows. rounding_growth
     bounds what trials measure: the relative L2 error of a result when what it reads is rounded, in
-    units of the dtype's roundoff. cumulative_length and reduction_depth bound the elements that one
+    units of the dtype's roundoff. output_error: likewise, the error of an output's worst channel,
+    relative to its spread, when a result is rounded. choice_error: the root of the share of choices
+    that rounding changes, of those that decide what is computed (of a router), in units of the
+    roundoff: a changed choice is an error as large as the value, and the root of their share the
+    relative L2 error of all. increment_loss: the share of the increments that a running value may
+    be added without any effect. cumulative_length and reduction_depth bound the elements that one
     result depends on.
     """
 
@@ -77,6 +82,9 @@ class GuardLimits:
     cancellation_error: Limit = 0.05
     exp_growth: Limit = 16.0
     rounding_growth: Limit = 20.0
+    output_error: Limit = 24.0
+    choice_error: Limit = 40.0
+    increment_loss: Limit = 0.5
     cumulative_length: Limit = 64.0
     reduction_depth: Limit = 131072.0
 

@@ -77,8 +77,12 @@ class Rules:
     def uses_trials(self) -> bool:
         """Whether anything asks how far rounding a value throws others off (see
         `rounding_trials`)."""
-        rewrites = self.rewrites.scale_scores or self.rewrites.rescale_layers
-        return self.guards.rounding_growth is not False or rewrites
+        guards, rewrites = self.guards, self.rewrites
+        tried = (
+            guards.rounding_growth, guards.output_error, guards.choice_error, guards.increment_loss
+        )  # fmt: skip
+        asked = any(limit is not False for limit in tried)
+        return asked or rewrites.scale_scores or rewrites.rescale_layers
 
     def overrides(self, *, node: str, layer: str, modules: Sequence[str]) -> list[int]:
         """Indices of the node, layer and module rules for a node, whatever they are limited to.

@@ -139,7 +139,7 @@ def test_a_weight_that_would_lose_its_digits_keeps_its_reader_in_fp32() -> None:
     found = decision(staged.plan(), "part.0/linear#0")
     assert (found.low, found.rule) == (False, "guard weight-tiny")
     assert found.evidence == "100.0% of its nonzero values"
-    assert staged.plan("default", BF16).low_nodes() == 1
+    assert staged.plan(rules_with(), BF16).low_nodes() == 1
     assert staged.plan(rules_with(weight_tiny_share=False, activation_floor=False)).low_nodes() == 1
 
 

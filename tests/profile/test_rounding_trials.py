@@ -27,7 +27,7 @@ class Trier(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype) -> None:
         super().__init__(graph_module)
         self.user_to_last_uses = keep_window(graph_module.graph, self.user_to_last_uses)
-        self.trials = Trials(graph_module.graph, {"sub": "the difference"}, dtype)
+        self.trials = Trials(graph_module.graph, {"sub": "the difference"}, {}, dtype)
         self.found: dict[str, Growth] = {}
         self.kept = 0
 

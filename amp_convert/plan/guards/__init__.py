@@ -11,11 +11,14 @@ import torch
 
 from amp_convert.plan.guards.activation_range import ActivationFloor, ActivationRange
 from amp_convert.plan.guards.cancellation import Cancellation
+from amp_convert.plan.guards.choices import ChoiceError
 from amp_convert.plan.guards.constants import Constants
 from amp_convert.plan.guards.cumulative import Cumulative
 from amp_convert.plan.guards.epsilon import Epsilon
 from amp_convert.plan.guards.exp_sum import ExpSum
+from amp_convert.plan.guards.increments import IncrementLoss
 from amp_convert.plan.guards.logits import Logits
+from amp_convert.plan.guards.outputs import OutputError
 from amp_convert.plan.guards.positions import Angles, Positions
 from amp_convert.plan.guards.reduction_depth import ReductionDepth
 from amp_convert.plan.guards.rounding_growth import RoundingGrowth
@@ -40,6 +43,9 @@ ALL: tuple[Guard, ...] = (
     Cumulative(),
     ReductionDepth(),
     RoundingGrowth(),
+    OutputError(),
+    ChoiceError(),
+    IncrementLoss(),
 )
 
 

@@ -43,6 +43,9 @@ FIRING: dict[str, tuple[str, Site]] = {
         site("mm", operands=(Operand("self", None, (1, 10**6)),)),
     ),
     "rounding-growth": ("rounding_growth", site("batch_norm", growth=Growth(inputs=20.1))),
+    "output-error": ("output_error", site("linear", growth=Growth(output=24.1))),
+    "choice-error": ("choice_error", site("linear", growth=Growth(choices=4e-4))),
+    "increment-loss": ("increment_loss", site("add", growth=Growth(lost=0.51))),
 }
 
 

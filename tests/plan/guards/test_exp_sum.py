@@ -133,8 +133,8 @@ def test_tame_exponents_are_all_low() -> None:
 
 
 def test_an_exponential_is_denied_anyway_by_default(large: Staged) -> None:
-    assert guarded(large.plan("default", BF16)) == {}
-    assert [d.low for d in large.plan("default", BF16).eval] == [False, False, False, True]
+    assert guarded(large.plan(rules_with(), BF16)) == {}
+    assert [d.low for d in large.plan(rules_with(), BF16).eval] == [False, False, False, True]
 
 
 def test_without_it_the_shares_are_others(large: Staged) -> None:
