@@ -28,7 +28,8 @@ from amp_convert.core.optional_packages import require
 from amp_convert.core.progress import Logged, Progress, Silent
 from amp_convert.gate import GateResult
 from amp_convert.gate import compare as gate
-from amp_convert.gate.baseline import load_baseline
+from amp_convert.gate.baseline import Baseline, BaselineModel, load_baseline
+from amp_convert.gate.compare import refuse_other
 from amp_convert.loading.model_file import Case, check_forward, load_case
 from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import score, user_batches
@@ -45,7 +46,7 @@ from amp_convert.report.assemble import assemble, model_info
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rules.rule_set import Rules, load_rules
 from amp_convert.validate.inference import costs
-from amp_convert.validate.inference.compare import compare, frozen_identical
+from amp_convert.validate.inference.compare import compare
 from amp_convert.validate.onnx.compare import validate_onnx
 from amp_convert.validate.training import checkpoint
 from amp_convert.validate.training import setup as training_setup
@@ -56,6 +57,8 @@ from amp_convert.validate.training.results import TrainingParity
 from amp_convert.validate.training.seed_spread import SeedSpread, make_seed_spread
 from amp_convert.verdict.verdict import Verdict
 
+NODE_BATCHES = 8
+"""Nodes are compared on so many batches; outputs and metrics on all."""
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 _log = logging.getLogger(__name__)
 
@@ -86,10 +89,8 @@ def convert(source: str, settings: Settings, progress: Progress, work: Path) -> 
     """The main job for the model file at `source`: load it, and `check` what it holds. What is
     wrong with the settings is said first."""
     _check_settings(settings)
-    if settings.baseline:
-        load_baseline(Path(settings.baseline))
     load_rules(settings.rules)
-    devices.choose(settings.device)
+    _expected(settings, devices.choose(settings.device))
     progress.stage("load the model")
     # A model that draws its initial weights without a seed is the same at every run.
     torch.manual_seed(0)
@@ -106,7 +107,7 @@ def check(
     UnsupportedModelError where no part of the model can be captured.
     """
     _check_settings(settings)
-    expected = load_baseline(Path(settings.baseline)) if settings.baseline else None
+    expected = _expected(settings, devices.choose(settings.device), case)
     progress = Logged(progress or Silent())
     prepared = _prepare(case, settings, progress, trains=True)
     case, captured = prepared.case, prepared.captured
@@ -117,20 +118,19 @@ def check(
     progress.stage("compare with FP32", settings.batches if case.eval_batches else 1)
     divergence = compare(
         converted,
-        _batches(case, prepared.device, settings.batches),
+        _batches(case, prepared.device),
         score=partial(score, case),
         lower_is_better=case.lower_is_better,
         metrics_reason=f"{case.name} defines no metrics",
+        node_batches=NODE_BATCHES,
+        at_most=settings.batches,
+        seconds=settings.eval_seconds,
         on_batch=progress.advance,
     )
     progress.stage("measure time and memory")
     measured = costs.measure(converted, case.args, case.kwargs)
-    divergence = dataclasses.replace(
-        divergence,
-        costs=measured,
-        frozen_identical=frozen_identical(converted, case.args, case.kwargs),
-    )
-    exported = _export(prepared, converted, settings, progress, work)
+    divergence = dataclasses.replace(divergence, costs=measured)
+    exported = _export(prepared, converted, settings, progress, work, divergence.batches)
     trained = _train(prepared, converted, settings, progress)
     progress.stage("judge")
     report = assemble(
@@ -141,6 +141,19 @@ def check(
     if expected is not None:
         gated = gate.compare(report, expected, metric_tolerance=settings.metric_tolerance)
     return Run(report, converted.plan, converted, files, gated)
+
+
+def _expected(settings: Settings, device: Device, case: Case | None = None) -> Baseline | None:
+    """The baseline that the settings name, which has to be of this dtype, device and model."""
+    if not settings.baseline:
+        return None
+    baseline = load_baseline(Path(settings.baseline))
+    model = None
+    if case is not None:
+        info = model_info(case)
+        model = BaselineModel(name=info.name, model_class=info.model_class)
+    refuse_other(baseline, dtype=settings.dtype, device=device.type, model=model)
+    return baseline
 
 
 def _check_settings(settings: Settings) -> None:
@@ -156,6 +169,7 @@ def _export(
     settings: Settings,
     progress: Progress,
     work: Path | None,
+    batches: int,
 ) -> OnnxSection | Unchecked:
     if not settings.onnx:
         return Unchecked(reason="--onnx was not given")
@@ -170,11 +184,11 @@ def _export(
         settings.opset,
         external_data=settings.external_data,
     )
-    progress.stage("compare in ONNX Runtime", settings.batches if case.eval_batches else 1)
+    progress.stage("compare in ONNX Runtime", batches)
     parity = validate_onnx(
         converted,
         exported.file,
-        _batches(case, prepared.device, settings.batches),
+        _batches(case, prepared.device, batches),
         fp32=exported.fp32,
         score=partial(score, case),
         lower_is_better=case.lower_is_better,
@@ -297,7 +311,7 @@ def _on_device(case: Case, device: torch.device) -> Case:
     )
 
 
-def _batches(case: Case, device: Device, at_most: int) -> Iterator[Batch]:
+def _batches(case: Case, device: Device, at_most: int | None = None) -> Iterator[Batch]:
     """The user's eval batches on the run's device, or else the example inputs as the only one."""
     if case.eval_batches is None:
         yield case.args, case.kwargs, None

@@ -21,7 +21,7 @@ from amp_convert.cli.main import run
 from amp_convert.loading import user_code as usercode
 
 HEAD = "import torch\nfrom torch import nn\n"
-INPUTS = "\ndef example_inputs():\n    return torch.ones(4, 8)\n"
+INPUTS = "\ndef example_inputs():\n    return torch.linspace(0.5, 1.5, 32).reshape(4, 8)\n"
 
 # Two linear layers that are seen through metrics: nodes 0/aten.linear#0, 1/aten.relu#0 and
 # 2/aten.linear#0. What the tests change in it has a name.
@@ -29,7 +29,7 @@ MLP = (
     HEAD
     + """
 OFFSET = 0.0  # added to the inputs; the weights of each row sum to zero, so it cancels
-SCORE = 1.0   # what the metric gives
+SCORE = 1.0   # what the metric gives for outputs that are not all zero
 
 def build_model():
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def eval_batches():
         yield batch(seed), None
 
 def metrics(outputs, target):
-    return {"score": SCORE}
+    return {"score": SCORE if outputs.any() else 0.0}
 """
 )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from amp_convert.capture.captured import Uncaptured
 from amp_convert.capture.fidelity import Fidelity
+from amp_convert.core.slices import SliceError, SliceKind
 from amp_convert.gate.baseline import baseline_of
 from amp_convert.gate.compare import GateResult, compare
 from amp_convert.plan.plan import Casts, Decision, Plan
@@ -104,6 +105,11 @@ NODES = (
 )
 
 
+def piece(kind: SliceKind = SliceKind.WHOLE, **changes: Any) -> SliceError:
+    """A slice within every limit."""
+    return replace(SliceError(kind, 3, 2e-3, 1e-7, 64), **changes)
+
+
 def output(name: str = "logits", **changes: Any) -> OutputError:
     """A float output within every limit."""
     base = OutputError(
@@ -121,13 +127,17 @@ def output(name: str = "logits", **changes: Any) -> OutputError:
         mismatches=0,
         nonfinite=0,
         ref_nonfinite=0,
+        ref_deviation_max=8.0,
+        slices=(piece(), piece(SliceKind.CHANNEL, dim=1), piece(SliceKind.SAMPLE, batch=0)),
+        noise_rel_l2=1e-7,
+        noise_max_abs=1e-6,
     )
     return replace(base, **changes)
 
 
 def label(mismatches: int = 0, **changes: Any) -> OutputError:
     """An integer output; its float errors carry no meaning."""
-    return output("label", **({"dtype": "int64", "mismatches": mismatches} | changes))
+    return output("label", **({"dtype": "int64", "mismatches": mismatches, "slices": ()} | changes))
 
 
 def metric(name: str = "accuracy", **changes: Any) -> MetricPair:
@@ -149,6 +159,9 @@ def divergence(**changes: Any) -> Divergence:
         costs=(),
         reference_rel_l2=0.0,
         frozen_identical=True,
+        frozen_outputs=(output(), label()),
+        batches_given=2,
+        node_batches=2,
     )
     return replace(base, **changes)
 

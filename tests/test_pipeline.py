@@ -59,7 +59,7 @@ class Net(nn.Module):
 
 
 model = Net()
-example_inputs = torch.ones(4, 8)
+example_inputs = torch.linspace(0.5, 1.5, 32).reshape(4, 8)
 """
 )
 BRANCH = GATED.splitlines().index("        if x.abs().sum() > 0:") + 1
@@ -130,8 +130,9 @@ def test_settings_bound_the_batches(convert: Callable[..., Run]) -> None:
     assert report.plan.calibration_batches == 2
     assert report.inference is not None
     assert (report.inference.batches, report.inference.samples) == (3, 12)
-    # None is asked for beyond those, and calibration starts anew from the first.
-    assert sys.modules["model"].drawn == [0, 1, 0, 1, 2]
+    # Calibration starts anew from the first; those beyond are counted.
+    assert sys.modules["model"].drawn[:5] == [0, 1, 0, 1, 2]
+    assert (report.inference.batches_given, report.inference.stopped) == (100, "asked")
 
 
 def test_without_eval_batches_the_example_inputs_are_the_only_one(

@@ -29,6 +29,12 @@ class RngState:
         rest = (self.python, self.numpy) == (other.python, other.numpy)
         return alike and rest and torch.equal(self.cpu, other.cpu)
 
+    def drawn_outside_torch(self, later: RngState) -> list[str]:
+        """Whose generators have drawn numbers between this state and a later one, PyTorch's left
+        out: "Python" and "NumPy"."""
+        pairs = {"Python": (self.python, later.python), "NumPy": (self.numpy, later.numpy)}
+        return [name for name, (before, after) in pairs.items() if before != after]
+
 
 @contextlib.contextmanager
 def preserved_rng(device: torch.device) -> Iterator[None]:

@@ -1,10 +1,11 @@
 """A baseline: what the gate remembers of one run, small enough to commit and to review.
 
 It holds statuses, metrics and each node's precision and errors, keyed by names that survive
-recapture; of training, statuses and the number of steps. Floats have 4 significant digits and nodes
-have a line each, so that a diff shows what changed. Nothing in it belongs to one machine: no paths,
-no timings. A file that cannot be trusted (missing, truncated, of another schema version, with
-unknown keys) is a UsageError, never an empty baseline.
+recapture; of training, statuses and the number of steps; and by what all that was judged, so that
+a later run cannot be held to less. Floats have 4 significant digits and nodes have a line each, so
+that a diff shows what changed. Nothing in it belongs to one machine: no paths, no timings. A file
+that cannot be trusted (missing, truncated, of another schema version, with unknown or repeated
+keys, with numbers that nothing could be worse than) is a UsageError, never an empty baseline.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from amp_convert.core.atomic_files import write_file
 from amp_convert.core.errors import UsageError
@@ -34,29 +35,49 @@ class BaselineModel(Section):
     model_class: str
 
 
-class BaselineMetric(Section):
-    """A user's metric in both arms."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
 
-    fp32: float
-    mixed: float
+
+class BaselineMetric(Section):
+    """A user's metric in both arms. `standard_error` is that of their difference, from batch to
+    batch."""
+
+    fp32: Finite
+    mixed: Finite
     lower_is_better: bool
+    standard_error: Error | None = None
 
 
 class BaselineNode(Section):
-    """A node with floating point tensors. Errors are relative L2, None where not measured."""
+    """A node with floating point tensors. Errors are relative L2, None where not measured, or where
+    the reference is zero throughout. `place` is its place in the graph."""
 
     layer: str
     dtype: str
     low: bool
-    local_rel_l2: float | None
-    accumulated_rel_l2: float | None
+    local_rel_l2: Error | None
+    accumulated_rel_l2: Error | None
+    place: Count | None = None
+
+
+class BaselineJudged(Section):
+    """By what the run was judged; see `report.model.Judged`."""
+
+    limits: dict[str, Error]
+    batches: Count
+    steps: Count
+    seeds: Count
+    margin: Error | None
 
 
 class Baseline(Section):
     """The slim form of a report; `device` is a type ("cpu", "cuda"), nodes are by identity.
 
     `training_steps` is None where nothing was trained, and in baselines from before there was
-    training.
+    training; `judged` and `share_macs_low` in those from before they were kept.
     """
 
     schema_version: Literal[1]
@@ -65,30 +86,35 @@ class Baseline(Section):
     dtype: str
     device: str
     rules: tuple[str, ...]
-    casts: int
+    casts: Count
     metrics: dict[str, BaselineMetric]
     checks: dict[str, CheckStatus]
     nodes: dict[str, BaselineNode]
-    training_steps: int | None = None
+    training_steps: Count | None = None
+    judged: BaselineJudged | None = None
+    share_macs_low: Share | None = None
 
 
 def baseline_of(report: RunReport) -> Baseline:
-    """The slim form of `report`, whatever its verdict. Equal reports give equal baselines."""
+    """The slim form of `report`, whatever its verdict. Equal reports give equal baselines. Nothing
+    is checked: what is no number stays, and is for the gate to find."""
     plan, inference, trained = report.plan, report.inference, report.training
     measured = {row.node: row for row in inference.nodes} if inference else {}
     nodes = {}
-    for decision in plan.decisions:
+    for place, decision in enumerate(plan.decisions):
         if not decision.decided:
             continue
         row = measured.get(decision.node)
-        nodes[decision.node] = BaselineNode(
+        nodes[decision.node] = BaselineNode.model_construct(
+            place=place,
             layer=decision.layer,
             dtype=decision.dtype,
             low=decision.low,
             local_rel_l2=_rounded(row.local_rel_l2) if row else None,
             accumulated_rel_l2=_rounded(row.accumulated_rel_l2) if row else None,
         )
-    return Baseline(
+    judged = report.judged
+    return Baseline.model_construct(
         schema_version=SCHEMA_VERSION,
         kind="baseline",
         model=BaselineModel(name=report.model.name, model_class=report.model.model_class),
@@ -97,7 +123,8 @@ def baseline_of(report: RunReport) -> Baseline:
         rules=tuple(os.path.basename(rule) for rule in plan.rules),
         casts=plan.casts,
         metrics={
-            pair.name: BaselineMetric(
+            pair.name: BaselineMetric.model_construct(
+                standard_error=_rounded(pair.standard_error),
                 fp32=_round(pair.fp32),
                 mixed=_round(pair.mixed),
                 lower_is_better=pair.lower_is_better,
@@ -107,13 +134,20 @@ def baseline_of(report: RunReport) -> Baseline:
         checks={check.name: check.status for check in report.verdict.checks},
         nodes=nodes,
         training_steps=None if isinstance(trained, Unchecked) else trained.run.steps,
+        judged=None if judged is None else BaselineJudged.model_construct(**dict(judged)),
+        share_macs_low=_round(plan.share_macs_low),
     )
 
 
 def baseline_text(baseline: Baseline) -> str:
     """The baseline as strict JSON: sorted keys, one entry a line two levels deep."""
     lines = []
-    for key, value in sorted(json.loads(baseline.model_dump_json()).items()):
+    held = baseline.model_dump(mode="json")
+    for node in held["nodes"].values():
+        for which in ("local_rel_l2", "accumulated_rel_l2"):
+            if node[which] is not None and not math.isfinite(float(node[which])):
+                node[which] = None  # relative to zeros: nothing could be worse
+    for key, value in sorted(held.items()):
         if isinstance(value, dict) and value:
             entries = (f"    {_compact(k)}: {_compact(v)}" for k, v in sorted(value.items()))
             lines.append(f"  {_compact(key)}: {{\n" + ",\n".join(entries) + "\n  }")
@@ -139,7 +173,8 @@ def load_baseline(path: Path) -> Baseline:
     if "kind" in document or "verdict" not in document:
         mend = "Give a file that --update wrote, or a report.json."
         raise UsageError(f"{path} is neither a baseline nor a report", mend=mend)
-    return baseline_of(_validated(RunReport, document, path, "report"))
+    slim = baseline_of(_validated(RunReport, document, path, "report"))
+    return _validated(Baseline, json.loads(baseline_text(slim)), path, "baseline")
 
 
 def write_baseline(report: RunReport, path: Path) -> Baseline:
@@ -175,13 +210,22 @@ def _document(path: Path, what: str) -> Mapping[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path} is not a {what}: it is not UTF-8 text") from error
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_unrepeated)
     except (ValueError, RecursionError) as error:
         mend = "It may be truncated: restore it, or remove it and write it anew."
         raise UsageError(f"{path} is not a {what}: {error}", mend=mend) from error
     if not isinstance(document, dict):
         raise UsageError(f"{path} is not a {what}: it holds no JSON object")
     return document
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a repeated key, a reader would see one value and the gate the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is repeated")
+    return found
 
 
 def _versioned(path: Path, what: str) -> Mapping[str, Any]:

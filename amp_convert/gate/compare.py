@@ -1,24 +1,26 @@
 """The gate: is this run as good as the baseline? For merge checks.
 
 The report is first brought into the form of a baseline, so both sides are rounded alike and a
-report equals its own baseline. Then, by stable names, a finding each for:
+report equals its own baseline; nodes that were renamed are found by what they compute (see
+`renamed`). Then, by stable names, a finding each for:
 
 1. a report whose own verdict is fail;
 2. a check that ran in the baseline and is unchecked or gone now, or that passed and fails now;
    but one on training that ran now too and cannot tell is a note;
-3. a metric that is gone, or worse than before by more than the tolerance;
-4. casts added;
-5. a node, or a whole layer, that computed in low precision and is in FP32 now;
-6. a node whose local or accumulated error grew by more than the factor, is NaN or infinite now, or
+3. a tolerance or a margin that is looser now, and fewer batches, steps or seeds;
+4. a metric that is gone, or worse than before by more than the tolerance;
+5. casts added, and multiply-adds that are no longer in low precision;
+6. a node, or a whole layer, that computed in low precision and is in FP32 now;
+7. a node whose local or accumulated error grew by more than the factor, is NaN or infinite now, or
    is no longer measured. Errors below one rounding of the dtype count as one: that is noise.
 
 Of training only the checks are compared, as in 2. On another machine both of its arms have other
 bits, and a metric after it another value, which is no regression; and each report has held its own
 mixed arm to its own FP32 arm.
 
-Any finding fails the gate. Without one, an inconclusive report, or a baseline without errors to
-compare, leaves it inconclusive. What is new, gone, ruled otherwise or trained for another number of
-steps is a note, and no failure.
+Any finding fails the gate. Without one, an inconclusive report, a baseline without errors to
+compare, or one of whose nodes less than `ENOUGH` are still there, leaves it inconclusive. What is
+new, gone or ruled otherwise is a note, and no failure.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from amp_convert.core.errors import UsageError
-from amp_convert.gate.baseline import Baseline, BaselineNode, baseline_of
+from amp_convert.gate.baseline import Baseline, BaselineModel, BaselineNode, baseline_of
 from amp_convert.gate.regressions import (
     Regression,
     RegressionKind,
     added_casts,
+    less_work,
+    looser,
     newly_fp32,
     replaced,
     undecided,
@@ -42,11 +46,14 @@ from amp_convert.gate.regressions import (
     worse_errors,
     worse_metrics,
 )
+from amp_convert.gate.renamed import under_old_names
 from amp_convert.report import RunReport
 from amp_convert.verdict.thresholds import require_finite
 from amp_convert.verdict.verdict import EXIT_CODES, VerdictStatus
 
 _UPDATE = "Compare runs of the same kind, or write this baseline anew with --update."
+ENOUGH = 0.5
+"""The share of the baseline's nodes that a comparison needs."""
 ON_NODES = (RegressionKind.NEWLY_FP32, RegressionKind.ERROR, RegressionKind.UNMEASURED)
 
 
@@ -89,37 +96,54 @@ def compare(
     require_finite("the factor", factor, at_least=1.0)
     require_finite("the metric tolerance", metric_tolerance, at_least=0.0)
     now = baseline_of(report)
-    _refuse_mismatch(now, baseline)
+    refuse_other(baseline, dtype=now.dtype, device=now.device, model=now.model)
+    now, renamed = under_old_names(now, baseline)
     common = baseline.nodes.keys() & now.nodes.keys()
     if not common:
         what = "the report and the baseline have no node in common, so nothing was compared"
         raise UsageError(what, mend=_UPDATE)
-    decisions = {decision.node: decision for decision in report.plan.decisions}
+    decisions = {renamed.get(d.node, d.node): d for d in report.plan.decisions}
     findings = (
         *worse_checks(report, now, baseline),
+        *looser(now, baseline),
         *worse_metrics(now, baseline, metric_tolerance),
         *added_casts(now, baseline),
+        *less_work(now, baseline),
         *newly_fp32(decisions, now, baseline),
-        *replaced(report, now, baseline),
+        *replaced(report, decisions, now, baseline),
         *worse_errors(now, baseline, factor),
     )
     measured = any(_measured(baseline.nodes[node]) for node in common)
+    enough = len(common) >= ENOUGH * len(baseline.nodes)
     status = VerdictStatus.FAIL if findings else VerdictStatus.PASS
-    if not findings and (report.verdict.status != VerdictStatus.PASS or not measured):
+    passed = report.verdict.status == VerdictStatus.PASS
+    if not findings and not (passed and measured and enough):
         status = VerdictStatus.INCONCLUSIVE
-    return GateResult(status, findings, tuple(_notes(report, now, baseline)), len(common))
+    notes = (*_notes(report, now, baseline), *_renamed(renamed))
+    return GateResult(status, findings, notes, len(common))
 
 
-def _refuse_mismatch(now: Baseline, before: Baseline) -> None:
-    for what, mine, theirs in (
-        ("model", now.model.name, before.model.name),
-        ("model class", now.model.model_class, before.model.model_class),
-        ("dtype", now.dtype, before.dtype),
-        ("device", now.device, before.device),
-    ):
+def refuse_other(
+    baseline: Baseline, *, dtype: str, device: str, model: BaselineModel | None = None
+) -> None:
+    """Raises UsageError where a baseline is of another dtype, device type or model: to be called as
+    soon as these are known, and not after the work."""
+    pairs = [("dtype", dtype, baseline.dtype), ("device", device, baseline.device)]
+    if model is not None:
+        pairs += [
+            ("model", model.name, baseline.model.name),
+            ("model class", model.model_class, baseline.model.model_class),
+        ]
+    for what, mine, theirs in pairs:
         if mine != theirs:
             message = f"the report's {what} is {mine}, the baseline's is {theirs}"
             raise UsageError(message, mend=_UPDATE)
+
+
+def _renamed(renamed: dict[str, str]) -> Iterator[str]:
+    if renamed:
+        new, old = next(iter(renamed.items()))
+        yield f"{len(renamed)} node(s) go by other names, matched by structure: {old} is {new}"
 
 
 def _measured(node: BaselineNode) -> bool:
@@ -136,9 +160,12 @@ def _notes(report: RunReport, now: Baseline, before: Baseline) -> Iterator[str]:
     for name, reason in undecided(report).items():
         if before.checks.get(name) == "pass":
             yield f"{name} passed in the baseline and has no answer now: {reason}"
-    steps = before.training_steps, now.training_steps
-    if None not in steps and steps[0] != steps[1]:
-        yield f"training steps were {steps[0]}, are {steps[1]}"
+    common = before.nodes.keys() & now.nodes.keys()
+    if len(common) < ENOUGH * len(before.nodes):
+        yield (
+            f"only {len(common)} of the baseline's {len(before.nodes)} nodes are still there, too "
+            "few to say that this is as good"
+        )
     for what, names in (
         ("gone", sorted(before.nodes.keys() - now.nodes.keys())),
         ("new", sorted(now.nodes.keys() - before.nodes.keys())),

@@ -13,8 +13,12 @@ from enum import StrEnum
 from amp_convert.gate.baseline import Baseline
 from amp_convert.report import RunReport
 from amp_convert.report.records import NodeRecord
-from amp_convert.verdict.thresholds import metric_holds, metric_limit, rounding_unit
+from amp_convert.verdict.thresholds import RESOLVED, metric_holds, metric_limit, rounding_unit
 
+_AT_LEAST = ("cosine", "agreement")
+"""Tolerances of which the smaller is the looser."""
+LESS_WORK = 0.01
+"""A share of the multiply-adds that may leave low precision before it is a finding."""
 # Checks on training, which is a draw: measured, and still unchecked, they ran and cannot tell.
 _DRAWS = tuple(f"training.{name}" for name in ("gradients", "weights", "loss", "metric", "seeds"))
 
@@ -25,7 +29,9 @@ class RegressionKind(StrEnum):
     VERDICT = "verdict"
     CHECK = "check"
     METRIC = "metric"
+    LOOSER = "looser"
     CASTS = "casts"
+    WORK = "work"
     NEWLY_FP32 = "newly-fp32"
     ERROR = "error"
     UNMEASURED = "unmeasured"
@@ -85,11 +91,45 @@ def worse_metrics(now: Baseline, before: Baseline, tolerance: float) -> Iterator
             reason = "lower_is_better was changed, so the values cannot be compared"
             yield Regression(RegressionKind.METRIC, name, "", was.mixed, metric.mixed, reason)
             continue
+        # On another machine a few samples may fall on the other side: as many as they do anyway.
+        luck = RESOLVED * max(was.standard_error or 0.0, metric.standard_error or 0.0)
         limit = metric_limit(was.mixed, tolerance, lower_is_better=lower)
+        limit += luck if lower else -luck
         if not metric_holds(metric.mixed, limit, lower_is_better=lower):
             reason = f"worse than {limit:.4g}, the limit; FP32 went from {was.fp32:.4g} to "
             reason += f"{metric.fp32:.4g}"
             yield Regression(RegressionKind.METRIC, name, "", was.mixed, metric.mixed, reason)
+
+
+def looser(now: Baseline, before: Baseline) -> Iterator[Regression]:
+    """What this run was held to, where that is less than the baseline was held to."""
+    is_, was = now.judged, before.judged
+    if is_ is None or was is None:
+        if was is not None:
+            reason = "the report does not say by which tolerances it was judged"
+            yield Regression(RegressionKind.LOOSER, "tolerances", "", None, None, reason)
+        return
+    for name, limit in sorted(was.limits.items()):
+        have = is_.limits.get(name)
+        if have is None or (have < limit if name in _AT_LEAST else have > limit):
+            reason = "this tolerance is looser than the baseline's"
+            yield Regression(RegressionKind.LOOSER, name, "", limit, have, reason)
+    for name in ("batches", "steps", "seeds"):
+        mine, theirs = getattr(is_, name), getattr(was, name)
+        if mine < theirs:
+            reason = f"fewer {name} than in the baseline"
+            yield Regression(RegressionKind.LOOSER, name, "", float(theirs), float(mine), reason)
+    if was.margin is not None and is_.margin is not None and is_.margin > was.margin:
+        reason = "the margin of the test over seeds is larger than in the baseline"
+        yield Regression(RegressionKind.LOOSER, "margin", "", was.margin, is_.margin, reason)
+
+
+def less_work(now: Baseline, before: Baseline) -> Iterator[Regression]:
+    """Multiply-adds that are no longer in low precision, wherever they are now."""
+    mine, theirs = now.share_macs_low, before.share_macs_low
+    if mine is not None and theirs is not None and mine < theirs - LESS_WORK:
+        reason = f"{theirs - mine:.2%} of the multiply-adds less in low precision"
+        yield Regression(RegressionKind.WORK, "multiply-adds", "", theirs, mine, reason)
 
 
 def added_casts(now: Baseline, before: Baseline) -> Iterator[Regression]:
@@ -113,7 +153,9 @@ def _in_fp32(subject: str, before: str, decision: NodeRecord) -> Regression:
     return Regression(kind, subject, decision.layer, before, after, reason)
 
 
-def replaced(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Regression]:
+def replaced(
+    report: RunReport, decisions: dict[str, NodeRecord], now: Baseline, before: Baseline
+) -> Iterator[Regression]:
     """Low nodes that are gone, with FP32 ones in their layer instead.
 
     Node by node they are merely gone and new, so a layer that can no longer be captured, or an op
@@ -121,8 +163,8 @@ def replaced(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Reg
     only a new node with multiply-adds counts: the rest may be an edit of the model.
     """
     by_layer: dict[str, list[NodeRecord]] = {}
-    for decision in report.plan.decisions:
-        if decision.node in now.nodes:
+    for name, decision in decisions.items():
+        if name in now.nodes:
             by_layer.setdefault(decision.layer, []).append(decision)
     gone = {
         node.layer: node.dtype
@@ -132,7 +174,11 @@ def replaced(report: RunReport, now: Baseline, before: Baseline) -> Iterator[Reg
     for layer, dtype in gone.items():
         eager = [part for part in report.plan.uncaptured if _covers(part.layer, layer)]
         here = by_layer.get(layer, [])
-        new = [d for d in here if not d.low and d.node not in before.nodes]
+        new = [
+            d
+            for name, d in decisions.items()
+            if d.layer == layer and name in now.nodes and not d.low and name not in before.nodes
+        ]
         if eager and not here:
             reason = f"no longer captured, stays eager FP32: {eager[0].reason}"
             yield Regression(RegressionKind.NEWLY_FP32, layer, layer, dtype, "float32", reason)

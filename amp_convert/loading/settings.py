@@ -135,10 +135,10 @@ def _onnx(help_text: str, value: str = "", default: str = "") -> Option:
 class Settings:
     """The settings of one run; every field is a flag of the same name.
 
-    `calibrate` and `batches` count batches (the latter: evaluated at most), `steps` optimizer
-    steps, `seeds` training pairs. `tolerance` bounds the relative L2 error of an output, and
-    `metric_tolerance` the loss in a metric, relative to its FP32 value. None means that the
-    stage concerned chooses.
+    `calibrate` and `batches` count batches (the latter: evaluated at most, within `eval_seconds`),
+    `steps` optimizer steps, `seeds` training pairs. `tolerance` bounds the relative L2 error of an
+    output, and `metric_tolerance` the loss in a metric, relative to its FP32 value. None means that
+    the stage concerned chooses.
 
     With `onnx` the model is written as ONNX too: in `opset`, with inputs and outputs in FP32
     (`io_types` "keep") or in the low dtype ("low"), and weights in a file of their own where
@@ -168,7 +168,12 @@ class Settings:
         File | None, Option("Gate the result on this baseline too.", "FILE", is_path=True)
     ] = None
     calibrate: Annotated[Count, Option("Eval batches that the guards measure on.", "N")] = 4
-    batches: Annotated[Count, Option("Eval batches to compare on at most.", "N")] = 8
+    batches: Annotated[
+        Count | None, Option("Eval batches to compare on at most.", "N", "all of them")
+    ] = None
+    eval_seconds: Annotated[
+        Positive, Option("How long eval batches are compared; the verdict asks for all.", "X")
+    ] = 120.0
     train: Annotated[
         Switch | None,
         _train("Train beside FP32, too.", default="where MODEL defines train_batches and loss"),

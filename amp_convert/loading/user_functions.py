@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
 
 from amp_convert.core.errors import ModelError
 from amp_convert.loading.model_file import Case, as_call, kind_of
@@ -13,9 +17,9 @@ _END = object()
 
 
 def user_batches(
-    what: str, make: Callable[[], Iterable[tuple[Any, Any]]], path: str, at_most: int
+    what: str, make: Callable[[], Iterable[tuple[Any, Any]]], path: str, at_most: int | None = None
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
-    """The first `at_most` batches of `make()`, each as (args, kwargs, target).
+    """The first `at_most` batches of `make()`, or all, each as (args, kwargs, target).
 
     `what` is the user's name for `make`, "eval_batches" or "train_batches". Raises ModelError
     when the user's code does, when it gives no batch at all, or when a batch is not a pair.
@@ -24,7 +28,9 @@ def user_batches(
     mend = "Let it give (inputs, target) pairs, anew at each call."
     with user_code(what, path):
         batches = iter(make())
-    for index in range(at_most):
+    for index in itertools.count():
+        if index == at_most:
+            return
         with user_code(what, path):
             batch: Any = next(batches, _END)
         if batch is _END and index:
@@ -39,15 +45,28 @@ def user_batches(
         yield args, kwargs, batch[1]
 
 
+def copied(value: Any) -> Any:
+    """A copy of nested outputs or targets that a user's function may write to: containers, tensors
+    and arrays are new."""
+
+    def new(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.detach().clone()
+        return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
+
+    return pytree.tree_map(new, value)
+
+
 def score(case: Case, outputs: Any, target: Any) -> dict[str, float]:
-    """The user's metrics of one batch, as plain floats; empty when the file defines none.
+    """The user's metrics of one batch, as plain floats; empty when the file defines none. They are
+    given copies, which they may write to.
 
     Raises ModelError when metrics() fails or gives anything but a dict of numbers.
     """
     if case.metrics is None:
         return {}
     with user_code("metrics()", case.path):
-        values: Any = case.metrics(outputs, target)
+        values: Any = case.metrics(*copied((outputs, target)))
         if isinstance(values, Mapping):
             return {str(name): float(value) for name, value in values.items()}
     what, where = f"metrics() gives {kind_of(values)}", defined_at(case.metrics, case.path)

@@ -15,6 +15,7 @@ from amp_convert.loading.settings import Settings
 from amp_convert.plan.plan import Plan
 from amp_convert.report.model import (
     Environment,
+    Judged,
     ModelInfo,
     OnnxSection,
     PlanSection,
@@ -66,6 +67,23 @@ def assemble(
         training=training,
         onnx=onnx,
         fixed_sizes=captured.fixed_sizes,
+        judged=_judged(thresholds, divergence, trained),
+    )
+
+
+def _judged(
+    thresholds: Thresholds, divergence: Divergence, training: TrainingParity | None
+) -> Judged:
+    limits = {name: value for name, value in vars(thresholds).items() if name != "dtype"}
+    if training is None:
+        return Judged(limits=limits, batches=divergence.batches)
+    test = training.noninferiority
+    return Judged(
+        limits=limits,
+        batches=divergence.batches,
+        steps=training.run.steps,
+        seeds=max(len(training.pairs), 1),
+        margin=None if test is None else test.margin.value,
     )
 
 

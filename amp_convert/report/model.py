@@ -21,7 +21,7 @@ from amp_convert.report.records import NodeRecord
 from amp_convert.validate.inference.results import Divergence
 from amp_convert.validate.onnx.results import OnnxParity
 from amp_convert.validate.training.results import TrainingParity
-from amp_convert.verdict.verdict import Verdict
+from amp_convert.verdict.verdict import Verdict, verdict_of
 
 SCHEMA_VERSION: Literal[1] = 1
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -111,6 +111,21 @@ class PlanSection(Section):
         )
 
 
+class Judged(Section):
+    """By what the verdict was given: a gate holds later runs to no less.
+
+    `limits` are all tolerances by name (see `Thresholds`), `batches` those whose outputs were seen;
+    `steps` and `seeds` those that were trained, 0 without training, and `margin` the one of a test
+    over seeds.
+    """
+
+    limits: dict[str, float]
+    batches: int
+    steps: int = 0
+    seeds: int = 0
+    margin: float | None = None
+
+
 class OnnxSection(Section):
     """The exported file, and what running it showed. Paths are relative to the report folder."""
 
@@ -133,10 +148,12 @@ class RunReport(Section):
     training: TrainingParity | Unchecked
     onnx: OnnxSection | Unchecked
     fixed_sizes: tuple[FixedSizes, ...] = ()
+    judged: Judged | None = None
 
     @field_validator("verdict")
     @classmethod
-    def _numbers_of_checks(cls, verdict: Verdict) -> Verdict:
+    def _verdict_of_checks(cls, verdict: Verdict) -> Verdict:
+        # The status is what the checks add up to, whatever a file says.
         # A check's value may be text, so pydantic cannot tell "NaN" the text from the number.
         def number(value: float | str | None) -> float | str | None:
             return _NON_FINITE.get(value, value) if isinstance(value, str) else value
@@ -145,4 +162,4 @@ class RunReport(Section):
             replace(check, value=number(check.value), threshold=number(check.threshold))
             for check in verdict.checks
         )
-        return replace(verdict, checks=tuple(checks))
+        return verdict_of(checks)

@@ -125,7 +125,11 @@ class _Folder:
                 self._graph.erase_node(placeholder)
         self._graph.lint()
         module = fx.GraphModule(self._root, self._graph)
-        return Folded(module, replace(self._signature, inputs=tuple(specs)), tensors)
+        # What the graph writes to its inputs goes by their places, which have moved.
+        kept = [i for i, p in enumerate(self._placeholders) if p not in self._constant]
+        written = tuple(kept.index(i) for i in self._signature.input_outputs)
+        signature = replace(self._signature, inputs=tuple(specs), input_outputs=written)
+        return Folded(module, signature, tensors)
 
     @staticmethod
     def _key(node: fx.Node) -> object:

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from amp_convert.core.mode import Mode
+from amp_convert.validate.inference.results import MetricDoubt, Stop
 from amp_convert.verdict.check import Check, CheckStatus, optional
-from amp_convert.verdict.thresholds import Thresholds, metric_holds, metric_limit
+from amp_convert.verdict.thresholds import LEAST_WORK, RESOLVED, Thresholds, metric_limit
 
 if TYPE_CHECKING:
     from amp_convert.capture.fidelity import Fidelity
@@ -74,6 +75,16 @@ def low_precision_check(plan: Plan) -> Check:
     low = sum(decision.low for decision in floating)
     if low:
         reason = f"{low} of {len(floating)} floating point nodes compute in {plan.dtype}"
+        macs = plan.total_macs()
+        work = plan.share_macs_low() if macs else low / len(floating)
+        if work < LEAST_WORK:
+            what = "multiply-adds" if macs else "nodes"
+            reason += (
+                f", but no more than {work:.2%} of the {what}: that is no conversion. See with "
+                "amp-convert audit what keeps the rest in FP32; where that is meant, use --rules "
+                "fp32"
+            )
+            return Check(name, CheckStatus.UNCHECKED, work, LEAST_WORK, reason)
         return Check(name, CheckStatus.PASS, float(low), 1.0, reason)
     if [rule.removesuffix(".toml") for rule in plan.rules] == ["fp32"]:
         reason = "the rules ask for FP32 throughout, so the outputs must be bit-identical"
@@ -114,16 +125,88 @@ def reference_check(plan: Plan, divergence: Divergence | None, limits: Threshold
     return Check(name, CheckStatus.FAIL, error, limit, reason)
 
 
+def batches_check(plan: Plan, divergence: Divergence | None) -> Check:
+    """Were all batches seen? Required, unless the user asked for fewer."""
+    name = "batches.all"
+    reason = nothing_ran(plan, divergence)
+    if divergence is None or reason:
+        return Check(name, CheckStatus.UNCHECKED, None, None, reason)
+    seen, given = divergence.batches, divergence.batches_given
+    limit = None if given is None else float(given)
+    if divergence.stopped is None:
+        return Check(name, CheckStatus.PASS, float(seen), limit, f"all {seen} batches were seen")
+    of = f"{seen} of {given} batches were seen" if given else f"{seen} batches were seen of more"
+    asked = divergence.stopped == Stop.ASKED
+    reason = f"{of}, as --batches asks for"
+    if not asked:
+        reason = f"{of}, since the time was up: give a larger --eval-seconds, or fewer batches"
+    return Check(name, CheckStatus.UNCHECKED, float(seen), limit, reason, required=not asked)
+
+
+def inputs_check(plan: Plan, divergence: Divergence | None) -> Check:
+    """Do the batches say anything? Of placeholders of zeros, no range is that of real inputs."""
+    name = "batches.inputs"
+    reason = nothing_ran(plan, divergence)
+    if divergence is None or reason:
+        return Check(name, CheckStatus.UNCHECKED, None, None, reason)
+    if divergence.same_inputs and any(decision.low for decision in plan.eval):
+        reason = (
+            "every input is one and the same number throughout, such as zeros: the ranges that the "
+            "plan rests on, and the errors, are not those of real inputs. Give real example_inputs "
+            "or eval_batches"
+        )
+        return Check(name, CheckStatus.UNCHECKED, None, None, reason)
+    return Check(name, CheckStatus.PASS, None, None, "the inputs hold different numbers")
+
+
+@optional
+def buffers_check(plan: Plan, divergence: Divergence | None) -> Check:
+    """What adds up in buffers from call to call is not looked at: each batch starts anew."""
+    name = "buffers.kept"
+    reason = nothing_ran(plan, divergence)
+    if divergence is None or reason:
+        return Check(name, CheckStatus.UNCHECKED, None, None, reason)
+    written = [row.name for row in divergence.outputs if row.name.startswith("buffer ")]
+    if written:
+        more = f" and {len(written) - 1} more" if len(written) > 1 else ""
+        reason = (
+            f"the model writes to its {written[0]}{more} in eval mode; every batch began with the "
+            "same values, so an error that adds up from call to call was not looked at"
+        )
+        return Check(name, CheckStatus.UNCHECKED, float(len(written)), None, reason)
+    return Check(name, CheckStatus.PASS, 0.0, None, "no buffer is written in eval mode")
+
+
+def choice_checks(divergence: Divergence | None) -> list[Check]:
+    """Whether what ranks in the model (topk, argmax, a router) chooses as FP32 does; none where
+    nothing ranks. Other choices are no fault by themselves: the outputs say what they come to."""
+    rows = [r for r in (divergence.nodes if divergence else ()) if r.choices_changed is not None]
+    if not rows:
+        return []
+    worst = max(rows, key=lambda row: row.choices_changed or 0.0)
+    share = worst.choices_changed or 0.0
+    name, where = "nodes.choices", f"{worst.op} in {worst.layer or 'the top level'}"
+    if not share:
+        reason = "topk, argmax and their like choose what they do in FP32"
+        return [Check(name, CheckStatus.PASS, 0.0, 0.0, reason, required=False)]
+    reason = f"{where} chooses others than in FP32 for {share:.2%} of its choices: routes changed"
+    return [Check(name, CheckStatus.UNCHECKED, share, 0.0, reason, required=False)]
+
+
 def frozen_check(divergence: Divergence | None) -> Check:
     """The frozen model is what gets deployed; it must be the one that was judged."""
     name = "frozen.identical"
     same = divergence.frozen_identical if divergence else None
-    if same is None:
+    if divergence is None or same is None:
         return Check(name, CheckStatus.UNCHECKED, None, None, "the frozen model was not run")
     if same:
-        reason = "the frozen model gives the mixed model's bits on the example inputs"
+        reason = (
+            f"the frozen model gives the mixed model's bits on all {divergence.batches} batches"
+        )
         return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
-    reason = "the frozen model's outputs are not those of the mixed model that was compared"
+    reason = (
+        "the frozen model's outputs are not those of the mixed model that was compared, or are NaN"
+    )
     return Check(name, CheckStatus.FAIL, 1.0, 0.0, reason)
 
 
@@ -143,7 +226,12 @@ def nodes_check(plan: Plan, divergence: Divergence | None) -> Check:
     seen = {row.node for row in divergence.nodes} - set(divergence.unvisited)
     missed = [decision.node for decision in plan.eval if decision.low and decision.node not in seen]
     if missed or not plan.eval:
-        what = f"{len(missed)} low node(s) were not measured, first {missed[0]}" if missed else ""
+        what = ""
+        if missed:
+            what = (
+                f"{len(missed)} low node(s) got no element on any batch, first {missed[0]}: give "
+                "batches that reach them (other experts, other branches)"
+            )
         return Check(name, CheckStatus.UNCHECKED, None, 0.0, what or "the plan has no node")
     reason = f"none of {len(seen)} nodes is NaN or infinite where FP32 is finite"
     return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
@@ -172,12 +260,40 @@ def metric_checks(
 def metric_check(
     name: str, pair: MetricPair, tolerance: float, arm: str = "mixed", *, required: bool = True
 ) -> Check:
-    """Whether the `mixed` value of a metric is no worse than FP32's; `arm` says whose it is."""
+    """Whether the `mixed` value of a metric is FP32's; `arm` says whose it is.
+
+    Worse than the tolerance fails, unless as few samples as there are do not resolve it: then it is
+    unchecked, as is one that is too good to come from precision, and one that judges nothing.
+    """
     lower = pair.lower_is_better
-    limit = metric_limit(pair.fp32, tolerance, lower_is_better=lower)
-    holds = metric_holds(pair.mixed, limit, lower_is_better=lower)
+    limit = metric_limit(pair.fp32, tolerance, lower_is_better=lower, spread=pair.spread)
     reason = f"{pair.mixed:.6g} {arm} against {pair.fp32:.6g} in FP32"
-    if not (math.isfinite(pair.mixed) and math.isfinite(pair.fp32)):
-        reason += ": a metric that is not finite judges nothing"
-    status = CheckStatus.PASS if holds else CheckStatus.FAIL
-    return Check(name, status, pair.mixed, limit, reason, required)
+    status, more = _metric_status(pair, limit, arm)
+    return Check(name, status, pair.mixed, limit, reason + more, required)
+
+
+def _metric_status(pair: MetricPair, limit: float, arm: str) -> tuple[CheckStatus, str]:
+    """The status, and what to add to the reason."""
+    if pair.unpaired:
+        return CheckStatus.FAIL, f": on {pair.unpaired} batch(es) only one of the two has it"
+    if not math.isfinite(pair.fp32):
+        return CheckStatus.UNCHECKED, ": a metric that is not finite in FP32 judges nothing"
+    if not math.isfinite(pair.mixed):
+        return CheckStatus.FAIL, f": it is not finite {arm}"
+    if pair.doubt == MetricDoubt.STATEFUL:
+        what = "metrics() gives another value when it is called again with the same outputs"
+        return CheckStatus.UNCHECKED, f": {what}. Let it keep no state from call to call"
+    allowance = abs(limit - pair.fp32)
+    worse = pair.mixed - pair.fp32 if pair.lower_is_better else pair.fp32 - pair.mixed
+    luck = RESOLVED * (pair.standard_error or 0.0)
+    if worse > allowance + luck or not math.isfinite(luck):
+        return CheckStatus.FAIL, ""
+    if worse > allowance:
+        what = f"the difference has a standard error of {pair.standard_error:.2g}"
+        return CheckStatus.UNCHECKED, f": {what}, so more eval batches are needed to tell"
+    if -worse > allowance + luck:
+        return CheckStatus.UNCHECKED, ": better by more than precision can make it"
+    if pair.doubt == MetricDoubt.CONSTANT:
+        what = "metrics() gives the same for outputs that are certainly wrong"
+        return CheckStatus.UNCHECKED, f": {what}, so this judges nothing"
+    return CheckStatus.PASS, ""

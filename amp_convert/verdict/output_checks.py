@@ -10,8 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from amp_convert.core.slices import LEAST
 from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.inference_checks import nothing_ran
+from amp_convert.verdict.slice_checks import slice_checks
 from amp_convert.verdict.thresholds import COSINE_SLACK, Thresholds, rounding_unit
 
 if TYPE_CHECKING:
@@ -22,14 +24,22 @@ _NO_ELEMENT = "the model returned no element to compare"
 _NO_FLOAT = "the model returns no floating point output"
 
 
-def output_checks(plan: Plan, divergence: Divergence | None, limits: Thresholds) -> list[Check]:
-    """The checks of the converted model against FP32."""
-    rows = divergence.outputs if divergence else ()
-    return checks_of_outputs("outputs", rows, nothing_ran(plan, divergence), limits)
+def output_checks(
+    plan: Plan, divergence: Divergence | None, limits: Thresholds, *, metrics_hold: bool = False
+) -> list[Check]:
+    """The checks of the converted model against FP32; `metrics_hold` is whether the user gives
+    metrics, and all of them pass."""
+    rows, missing = divergence.outputs if divergence else (), nothing_ran(plan, divergence)
+    return checks_of_outputs("outputs", rows, missing, limits, metrics_hold=metrics_hold)
 
 
 def checks_of_outputs(
-    prefix: str, outputs: Sequence[OutputError], missing: str, limits: Thresholds
+    prefix: str,
+    outputs: Sequence[OutputError],
+    missing: str,
+    limits: Thresholds,
+    *,
+    metrics_hold: bool = False,
 ) -> list[Check]:
     """The checks of some outputs against FP32, named `prefix`.finite and so on; all are unchecked
     where something is `missing`. `agreement` is there only where an output is integer or boolean,
@@ -44,12 +54,15 @@ def checks_of_outputs(
     real = [row for row in rows if not _is_discrete(row)]
     # The cosine with a vector of zeros is undefined; the other three checks judge such an output.
     pointed = [row for row in real if row.ref_abs_max != 0]
-    checks = [_finite_check(f"{prefix}.finite", rows, reason)]
+    checks = [
+        _structure_check(f"{prefix}.structure", outputs, missing),
+        _finite_check(f"{prefix}.finite", rows, reason),
+    ]
     if real or not whole:
         flat = reason or "every FP32 output is zero"
         checks += [
             _rel_l2_check(f"{prefix}.rel_l2", real, reason, limits.output_rel_l2),
-            _cosine_check(f"{prefix}.cosine", pointed, flat, limits.cosine),
+            _cosine_check(f"{prefix}.cosine", pointed, flat, limits),
             _max_abs_check(f"{prefix}.max_abs", real, reason, limits.output_max_abs),
         ]
     closed = [row for row in outputs if row.dtype == "object" and not row.elements]
@@ -61,7 +74,8 @@ def checks_of_outputs(
         checks.append(Check(f"{prefix}.compared", CheckStatus.UNCHECKED, None, None, why))
     if whole:
         checks.append(_agreement_check(f"{prefix}.agreement", whole, limits.agreement))
-    return checks
+    slices = slice_checks(prefix, rows, reason, limits, metrics_hold=metrics_hold)
+    return [*checks, *(check for check in slices if real or check.name.endswith(".classes"))]
 
 
 def _is_discrete(row: OutputError) -> bool:
@@ -86,6 +100,25 @@ def _worst(rows: Sequence[OutputError], error: Callable[[OutputError], float]) -
 def _called(row: OutputError) -> str:
     # A single tensor has no path; "output" is what it is called for want of one.
     return f"output {row.name}" if row.name not in ("", "output") else "the output"
+
+
+def _structure_check(name: str, rows: Sequence[OutputError], missing: str) -> Check:
+    """What one arm has and the other has not is wrong, whatever the tolerance."""
+    if missing:
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, missing)
+    wrong = [row for row in rows if row.misfits and row.misfit]
+    count = float(sum(row.misfits for row in wrong))
+    if not wrong:
+        reason = "both arms have the same outputs, in the same shapes, on every batch"
+        return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
+    first = min(wrong, key=lambda row: row.misfit.batch if row.misfit else 0)
+    assert first.misfit is not None
+    more = f", and {count - 1:.0f} more" if count > 1 else ""
+    reason = (
+        f"{_called(first)} is {first.misfit.fp32} in FP32 and {first.misfit.mixed} mixed, on batch "
+        f"{first.misfit.batch}{more}"
+    )
+    return Check(name, CheckStatus.FAIL, count, 0.0, reason)
 
 
 def _finite_check(name: str, rows: Sequence[OutputError], missing: str) -> Check:
@@ -114,13 +147,36 @@ def _rel_l2_check(name: str, rows: Sequence[OutputError], missing: str, limit: f
     tail = f"the smallest tolerance that would pass is {error:.3g}"
     if not math.isfinite(error):
         tail = "no tolerance would pass"
-    reason = f"{which}: relative L2 error {error:.3g} against FP32; {tail}"
-    return Check(
-        name, CheckStatus.PASS if _within(error, limit) else CheckStatus.FAIL, error, limit, reason
+    reason = f"{which}: relative L2 error {error:.3g} against FP32; {tail}{_moved(rows)}"
+    holds, noisy = _within(error, limit), _is_noise(rows, which, limit)
+    status = CheckStatus.PASS if holds else CheckStatus.FAIL
+    if noisy and not holds:
+        status, reason = CheckStatus.UNCHECKED, f"{which}: relative L2 error {error:.3g}; {noisy}"
+    return Check(name, status, error, limit, reason)
+
+
+def _is_noise(rows: Sequence[OutputError], which: str, limit: float) -> str:
+    """That FP32's own noise is out of tolerance in an output, as a clause; "" where it is not."""
+    noise = next(row.noise_rel_l2 for row in rows if _called(row) == which)
+    if noise is None or _within(noise, limit):
+        return ""
+    return f"FP32 nudged by one ULP is off by {noise:.3g} as well: this says nothing of precision"
+
+
+def _moved(rows: Sequence[OutputError]) -> str:
+    """What to say of rows that were put back, as a clause."""
+    row = max(rows, key=lambda row: row.moved)
+    if not row.moved:
+        return ""
+    return (
+        f"; {row.moved} of {row.rows} rows of {_called(row)} changed places among near-equal scores"
     )
 
 
-def _cosine_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
+def _cosine_check(
+    name: str, rows: Sequence[OutputError], missing: str, limits: Thresholds
+) -> Check:
+    limit, rel_l2 = limits.cosine, limits.output_rel_l2
     if not rows:
         return Check(name, CheckStatus.UNCHECKED, None, limit, missing)
 
@@ -130,27 +186,38 @@ def _cosine_check(name: str, rows: Sequence[OutputError], missing: str, limit: f
     which, gap = _worst(rows, distance)
     cosine = 1 - gap
     reason = f"{which}: cosine {cosine:.6g} with FP32"
-    return Check(
-        name, CheckStatus.PASS if cosine >= limit else CheckStatus.FAIL, cosine, limit, reason
-    )
+    status = CheckStatus.PASS if cosine >= limit else CheckStatus.FAIL
+    if status is CheckStatus.FAIL and (noisy := _is_noise(rows, which, rel_l2)):
+        status, reason = CheckStatus.UNCHECKED, f"{reason}; {noisy}"
+    return Check(name, status, cosine, limit, reason)
 
 
 def _max_abs_check(name: str, rows: Sequence[OutputError], missing: str, limit: float) -> Check:
     if not rows:
         return Check(name, CheckStatus.UNCHECKED, None, limit, missing)
-    which, share = _worst(rows, _max_abs_share)
-    reason = f"{which}: the largest error is {share:.3g} of the largest FP32 magnitude"
-    return Check(
-        name, CheckStatus.PASS if _within(share, limit) else CheckStatus.FAIL, share, limit, reason
-    )
+    which, share = _worst(rows, lambda row: _max_abs_share(row, row.max_abs_err))
+    reason = f"{which}: the largest error is {share:.3g} of the largest distance from the mean"
+    status = CheckStatus.PASS if _within(share, limit) else CheckStatus.FAIL
+    if status is CheckStatus.FAIL:
+        row = next(row for row in rows if _called(row) == which)
+        noise = None if row.noise_max_abs is None else _max_abs_share(row, row.noise_max_abs)
+        if noise is not None and noise > limit:
+            reason += f"; FP32 nudged by one ULP is off by {noise:.3g} as well"
+            status = CheckStatus.UNCHECKED
+    return Check(name, status, share, limit, reason)
 
 
-def _max_abs_share(row: OutputError) -> float:
+def _max_abs_share(row: OutputError, error: float) -> float:
+    """An error relative to how far FP32 lies from its mean at most; of an output that holds one
+    value throughout, relative to that."""
+    size = row.ref_abs_max
+    if row.elements >= LEAST:  # of fewer, a mean and a distance from it say nothing
+        size = min(size, row.ref_deviation_max) or size
     if not math.isfinite(row.ref_abs_max):
         return math.nan
-    if row.ref_abs_max == 0:
-        return 0.0 if row.max_abs_err == 0 else math.inf
-    return row.max_abs_err / row.ref_abs_max
+    if size == 0:
+        return 0.0 if error == 0 else math.inf
+    return error / size
 
 
 def _agreement_check(name: str, rows: Sequence[OutputError], limit: float) -> Check:

@@ -19,9 +19,10 @@ _TRAINING_LIMITS = {"float16": (1e-1, 1e-2), "bfloat16": (3e-1, 2e-2)}
 # Measured likewise, in the layer that loses most: 0.005 in either dtype at a loss scale that FP16
 # bears; without one, 0.44 (Mamba) and 1 (Whisper) in FP16, and 0.016 at most in the others.
 _MOST_ZEROED = 1e-1
-METRIC_SCALE = 1e-2
-"""A metric nearer to 0 than this is held to the tolerance of this size: relative to 0 itself, every
-change would be infinite. An error rate of 0 may become 1 in 10,000 at the default tolerance."""
+RESOLVED = 2.0
+"""How many standard errors a difference of metrics has to be to be told from luck."""
+LEAST_WORK = 0.01
+"""A plan with less of the work than this in low precision is no conversion."""
 # A cosine is computed in floating point, so equal vectors can miss 1 by this much on either side.
 COSINE_SLACK = 1e-6
 
@@ -33,7 +34,8 @@ class Thresholds:
     `dtype` is the low one. `agreement` is the share of equal elements in integer and boolean
     outputs. `autocast_factor` bounds our error over native autocast's, and `metric_tolerance` the
     loss in a metric relative to its FP32 value. In training, `gradient_rel_l2` bounds the error of
-    one step's gradients, `gradient_zeroed` the share of a layer's that are zero where FP32's are
+    one step's gradients all together, `layer_gradient_rel_l2` that of one layer's,
+    `gradient_zeroed` the share of a layer's that are zero where FP32's are
     not, and `loss_tolerance` the difference of the loss at the end.
 
     Raises UsageError for an unknown dtype, and for a number that is negative or not finite: it
@@ -48,6 +50,7 @@ class Thresholds:
     metric_tolerance: float = 0.01
     fidelity_rel_l2: float = 1e-6
     gradient_rel_l2: float = 1e-1
+    layer_gradient_rel_l2: float = 5e-1
     gradient_zeroed: float = _MOST_ZEROED
     loss_tolerance: float = 1e-2
 
@@ -116,13 +119,14 @@ def rounding_unit(dtype: str) -> float:
 
 
 def metric_limit(
-    reference: float, tolerance: float, *, lower_is_better: bool, scale: float = METRIC_SCALE
+    reference: float, tolerance: float, *, lower_is_better: bool, spread: float = 0.0
 ) -> float:
     """The worst value of a metric that still holds against `reference`.
 
-    The tolerance is relative to |reference|, or to `scale` where that is larger.
+    The tolerance is relative to |reference|; for a metric that takes both signs, whose value may be
+    near to 0 by chance, to its `spread` over batches where that is larger.
     """
-    allowance = tolerance * max(abs(reference), scale)
+    allowance = tolerance * max(abs(reference), spread)
     return reference + allowance if lower_is_better else reference - allowance
 
 

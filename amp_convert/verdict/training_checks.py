@@ -3,26 +3,30 @@
 1. `training.steps`: were all steps made? Else the rest below speaks of a shorter run.
 2. `training.sound`: is there something to learn from, and is nothing wrong with the mixed arm
    whatever its losses (see `PairedRun.failure`)? Judged in all seeds' runs, before all statistics.
-3. `training.random`: did both arms draw the same random numbers? Else dropout hit other elements,
+3. `training.learnt`: did FP32 learn anything in these steps? Else nothing was tested.
+4. `training.random`: did both arms draw the same random numbers? Else dropout hit other elements,
    and the arms are no pair.
-4. `training.gradients`: are the gradients of one step FP32's? All are there and finite, no layer
-   has lost many of its own to underflow, and all together are near to FP32's. Where FP32's own part
-   by as much once its weights are rounded, that last question has no answer on this batch.
-5. `training.weights`: have the weights of the first run moved as far as FP32's?
-6. After one run, `training.loss`: is the loss of its last quarter FP32's? And `training.metric`: is
+5. `training.gradients`: are the gradients of one step FP32's? All are there and finite, no layer
+   has lost many of its own to underflow, or is far from FP32's, and all together are near to
+   FP32's. Each layer is held to its own noise. Where FP32's own part by as much once its weights
+   are rounded, that last question has no answer on this batch.
+6. `training.weights`: have the weights of the first run moved as far as FP32's?
+7. After one run, `training.loss`: is the loss of its last quarter FP32's? And `training.metric`: is
    the metric that was named before it, `TrainingParity.metric`, no worse?
-7. With several seeds, in place of these two, `training.seeds`: see `noninferiority`.
-8. `training.metrics.NAME`: is each other metric of the first run no worse?
+8. With several seeds, in place of these two, `training.seeds`: see `noninferiority`.
+9. `training.metrics.NAME`: is each other metric of the first run no worse?
 
-See `training_run_checks` for 5 to 8.
+See `training_run_checks` for 6 to 9.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from amp_convert.validate.training.arm_specs import FP32, MIXED
+from amp_convert.validate.training.learning import LEAST_GAIN, Learning
 from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_run_checks import (
@@ -41,10 +45,6 @@ if TYPE_CHECKING:
 MIN_STEPS = 5
 """In fewer steps too little is learnt to see a difference in it."""
 
-# Gradients under this share of the largest of all are FP32's own rounding noise: attention over a
-# single key has some at 2**-28, where the exact ones are 0, and any cast wipes them out.
-_GRADIENT_NOISE = 2.0**-24
-
 
 def training_checks(
     parity: TrainingParity | None, reason: str, limits: Thresholds, *, metrics_supplied: bool = True
@@ -56,6 +56,7 @@ def training_checks(
     return (
         steps_check(parity),
         sound_check(parity),
+        learnt_check(parity),
         random_check(parity),
         gradients_check(parity, limits),
         weights_check(parity, limits),
@@ -121,11 +122,46 @@ def _broken(fp32: ArmRecord) -> str:
     )
 
 
-@optional
+def learnt_check(parity: TrainingParity) -> Check:
+    """Arms that learn nothing agree, whatever is wrong with one of them."""
+    name, fp32 = "training.learnt", parity.run.arm(FP32.name)
+    if fp32 is None or not fp32.losses:
+        return Check(name, CheckStatus.UNCHECKED, None, None, "no step was made")
+    found = Learning.of(fp32.losses)
+    if not math.isfinite(found.z):
+        reason = "too few losses, or losses that are no numbers, show nothing that was learnt"
+        return Check(name, CheckStatus.UNCHECKED, None, LEAST_GAIN, reason)
+    fell = "fell" if found.gain >= 0 else "rose"
+    steps = f"in {parity.run.steps} steps"
+    reason = f"FP32's loss {fell} by {abs(found.gain):.2%} of where it ended, {steps}"
+    if found.learnt:
+        return Check(name, CheckStatus.PASS, found.gain, LEAST_GAIN, reason)
+    if found.gain > LEAST_GAIN:
+        reason += ", but up and down as by chance"
+    reason += (
+        ": too little was learnt for the mixed model to fail at. Give more --steps, a larger "
+        "learning rate, or an initial_model(seed) that is not trained yet"
+    )
+    return Check(name, CheckStatus.UNCHECKED, found.gain, LEAST_GAIN, reason)
+
+
 def random_check(parity: TrainingParity) -> Check:
+    """Not required, but for numbers from outside of PyTorch: a graph holds those of one draw."""
+    check = _random_check(parity)
+    return replace(check, required=bool(parity.run.drawn_outside))
+
+
+def _random_check(parity: TrainingParity) -> Check:
     name, run = "training.random", parity.run
     if not run.steps:
         return Check(name, CheckStatus.UNCHECKED, None, None, "no step was made")
+    if run.drawn_outside:
+        reason = (
+            f"the model draws from {' and '.join(run.drawn_outside)}'s random numbers while it "
+            "runs, and a graph holds those of one draw for ever: the arms are no pair. Draw from "
+            "torch"
+        )
+        return Check(name, CheckStatus.UNCHECKED, float(run.random_parted or 1), None, reason)
     if run.random_parted is None and parity.gradients.same_random_numbers:
         reason = "both arms drew the same random numbers at every step"
         return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
@@ -154,8 +190,9 @@ def gradients_check(parity: TrainingParity, limits: Thresholds) -> Check:
         return Check(
             name, CheckStatus.UNCHECKED, None, limit, "no parameter has a gradient other than 0"
         )
-    layer, lost = _most_lost(found)
+    layer, lost = _most_lost(found, limits)
     kept = 0 <= lost <= limits.gradient_zeroed
+    far = _furthest_off(found, limits)
     reason = (
         f"the gradients of one step, at a loss scale of {found.scale:g}, differ from FP32's by "
         f"{error:.3g} (relative L2 of all)"
@@ -163,13 +200,15 @@ def gradients_check(parity: TrainingParity, limits: Thresholds) -> Check:
     if lost != 0:
         reason += f", and {100 * lost:.3g} % of those of {layer or 'the top level'} are 0, which "
         reason += "FP32's are not"
-    if 0 <= error <= limit and kept:
+    if far is not None:
+        reason += f"; those of {far.layer or 'the top level'} are off by {far.rel_l2:.3g} of theirs"
+    if 0 <= error <= limit and kept and far is None:
         return Check(name, CheckStatus.PASS, error, limit, reason)
     if not found.same_random_numbers and math.isfinite(error + lost):
         return Check(
             name, CheckStatus.UNCHECKED, error, limit, f"{reason}; the random numbers differed"
         )
-    if 0 <= error <= _gradient_noise(found, limits) and kept:
+    if 0 <= error <= max(limit, _gradient_noise(found, limits)) and kept and not _beyond(far):
         reason += f"; that is no more than {_NOISE[limit > 0]}"
         return Check(name, CheckStatus.UNCHECKED, error, limit, reason)
     return Check(name, CheckStatus.FAIL, error, limit, reason)
@@ -205,15 +244,47 @@ def _gradient_noise(found: GradientParity, limits: Thresholds) -> float:
     return 0.0 if rounded is None or not math.isfinite(rounded) else NOISE_FACTOR * rounded
 
 
-def _most_lost(found: GradientParity) -> tuple[str, float]:
+def _judged_layers(found: GradientParity, limits: Thresholds) -> list[LayerGradient]:
+    """The layers whose gradients are more than noise in FP32: moved by one ULP, its weights give
+    nearly the same ones. A bias before a BatchNorm has none, and any cast wipes that out."""
+    most = limits.layer_gradient_rel_l2
+
+    def is_noise(layer: LayerGradient) -> bool:
+        return layer.noise_rel_l2 is not None and not layer.noise_rel_l2 <= most
+
+    return [layer for layer in found.layers if layer.ref_abs_max and not is_noise(layer)]
+
+
+def _most_lost(found: GradientParity, limits: Thresholds) -> tuple[str, float]:
     """The layer that has lost the largest share of its gradients, and that share, NaN being the
-    largest; layers whose gradients are noise are left out."""
-    noise = _GRADIENT_NOISE * (found.total.ref_abs_max or 0.0)
+    largest."""
 
     def share(layer: LayerGradient) -> float:
         lost = layer.zeroed_share or 0.0
         return math.inf if math.isnan(lost) else lost
 
-    rows = [layer for layer in found.layers if not (layer.ref_abs_max or 0.0) < noise]
-    worst = max(rows, key=share, default=None)
+    worst = max(_judged_layers(found, limits), key=share, default=None)
     return ("", 0.0) if worst is None else (worst.layer, worst.zeroed_share or 0.0)
+
+
+def _furthest_off(found: GradientParity, limits: Thresholds) -> LayerGradient | None:
+    """The layer whose gradients are furthest beyond the tolerance of a layer, if one's are."""
+    off = [
+        layer
+        for layer in _judged_layers(found, limits)
+        if layer.rel_l2 is not None and not layer.rel_l2 <= limits.layer_gradient_rel_l2
+    ]
+
+    def excess(layer: LayerGradient) -> float:
+        return _beyond(layer) * 1e30 + (layer.rel_l2 or 0.0)
+
+    return max(off, key=excess, default=None)
+
+
+def _beyond(layer: LayerGradient | None) -> bool:
+    """Whether a layer's gradients are off by more than what FP32's own are once its weights are
+    rounded."""
+    if layer is None or layer.rel_l2 is None:
+        return False
+    rounded = layer.rounded_rel_l2
+    return rounded is None or not layer.rel_l2 <= NOISE_FACTOR * rounded < math.inf

@@ -42,9 +42,13 @@ from amp_convert.core.errors import UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.inference_checks import (
+    batches_check,
+    buffers_check,
     capture_check,
+    choice_checks,
     fidelity_check,
     frozen_check,
+    inputs_check,
     low_precision_check,
     metric_checks,
     nodes_check,
@@ -122,20 +126,32 @@ def judge(
         thresholds if any(decision.low for decision in decisions) else thresholds.exact()
         for decisions in (plan.eval, plan.train)
     )
+    metrics = metric_checks(divergence, limits, supplied=metrics_supplied)
+    metrics_hold = metrics_supplied and all(c.status is CheckStatus.PASS for c in metrics)
     checks = (
         fidelity_check(Mode.EVAL, fidelity, limits),
         optional(fidelity_check)(Mode.TRAIN, fidelity, limits),
         reference_check(plan, divergence, limits),
+        batches_check(plan, divergence),
+        inputs_check(plan, divergence),
         capture_check(plan),
         low_precision_check(plan),
-        *output_checks(plan, divergence, limits),
+        *output_checks(plan, divergence, limits, metrics_hold=metrics_hold),
         autocast_check(plan, divergence, limits),
         nodes_check(plan, divergence),
+        *choice_checks(divergence),
+        buffers_check(plan, divergence),
         frozen_check(divergence),
-        *metric_checks(divergence, limits, supplied=metrics_supplied),
+        *metrics,
         *training_checks(training, no_training, training_limits, metrics_supplied=metrics_supplied),
         *onnx_checks(onnx, no_onnx, limits, metrics_supplied=metrics_supplied),
     )
+    return verdict_of(checks)
+
+
+def verdict_of(checks: Iterable[Check]) -> Verdict:
+    """What checks add up to."""
+    checks = tuple(checks)
     return Verdict(_status(checks), checks)
 
 

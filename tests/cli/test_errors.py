@@ -57,9 +57,9 @@ def refused(folder: Path, *arguments: str, code: int = 2) -> str:
             id="no inputs",
         ),
         pytest.param(
-            GOOD.replace("torch.ones(4, 8)", "torch.ones(4, 9)"),
+            GOOD.replace(".reshape(4, 8)", ".reshape(4, 8)[:, :7]"),
             "the model, called with example_inputs, raised RuntimeError: mat1 and mat2 shapes "
-            "cannot be multiplied (4x9 and 8x8) (at model.py:10). Make example_inputs match the "
+            "cannot be multiplied (4x7 and 8x8) (at model.py:10). Make example_inputs match the "
             "model's forward(); --debug shows the traceback.",
             id="inputs that the model refuses",
         ),

@@ -55,7 +55,10 @@ def test_the_same_model_passes_again(folder: Path) -> None:
     ("text", "rules", "expected"),
     [
         pytest.param(
-            MLP, LAST_IN_FP32, {("newly-fp32", "2/aten.linear#0", "float16")}, id="newly FP32"
+            MLP,
+            LAST_IN_FP32,
+            {("newly-fp32", "2/aten.linear#0", "float16"), ("work", "multiply-adds", 1.0)},
+            id="newly FP32",
         ),
         pytest.param(
             MLP,

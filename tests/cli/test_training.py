@@ -380,7 +380,9 @@ def test_a_loss_that_is_no_number_in_fp32_is_said_before_any_mixed_step(
 
 def test_a_batch_that_only_the_eager_model_takes(tmp_path: Path) -> None:
     """The graph was captured for one length of the second dimension."""
-    text = net("return self.a(x).mean(1)").replace("torch.ones(4, 8)", "torch.ones(4, 5, 8)")
+    text = net("return self.a(x).mean(1)").replace(
+        ".reshape(4, 8)", ".reshape(4, 8)[:, None].expand(4, 5, 8)"
+    )
     text += "def train_batches(seed):\n    for length in (5, 5, 6):\n"
     text += "        yield torch.ones(4, length, 8), 0\n"
     text += "def loss(outputs, target):\n    return outputs.square().sum()\n"
@@ -533,12 +535,17 @@ def test_a_baseline_is_a_file_that_seeds_take_their_margin_from(
 
 
 def test_a_margin_of_the_users_own(tmp_path: Path) -> None:
+    """One that would let a model pass that has learnt nothing is refused."""
     write(tmp_path, TRAINED)
-    outcome = amp(tmp_path, "model.py", "--seeds", "5", "--margin", "0.5", "--json")
-    assert outcome.code == 0
-    check = checks(outcome)["training.seeds"]
-    assert (check["status"], check["threshold"]) == ("pass", -0.5)
-    assert outcome.json["training"]["metric"] == "accuracy"
+    found = {}
+    for margin in ("0.02", "0.5"):
+        outcome = amp(tmp_path, "model.py", "--seeds", "5", "--margin", margin, "--json")
+        check = checks(outcome)["training.seeds"]
+        found[margin] = (outcome.code, check["status"], check["threshold"])
+        assert outcome.json["training"]["metric"] == "accuracy"
+    assert found["0.5"] == (3, "unchecked", -0.5)
+    assert found["0.02"][2] == -0.02
+    assert "more than half of the" in check["reason"]
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,11 @@ def test_the_file_is_reviewable_and_holds_nothing_of_one_machine(baseline_file: 
     lines = [line for line in text.splitlines() if "aten." in line]
     assert lines == [
         f'    "{FIRST}": {{"accumulated_rel_l2": 0.002, "dtype": "float16", '
-        '"layer": "encoder.0", "local_rel_l2": 0.001, "low": true},',
+        '"layer": "encoder.0", "local_rel_l2": 0.001, "low": true, "place": 0},',
         f'    "{SOFTMAX}": {{"accumulated_rel_l2": 0.002, "dtype": "float32", '
-        '"layer": "encoder.1", "local_rel_l2": null, "low": false},',
+        '"layer": "encoder.1", "local_rel_l2": null, "low": false, "place": 1},',
         f'    "{LAST}": {{"accumulated_rel_l2": 0.002, "dtype": "float16", '
-        '"layer": "head", "local_rel_l2": 0.001, "low": true}',
+        '"layer": "head", "local_rel_l2": 0.001, "low": true, "place": 2}',
     ]
     for private in ("/home", "2026", "x86_64", "sha256"):
         assert private not in text
@@ -81,6 +81,7 @@ def test_of_training_a_baseline_keeps_statuses_and_steps() -> None:
     assert {n: s for n, s in found.checks.items() if n.startswith("training")} == {
         "training.steps": "pass",
         "training.sound": "pass",
+        "training.learnt": "pass",
         "training.random": "pass",
         "training.gradients": "pass",
         "training.weights": "pass",

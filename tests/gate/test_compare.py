@@ -19,6 +19,8 @@ from amp_convert.gate.compare import GateResult, by_layer, compare
 from amp_convert.gate.regressions import Regression, RegressionKind
 from amp_convert.gate.terminal import render
 from amp_convert.report import RunReport
+from amp_convert.report.model import Judged
+from amp_convert.verdict.thresholds import Thresholds
 from tests.evidence import (
     DECISIONS,
     FIRST,
@@ -29,12 +31,13 @@ from tests.evidence import (
     divergence,
     gated,
     in_fp32,
+    kinds,
     measured,
     metric,
     node_error,
     report,
 )
-from tests.training_evidence import LOSSES, arm, mixed_arm, parity, run
+from tests.training_evidence import parity
 
 NAN, INF = math.nan, math.inf
 
@@ -50,7 +53,7 @@ def test_a_better_report_passes() -> None:
         decisions=(decision(FIRST), decision(SOFTMAX), decision(LAST)),
         inference=divergence(
             nodes=tuple(replace(n, local_rel_l2=1e-5, accumulated_rel_l2=1e-5) for n in NODES),
-            metrics=(metric(mixed=0.99),),
+            metrics=(metric(mixed=0.98),),
         ),
         casts=0,
     )
@@ -65,21 +68,87 @@ def test_gone_and_new_nodes_and_other_rules_are_noted() -> None:
     )
     result = gated(now)
     assert result.status == "pass"
-    assert result.compared == 2
+    assert result.compared == 3
     assert result.notes == (
         "rules were default.toml, are half.toml",
-        f"1 node(s) gone: {FIRST}",
-        "4 node(s) new: extra.0/aten.linear#0, extra.1/aten.linear#0, extra.2/aten.linear#0 "
-        "and 1 more",
+        "3 node(s) new: extra.1/aten.linear#0, extra.2/aten.linear#0, extra.3/aten.linear#0",
+        f"1 node(s) go by other names, matched by structure: {FIRST} is extra.0/aten.linear#0",
     )
 
 
-def test_another_number_of_training_steps_is_noted() -> None:
-    fewer = parity(run(arm("fp32", LOSSES[2:]), mixed_arm(LOSSES[2:])), steps=6)
-    before, now = report(training=parity()), report(training=fewer)
-    result = gated(now, before)
-    assert (result.status, result.notes) == ("pass", ("training steps were 8, are 6",))
-    assert gated(before, before).notes == gated(before, report()).notes == ()
+def judged(**changes: Any) -> RunReport:
+    """A report that says by what it was judged, as a run's does."""
+    limits = {n: v for n, v in vars(Thresholds.for_dtype("float16")).items() if n != "dtype"}
+    found = Judged(limits=limits, batches=8, steps=50, seeds=5, margin=0.02)
+    return report().model_copy(update={"judged": found.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "subjects"),
+    [
+        ({}, []),
+        ({"batches": 9, "steps": 60, "seeds": 6, "margin": 0.01}, []),
+        ({"batches": 7}, ["batches"]),
+        ({"steps": 49}, ["steps"]),
+        ({"seeds": 4}, ["seeds"]),
+        ({"margin": 0.03}, ["margin"]),
+    ],
+)
+def test_fewer_batches_steps_or_seeds_fail(changes: dict[str, Any], subjects: list[str]) -> None:
+    result = gated(judged(**changes), judged())
+    assert [(f.kind, f.subject) for f in result.findings] == [("looser", s) for s in subjects]
+
+
+@pytest.mark.parametrize("name", ["output_rel_l2", "metric_tolerance", "loss_tolerance"])
+def test_a_looser_tolerance_fails_and_a_tighter_one_does_not(name: str) -> None:
+    limits = judged().judged.limits  # type: ignore[union-attr]
+    for factor, expected in ((2.0, ["looser"]), (0.5, [])):
+        now = judged(limits={**limits, name: limits[name] * factor})
+        assert kinds(gated(now, judged())) == expected
+
+
+@pytest.mark.parametrize("name", ["cosine", "agreement"])
+def test_of_some_tolerances_the_smaller_is_the_looser(name: str) -> None:
+    limits = judged().judged.limits  # type: ignore[union-attr]
+    assert kinds(gated(judged(limits={**limits, name: 0.5}), judged())) == ["looser"]
+
+
+def test_a_run_that_does_not_say_what_it_was_held_to_fails() -> None:
+    assert kinds(gated(report(), judged())) == ["looser"]
+    assert gated(judged(), report()).findings == ()
+
+
+def test_work_that_leaves_low_precision_fails_wherever_it_goes() -> None:
+    """A renamed encoder that fell back to eager FP32 has no nodes at all."""
+    result = gated(report(share_macs_low=0.1), report(share_macs_low=0.99))
+    assert kinds(result) == ["work"]
+    assert gated(report(share_macs_low=0.985), report(share_macs_low=0.99)).findings == ()
+
+
+def test_renamed_layers_are_matched_and_compared() -> None:
+    def renamed(worse: float = 1.0) -> RunReport:
+        names = {d.node: d.node.replace("encoder", "body.encoder") for d in DECISIONS}
+        new = tuple(
+            replace(d, node=names[d.node], layer=d.layer.replace("encoder", "body.encoder"))
+            for d in DECISIONS
+        )
+        rows = tuple(replace(n, node=names[n.node], accumulated_rel_l2=2e-3 * worse) for n in NODES)
+        return report(decisions=new, inference=divergence(nodes=rows))
+
+    same = gated(renamed())
+    assert (same.status, same.compared) == ("pass", 3)
+    assert same.notes == (
+        f"2 node(s) go by other names, matched by structure: {FIRST} is body.{FIRST}",
+    )
+    assert set(kinds(gated(renamed(worse=10.0)))) == {"error"}
+
+
+def test_few_nodes_in_common_decide_nothing() -> None:
+    others = tuple(decision(f"other.{n}/aten.conv2d#0") for n in range(3))
+    nodes = (NODES[0], *(node_error(d.node) for d in others))
+    result = gated(report(decisions=(DECISIONS[0], *others), inference=divergence(nodes=nodes)))
+    assert (result.status, result.compared) == ("inconclusive", 1)
+    assert result.notes[0].startswith("only 1 of the baseline's 3 nodes are still there")
 
 
 def test_an_inconclusive_training_leaves_the_gate_inconclusive() -> None:
@@ -95,7 +164,7 @@ def test_the_folder_of_a_rules_file_does_not_matter() -> None:
 
 
 def test_a_baseline_with_no_node_in_common_is_an_error() -> None:
-    elsewhere = report(decisions=(decision("other/aten.linear#0"),))
+    elsewhere = report(decisions=(decision("other/aten.conv2d#0"),))
     with pytest.raises(UsageError, match="no node in common, so nothing was compared"):
         gated(elsewhere)
 

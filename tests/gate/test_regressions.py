@@ -276,7 +276,7 @@ def test_a_baseline_without_errors_leaves_the_gate_inconclusive() -> None:
 
 def test_training_that_no_longer_runs_is_found_check_by_check() -> None:
     result = gated(report(), report(training=parity()))
-    assert kinds(result) == ["check"] * 8
+    assert kinds(result) == ["check"] * 9
     (sound,) = (f for f in result.findings if f.subject == "training.sound")
     assert (sound.before, sound.after) == ("pass", "gone")
     assert sound.reason == "ran in the baseline and no longer does: gone"

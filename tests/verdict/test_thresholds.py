@@ -73,18 +73,18 @@ def test_where_nothing_is_converted_nothing_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "scale", "lower", "limit"),
+    ("reference", "spread", "lower", "limit"),
     [
-        (0.5, 0.01, False, 0.45),
-        (0.5, 0.01, True, 0.55),
-        (-0.5, 0.01, False, -0.55),
-        (0.0, 0.01, True, 0.001),
+        (0.5, 0.0, False, 0.45),
+        (0.5, 0.0, True, 0.55),
+        (-0.5, 0.0, False, -0.55),
+        (0.0, 0.0, True, 0.0),
+        (0.002, 0.0, True, 0.0022),
         (0.002, 0.01, True, 0.003),
-        (0.002, 0.001, True, 0.0022),
     ],
 )
 def test_the_worst_value_that_a_metric_may_have(
-    reference: float, scale: float, lower: bool, limit: float
+    reference: float, spread: float, lower: bool, limit: float
 ) -> None:
-    found = metric_limit(reference, 0.1, lower_is_better=lower, scale=scale)
+    found = metric_limit(reference, 0.1, lower_is_better=lower, spread=spread)
     assert found == pytest.approx(limit)

@@ -23,6 +23,7 @@ from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_checks import (
     MIN_STEPS,
     gradients_check,
+    learnt_check,
     random_check,
     sound_check,
     steps_check,
@@ -54,6 +55,7 @@ def test_good_evidence_passes_every_check_in_a_fixed_order() -> None:
     assert statuses(parity()) == {
         "training.steps": "pass",
         "training.sound": "pass",
+        "training.learnt": "pass",
         "training.random": "pass",
         "training.gradients": "pass",
         "training.weights": "pass",
@@ -67,6 +69,7 @@ def test_over_seeds_the_test_stands_in_place_of_one_pair() -> None:
     assert list(statuses(over_seeds())) == [
         "training.steps",
         "training.sound",
+        "training.learnt",
         "training.random",
         "training.gradients",
         "training.weights",
@@ -168,6 +171,39 @@ def test_a_sound_run_says_what_the_loss_scale_did() -> None:
     )
 
 
+# --- what was learnt ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "status"),
+    [
+        (LOSSES, "pass"),
+        ((2.0,) * 8, "unchecked"),
+        ((2.0, 1.9, 2.1, 2.0, 1.9, 2.0, 2.1, 1.9), "unchecked"),
+        ((1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7), "unchecked"),
+        # Ever less, but never far enough for a difference of 2 % to show.
+        ((2.0, 1.999, 1.998, 1.997, 1.996, 1.995, 1.994, 1.993), "unchecked"),
+        ((3.0, 1.0, 3.0, 1.0, 1.0, 2.0, 1.0, 1.0), "unchecked"),
+        ((9.0, 2.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01), "pass"),
+        ((4.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0), "pass"),
+        ((2.0, 1.0, 0.5), "unchecked"),
+        ((*LOSSES[:7], NAN), "unchecked"),
+        ((), "unchecked"),
+    ],
+)
+def test_where_nothing_is_learnt_nothing_is_tested(losses: Any, status: str) -> None:
+    check = learnt_check(parity(run(arm("fp32", losses), mixed_arm(losses))))
+    assert (check.status, check.required) == (status, True)
+
+
+def test_numbers_from_outside_of_torch_leave_training_open() -> None:
+    found = parity(run(random_parted=1, drawn_outside=("Python", "NumPy")))
+    check = random_check(found)
+    assert (check.status, check.required) == ("unchecked", True)
+    assert "draws from Python and NumPy's random numbers" in check.reason
+    assert not random_check(parity(run(random_parted=1))).required
+
+
 # --- random numbers ------------------------------------------------------------------------------
 
 
@@ -219,26 +255,30 @@ def test_the_error_of_all_gradients(
 
 
 @pytest.mark.parametrize(
-    ("zeroed", "largest", "status"),
+    ("changes", "status"),
     [
-        (0.1, 1.0, "pass"),
-        (0.11, 1.0, "fail"),
-        (1.0, 2.0**-23, "fail"),
-        # Under the last digit of the largest of all, a gradient is noise.
-        (1.0, 2.0**-25, "pass"),
-        (NAN, 1.0, "fail"),
-        (1.0, NAN, "fail"),
+        ({"zeroed_share": 0.1}, "pass"),
+        ({"zeroed_share": 0.11}, "fail"),
+        ({"zeroed_share": NAN}, "fail"),
+        ({"rel_l2": 0.5}, "pass"),
+        ({"rel_l2": 0.51}, "fail"),
+        ({"rel_l2": NAN}, "fail"),
+        # However small beside the others: what counts is its own noise.
+        ({"zeroed_share": 1.0, "ref_abs_max": 2.0**-60}, "fail"),
+        ({"zeroed_share": 1.0, "rel_l2": 1.0, "noise_rel_l2": 1e-3}, "fail"),
+        ({"zeroed_share": 1.0, "rel_l2": 1.0, "noise_rel_l2": 0.9}, "pass"),
+        ({"zeroed_share": 1.0, "rel_l2": 1.0, "noise_rel_l2": INF}, "pass"),
+        # FP32's own part by as much once its weights are rounded: nobody can tell.
+        ({"rel_l2": 0.6, "rounded_rel_l2": 0.2}, "unchecked"),
+        ({"rel_l2": 0.6, "rounded_rel_l2": 0.19}, "fail"),
+        ({"rel_l2": NAN, "rounded_rel_l2": 0.2}, "fail"),
+        ({"rel_l2": 0.6, "rounded_rel_l2": NAN}, "fail"),
+        ({"zeroed_share": 1.0, "rounded_rel_l2": 0.9}, "fail"),
     ],
 )
-def test_a_layer_that_has_lost_its_gradients(zeroed: float, largest: float, status: str) -> None:
-    lost = layer("encoder.0", zeroed_share=zeroed, ref_abs_max=largest)
-    assert judged(layers=(layer(), lost, layer("tail")))[0] == status
-
-
-@pytest.mark.parametrize(("exponent", "status"), [(-33, "fail"), (-35, "pass")])
-def test_how_small_a_gradient_is_noise_depends_on_the_largest(exponent: int, status: str) -> None:
-    lost = layer("encoder.0", zeroed_share=1.0, ref_abs_max=2.0**exponent)
-    assert judged(layers=(lost,), **total(1e-3, ref_abs_max=2.0**-10))[0] == status
+def test_each_layer_is_held_to_its_own_noise(changes: dict[str, Any], status: str) -> None:
+    one = replace(layer("encoder.0"), **changes)
+    assert judged(layers=(layer(), one, layer("tail")))[0] == status
 
 
 def test_a_lost_layer_is_named_and_no_rounding_excuses_it() -> None:
@@ -322,9 +362,11 @@ def test_a_healthy_model_passes(name: str, dtype: torch.dtype) -> None:
     found = trained(name, dtype, recipe(scaling=SCALED[dtype]))
     limits = Thresholds.for_dtype(str(dtype).removeprefix("torch."))
     checks = {check.name: check for check in training_checks(found, "", limits)}
-    assert {n: c.status for n, c in checks.items() if c.status != "pass"} == {
-        "training.metrics": "unchecked"
-    }
+    # On random batches little is learnt in 12 steps.
+    assert {n: c.status for n, c in checks.items() if c.status != "pass"}.items() <= {
+        "training.metrics": "unchecked",
+        "training.learnt": "unchecked",
+    }.items()
     # With room to spare: what the limits were chosen by.
     for which in ("gradients", "loss"):
         check = checks[f"training.{which}"]
@@ -337,7 +379,8 @@ def test_a_healthy_model_passes(name: str, dtype: torch.dtype) -> None:
 def test_nothing_converted_is_exact(name: str) -> None:
     found = trained(name, torch.float16, recipe(), "fp32")
     checks = training_checks(found, "", FP16.exact())
-    assert {check.status for check in checks if check.name != "training.metrics"} == {"pass"}
+    open_ones = ("training.metrics", "training.learnt")
+    assert {check.status for check in checks if check.name not in open_ones} == {"pass"}
     (weights,) = (check for check in checks if check.name == "training.weights")
     assert weights.threshold == "the same bits"
     one_bit = replace(found.run.arms[1], weights_sha256="0")
@@ -366,16 +409,12 @@ def _static(scale: float) -> LossScaling:
     [
         # A static scale that always overflows never backs off: no step is made.
         (_static(2.0**40), 12, {"training.sound": "fail", "training.gradients": "fail"}),
-        # A dynamic one is found by the gradients, but not in 8 steps by the run.
-        (
-            LossScaling(initial=2.0**60),
-            8,
-            {"training.sound": "pass", "training.weights": "unchecked"},
-        ),
+        # A dynamic one starts at a scale that the gradients bear: no step is left out to find it.
+        (LossScaling(initial=2.0**60), 8, {"training.sound": "pass", "training.weights": "pass"}),
     ],
     ids=["static", "dynamic"],
 )
-def test_a_scale_that_always_overflows_never_passes(
+def test_a_scale_that_overflows_at_first(
     scaling: LossScaling, steps: int, expected: dict[str, str]
 ) -> None:
     found = statuses(trained("gpt2", torch.float16, recipe(scaling=scaling), steps=steps))

@@ -51,15 +51,21 @@ def test_good_evidence_passes_with_every_check_in_a_fixed_order() -> None:
         "fidelity.eval": "pass",
         "fidelity.train": "pass",
         "fidelity.batches": "pass",
+        "batches.all": "pass",
+        "batches.inputs": "pass",
         "capture.whole": "pass",
         "plan.low_precision": "pass",
+        "outputs.structure": "pass",
         "outputs.finite": "pass",
         "outputs.rel_l2": "pass",
         "outputs.cosine": "pass",
         "outputs.max_abs": "pass",
         "outputs.agreement": "pass",
+        "outputs.channels": "pass",
+        "outputs.samples": "pass",
         "outputs.vs_autocast": "pass",
         "nodes.finite": "pass",
+        "buffers.kept": "pass",
         "frozen.identical": "pass",
         "metrics.accuracy": "pass",
         "training": "unchecked",
@@ -180,7 +186,8 @@ def test_nan_in_a_judged_number_never_passes(
     rows = (output(rel_l2=rel_l2, cosine=cosine), *(output(f"[{n}]") for n in range(others)))
     run = divergence(outputs=rows, autocast_outputs=rows)
     assert verdict(run).status == "pass"
-    assert verdict(inject(run)).status == "fail"
+    # NaN in FP32's own metric is no fault of the mixed model's.
+    assert verdict(inject(run)).status in ("fail", "inconclusive")
 
 
 @given(

@@ -13,13 +13,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from amp_convert.capture.captured import Uncaptured
+from amp_convert.core.batches import LOSS
+from amp_convert.core.slices import SliceError, SliceKind
 from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport, Unchecked
 from amp_convert.report.sections.grouping import layer_name
 from amp_convert.validate.inference.results import Divergence, NodeDivergence, OutputError
 from amp_convert.validate.training.arm_specs import FP32, PAIR
-from amp_convert.validate.training.results import LOSS, TrainingParity
+from amp_convert.validate.training.results import TrainingParity
 from amp_convert.verdict.check import CheckStatus
+from amp_convert.verdict.verdict import VerdictStatus
 
 ARMS = ("fp32", "autocast", "mixed", "frozen")
 
@@ -86,6 +89,7 @@ def _error_rows(inference: Divergence) -> list[Comparison]:
     if mixed is None:
         return []
     autocast = worst_output(inference.autocast_outputs)
+    frozen = worst_output(inference.frozen_outputs)
     floating = sum("float" in output.dtype for output in inference.outputs)
     return [
         Comparison(
@@ -93,8 +97,35 @@ def _error_rows(inference: Divergence) -> list[Comparison]:
             fp32="0",
             autocast=fmt.error(autocast.rel_l2) if autocast else "",
             mixed=fmt.error(mixed.rel_l2),
-        )
+            frozen=fmt.error(frozen.rel_l2) if frozen else "",
+        ),
+        *_slice_rows(inference),
     ]
+
+
+def _slice_rows(inference: Divergence) -> list[Comparison]:
+    """The worst channel and the worst sample of each arm, relative to their own spread, with FP32's
+    own noise."""
+    arms = {
+        "autocast": inference.autocast_outputs,
+        "mixed": inference.outputs,
+        "frozen": inference.frozen_outputs,
+    }
+    rows = []
+    for kind in (SliceKind.CHANNEL, SliceKind.SAMPLE):
+        worst = {arm: worst_slice(outputs, kind) for arm, outputs in arms.items()}
+        mixed = worst["mixed"]
+        if mixed is None:
+            continue
+        shown = {arm: fmt.error(found.error) for arm, found in worst.items() if found}
+        rows.append(Comparison(f"worst {kind.value}", fp32=fmt.error(mixed.noise), **shown))
+    return rows
+
+
+def worst_slice(outputs: Sequence[OutputError], kind: SliceKind) -> SliceError | None:
+    """The slice of a kind of largest error; None when there is none."""
+    found = [each for output in outputs for each in output.slices if each.kind is kind]
+    return max(found, key=lambda each: severity(each.error), default=None)
 
 
 def _metric_rows(inference: Divergence) -> list[Comparison]:
@@ -147,15 +178,20 @@ def worst_layers(report: RunReport, limit: int = 10) -> list[WorstLayer]:
 
 
 def verdict_sentence(report: RunReport) -> str:
-    """One clause under the verdict: how many checks passed, which failed."""
+    """The line under the verdict: where it is inconclusive, what decided that and what to do; then
+    how many checks passed, and how many failed."""
     checks = report.verdict.checks
     counts = Counter(check.status for check in checks)
+    decided = ""
+    if report.verdict.status == VerdictStatus.INCONCLUSIVE:
+        first = next(c for c in checks if c.required and c.status == CheckStatus.UNCHECKED)
+        decided = f"undecided by {first.name}: {first.reason}; "
     parts = [f"{counts[CheckStatus.PASS]} of {fmt.count(len(checks), 'check')} passed"]
     if counts[CheckStatus.FAIL]:
         parts.append(f"{counts[CheckStatus.FAIL]} failed")
     if counts[CheckStatus.UNCHECKED]:
         parts.append(f"{counts[CheckStatus.UNCHECKED]} not checked")
-    return ", ".join(parts)
+    return decided + ", ".join(parts)
 
 
 def precision_text(report: RunReport) -> str:

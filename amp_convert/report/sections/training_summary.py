@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from amp_convert.core.batches import LOSS, TRAIN_LOSS
 from amp_convert.report import text as fmt
 from amp_convert.validate.training.arm_specs import ARMS, FP32, MIXED, NOISE
 from amp_convert.validate.training.noninferiority import ALPHA, Look, Noninferiority
 from amp_convert.validate.training.results import (
-    LOSS,
-    TRAIN_LOSS,
     ArmRecord,
     PairedRun,
     TrainingParity,

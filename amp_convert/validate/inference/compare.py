@@ -1,10 +1,11 @@
 """ConvertedModel -> `Divergence`: the mixed model held against its FP32 original in inference.
 
-Every batch goes through the FP32 graph and the mixed graph in step (see `lockstep`), through native
-`torch.autocast` for comparison, and through the user's metrics. It also goes through the eager FP32
-model: a graph is right only for inputs on which the model takes the path that was traced, so the
-reference itself is checked on every batch. Sums are kept, values are not, so nothing grows with the
-number of batches.
+The first batches go through the FP32 graph and the mixed graph in step (see `lockstep`), which
+shows each node's error; all others through both models as they are, within a time limit. Each batch
+also goes through the eager FP32 model: a graph is right only for inputs on which the model takes
+the path that was traced, so the reference itself is checked on every batch. And through native
+`torch.autocast`, FP32 nudged by one ULP, the frozen model and the user's metrics (see
+`other_arms`). Sums are kept, values are not, so nothing grows with the number of batches.
 
 Nodes are summed up in `node_errors`, outputs in `output_errors`; outputs are compared as they are.
 """
@@ -12,7 +13,9 @@ Nodes are summed up in `node_errors`, outputs in `output_errors`; outputs are co
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,17 +24,28 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
-from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size, no_score
-from amp_convert.core.errors import ModelError, first_line
+from amp_convert.core.batches import LOSS, Batch, MetricMeans, Score, batch_size, no_score
+from amp_convert.core.errors import ModelError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, is_float_tensor
-from amp_convert.core.random_state import preserved_rng, rng_state, set_rng_state
+from amp_convert.core.random_state import preserved_rng, rng_state
 from amp_convert.core.tensor_errors import larger
 from amp_convert.loading.model_file import named_leaves
 from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.validate.inference.metric_probe import MetricProbe
 from amp_convert.validate.inference.node_errors import NodeErrors
+from amp_convert.validate.inference.other_arms import OtherArms, as_dtypes_of
 from amp_convert.validate.inference.output_errors import OutputSums, accumulate
-from amp_convert.validate.inference.results import Divergence, MetricPair
+from amp_convert.validate.inference.reordered import RowMatcher, row_matcher
+from amp_convert.validate.inference.results import (
+    Divergence,
+    MetricPair,
+    OutputError,
+    Stop,
+)
+
+COUNT_SECONDS = 2.0
+"""How long batches that are past the time limit are counted."""
 
 
 def compare(
@@ -42,112 +56,156 @@ def compare(
     lower_is_better: frozenset[str] = frozenset(),
     metrics_reason: str = "no metrics were given",
     autocast: bool = True,
+    node_batches: int | None = None,
+    at_most: int | None = None,
+    seconds: float = math.inf,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Divergence:
     """Run both models on `batches` in eval mode, without gradients, and measure.
 
-    `autocast` also runs the original under `torch.autocast`. `on_batch` is called after each batch.
-    The model's training flags, buffers and random state are left as they were.
+    Nodes are compared on the first `node_batches`, or on all; no batch is begun after the first
+    `at_most`, nor after `seconds`, but for the first. `autocast` also runs the original under
+    `torch.autocast`. `on_batch` is called after each batch. The model's training flags, buffers and
+    random state are left as they were. Raises ModelError for a name in `lower_is_better` that no
+    metric has.
     """
-    comparison = _Comparison(converted, score, autocast=autocast)
+    comparison = _Comparison(converted, score, node_batches, autocast=autocast)
+    begin, given = time.perf_counter(), iter(batches)
     with evaluating(converted):
-        for batch in batches:
+        for batch in given:
+            late = comparison.batches > 0 and time.perf_counter() - begin > seconds
+            if late or comparison.batches == at_most:
+                comparison.left = _count(given)
+                comparison.stopped = Stop.TIME if late else Stop.ASKED
+                break
             comparison.add(*batch)
             on_batch()
     return comparison.result(lower_is_better, metrics_reason)
 
 
-def frozen_identical(
-    converted: ConvertedModel, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> bool:
-    """Whether `converted.freeze()` gives the bits of `converted` on these inputs."""
-    frozen = converted.freeze()
-    device = converted.captured.device
-    results = []
-    with evaluating(converted):
-        for model in (converted, frozen):
-            torch.manual_seed(0)
-            copies = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
-            with in_mode(model, training=False), preserved_rng(device):
-                results.append(model(*copies[0], **copies[1]))
-    sums: dict[str, OutputSums] = {}
-    accumulate(sums, *results)
-    rows = [total.row(name) for name, total in sums.items()]
-    return all(row.mismatches == 0 and not row.rel_l2 > 0 for row in rows)
+def _count(rest: Iterator[Batch]) -> int | None:
+    """How many batches there are after the first one that was left out, with that one; None where
+    counting takes too long: there may be no end."""
+    begin, count = time.perf_counter(), 1
+    for _ in rest:
+        count += 1
+        if time.perf_counter() - begin > COUNT_SECONDS:
+            return None
+    return count
 
 
 class _Comparison:
-    def __init__(self, converted: ConvertedModel, score: Score | None, *, autocast: bool) -> None:
+    def __init__(
+        self,
+        converted: ConvertedModel,
+        score: Score | None,
+        node_batches: int | None,
+        *,
+        autocast: bool,
+    ) -> None:
         self._converted = converted
         self._captured, self._plan = converted.captured, converted.plan
         self._device = self._captured.device
         self._low = from_name(self._plan.dtype)
         self._tables = {r.path: NodeErrors(converted, r, self._low) for r in self._captured.regions}
+        self._arms = OtherArms(converted, autocast=autocast)
         self._outputs: dict[str, OutputSums] = {}
         self._native: dict[str, OutputSums] = {}
-        self._native_reason = "" if autocast else "it was not asked for"
-        self._metrics, self._score = MetricMeans(), score or no_score
-        self._batches = self._samples = 0
+        self._frozen: dict[str, OutputSums] = {}
+        self._frozen_identical = True
+        self._score = score or no_score
+        self._metrics, self._probe = MetricMeans(), MetricProbe(self._score)
+        self._node_batches = math.inf if node_batches is None else node_batches
+        self.batches = self._samples = 0
         self._reference_rel_l2 = 0.0
+        self._filled: set[float] = set()
+        self.left: int | None = 0
+        self.stopped: Stop | None = None
 
     def add(self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any) -> None:
-        state = rng_state(self._device)
-        reference, mixed = self._in_step(args, kwargs)
+        state, size = rng_state(self._device), batch_size(args, kwargs)
+        reference, mixed = self._both(args, kwargs, state)
         self._refuse_nan(reference)
-        accumulate(self._outputs, reference, mixed)
-        size = batch_size(args, kwargs)
-        self._batches += 1
-        self._samples += size
+        self._note_inputs(args, kwargs)
+        matcher = row_matcher(self._converted, size)
+        noise = self._arms.noise(args, kwargs, state)
+        accumulate(self._outputs, reference, mixed, noise, matcher)
+        del noise
+        self._probe.try_batch(reference, target)
         self._metrics.add("fp32", self._score(reference, target), size)
         self._metrics.add("mixed", self._score(mixed, target), size)
-        del mixed
-        self._check_reference(args, kwargs, reference, state)
-        if not self._native_reason:
-            try:
-                with torch.autocast(self._device.type, dtype=self._low):
-                    native = self._original(args, kwargs, state)
-            except Exception as error:  # noqa: BLE001  autocast bans or breaks some models: a result
-                first = first_line(error)
-                self._native_reason = f"the original fails under torch.autocast: {first}"
-                self._native.clear()
-                self._metrics.drop("autocast")
-            else:
-                accumulate(self._native, reference, native)
-                scores = self._score(_as_dtypes_of(native, reference), target)
-                self._metrics.add("autocast", scores, size)
+        if self._captured.is_whole:  # else the reference is the eager model itself
+            self._check_reference(self._arms.original(args, kwargs, state), reference)
+        frozen = self._arms.frozen(args, kwargs, state)
+        accumulate(self._frozen, reference, frozen, matcher=matcher)
+        self._frozen_identical &= _same_bits(mixed, frozen)
+        del mixed, frozen
+        self._add_native(args, kwargs, target, reference, state, matcher)
+        self.batches += 1
+        self._samples += size
+
+    def _add_native(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        target: Any,
+        reference: Any,
+        state: Any,
+        matcher: RowMatcher | None,
+    ) -> None:
+        native = self._arms.autocast(args, kwargs, state)
+        if self._arms.autocast_reason:
+            self._native.clear()
+            self._metrics.drop("autocast")
+            return
+        accumulate(self._native, reference, native, matcher=matcher)
+        scores = self._score(as_dtypes_of(native, reference), target)
+        self._metrics.add("autocast", scores, batch_size(args, kwargs))
+
+    def _note_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note which numbers the inputs hold, as long as each tensor is full of one; a tensor with
+        several says something."""
+        for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
+            if isinstance(leaf, torch.Tensor) and leaf.numel() and math.nan not in self._filled:
+                first = leaf.reshape(-1)[0]
+                one = bool((leaf == first).all()) and not leaf.is_complex()
+                self._filled.add(float(first) if one else math.nan)
 
     def _refuse_nan(self, reference: Any) -> None:
         for name, leaf in named_leaves(reference):
             if is_float_tensor(leaf) and bool(torch.isnan(leaf).any()):
                 raise ModelError(
                     f"the FP32 model itself gives NaN in its output {name}, for batch "
-                    f"{self._batches}",
+                    f"{self.batches}",
                     mend="Correct the model or that batch: NaN cannot be compared with anything.",
                 )
 
-    def _original(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
-        """The original's outputs from this random state, on copies of the inputs and with its
-        buffers as they were."""
-        set_rng_state(self._device, state)
-        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
-        with in_mode(self._captured.model, training=False):
-            return self._captured.model(*args, **kwargs)
-
-    def _check_reference(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], reference: Any, state: Any
-    ) -> None:
+    def _check_reference(self, eager: Any, reference: Any) -> None:
         """Hold the reference against the eager FP32 model."""
-        if not self._captured.is_whole:
-            return  # then the reference is the eager model itself
         sums: dict[str, OutputSums] = {}
-        accumulate(sums, self._original(args, kwargs, state), reference)
+        accumulate(sums, eager, reference)
         for name, total in sums.items():
             row = total.row(name)
             error = row.rel_l2 if not row.mismatches else math.inf
             self._reference_rel_l2 = larger(self._reference_rel_l2, error)
 
-    def _in_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Both models' outputs for one batch, with every node visited on the way."""
+    def _both(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> tuple[Any, Any]:
+        """Both models' outputs for one batch, with every node visited on the way for the first
+        batches."""
+        if self.batches < self._node_batches:
+            return self._in_step(args, kwargs, state)
+        if self._captured.is_whole:
+            runner = self._captured.regions[0].runner(Mode.EVAL)
+            reference = runner.results(runner.graph_module(*runner.inputs(args, kwargs)))
+        else:
+            reference = self._arms.original(args, kwargs, state)
+        return reference, self._arms.mixed(args, kwargs, state)
+
+    def _in_step(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any
+    ) -> tuple[Any, Any]:
+        """Both models' outputs, node by node. Of a model that was captured in parts the reference
+        is the eager model itself."""
         if self._captured.is_whole:
             region = self._captured.regions[0]
             runner = region.runner(Mode.EVAL)
@@ -156,7 +214,6 @@ class _Comparison:
             for name, want, have in runner.changes(reference, mixed):
                 self._outputs.setdefault(name, OutputSums(want.dtype)).add(want, have)
             return runner.results(reference), runner.results(mixed)
-        state = rng_state(self._device)
         reference_calls = self._captured.calls(args, kwargs)
         mixed_calls = self._converted.calls(args, kwargs)
         for (region, (ref_args, ref_kwargs)), (_, (mix_args, mix_kwargs)) in zip(
@@ -166,33 +223,21 @@ class _Comparison:
             self._tables[region.path].run(
                 runner.inputs(ref_args, ref_kwargs), runner.inputs(mix_args, mix_kwargs)
             )
-        reference = self._original(args, kwargs, state)
-        set_rng_state(self._device, state)
-        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
-        with in_mode(self._captured.model, training=False):
-            return reference, self._converted(*args, **kwargs)
+        return self._arms.original(args, kwargs, state), self._arms.mixed(args, kwargs, state)
 
     def result(self, lower_is_better: frozenset[str], metrics_reason: str) -> Divergence:
         tables = self._tables.values()
         rows = {name: row for table in self._tables.values() for name, row in table.rows().items()}
-        native = self._metrics.of("autocast")
-        metrics = tuple(
-            MetricPair(
-                name=name,
-                fp32=mean,
-                mixed=self._metrics.value("mixed", name),
-                autocast=native.get(name),
-                lower_is_better=name in lower_is_better,
-            )
-            for name, mean in self._metrics.of("fp32").items()
-        )
+        metrics = tuple(self._metric(name, lower_is_better) for name in self._names())
+        if metrics:
+            _check_names(lower_is_better, [metric.name for metric in metrics])
         return Divergence(
-            batches=self._batches,
+            batches=self.batches,
             samples=self._samples,
             nodes=tuple(rows[d.node] for d in self._plan.eval),
-            outputs=tuple(sums.row(name) for name, sums in self._outputs.items()),
-            autocast_outputs=tuple(sums.row(name) for name, sums in self._native.items()),
-            autocast_reason=self._native_reason,
+            outputs=_rows(self._outputs),
+            autocast_outputs=_rows(self._native),
+            autocast_reason=self._arms.autocast_reason,
             metrics=metrics,
             metrics_reason="" if metrics else metrics_reason,
             costs=(),
@@ -200,17 +245,52 @@ class _Comparison:
             unvisited=tuple(
                 d.node for d in self._plan.eval if not any(d.node in t.visited for t in tables)
             ),
+            frozen_identical=self._frozen_identical if self.batches else None,
+            frozen_outputs=_rows(self._frozen),
+            batches_given=None if self.left is None else self.batches + self.left,
+            stopped=self.stopped,
+            node_batches=int(min(self.batches, self._node_batches)),
+            same_inputs=len(self._filled) == 1 and math.nan not in self._filled,
+        )
+
+    def _names(self) -> list[str]:
+        return self._metrics.names("fp32", "mixed")
+
+    def _metric(self, name: str, lower_is_better: frozenset[str]) -> MetricPair:
+        means = self._metrics
+        return MetricPair(
+            name=name,
+            fp32=means.value("fp32", name),
+            mixed=means.value("mixed", name),
+            autocast=means.of("autocast").get(name),
+            lower_is_better=name in lower_is_better,
+            standard_error=means.standard_error(name, "fp32", "mixed"),
+            spread=means.spread("fp32", name),
+            unpaired=means.unpaired(name, "fp32", "mixed"),
+            doubt=self._probe.doubt(name),
         )
 
 
-def _as_dtypes_of(outputs: Any, reference: Any) -> Any:
-    """Outputs in the reference's dtypes, as the user's metrics expect them."""
+def _rows(sums: Mapping[str, OutputSums]) -> tuple[OutputError, ...]:
+    return tuple(total.row(name) for name, total in sums.items())
 
-    def restored(have: Any, want: Any) -> Any:
-        both = is_float_tensor(have) and is_float_tensor(want)
-        return have.to(want.dtype) if both else have
 
-    return pytree.tree_map(restored, outputs, reference)
+def _same_bits(one: Any, other: Any) -> bool:
+    """Whether two arms' outputs are the same in every bit; NaN is no bits to agree on."""
+    mine, theirs = named_leaves(one), named_leaves(other)
+    return [name for name, _ in mine] == [name for name, _ in theirs] and all(
+        a.dtype == b.dtype and torch.equal(a, b)
+        for (_, a), (_, b) in zip(mine, theirs, strict=True)
+        if isinstance(a, torch.Tensor)
+    )
+
+
+def _check_names(lower_is_better: frozenset[str], known: Sequence[str]) -> None:
+    """Raises ModelError for a name that no metric has: its metric would be judged upside down."""
+    for name in sorted(lower_is_better - {*known, LOSS}):
+        near = difflib.get_close_matches(name, known, n=1)
+        mend = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
+        raise ModelError(f"lower_is_better names {name}, which no metric is called", mend=mend)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_signature import Source
 from amp_convert.core.number_formats import is_float_tensor
+from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.core.random_state import rng_state, set_rng_state
 from amp_convert.rewrite.graph_execution import GraphExecution, execute
 from amp_convert.rewrite.insert_casts import Rewritten, held, planned_numbers
@@ -26,12 +27,14 @@ from amp_convert.rewrite.insert_casts import Rewritten, held, planned_numbers
 
 @dataclass(frozen=True)
 class NodeValues:
-    """One node's results; `local` is None where the mixed node is the FP32 node."""
+    """One node's results; `local` is None where the mixed node is the FP32 node. `ranked` is what
+    a node that ranks reads in FP32, None for any other."""
 
     node: fx.Node
     reference: Any
     accumulated: Any
     local: Any
+    ranked: Any = None
 
 
 def run(
@@ -79,7 +82,11 @@ class _Lockstep:
                 if self._wants_local(node):
                     self._rewind(state)
                     local = self._local(node, reference, mixed)
-                self._visit(NodeValues(node, reference.values[node], mixed.values[holder], local))
+                ranks = facts_of_target(node.target).is_a(Family.RANKING)
+                read = reference.values[node.all_input_nodes[0]] if ranks else None
+                self._visit(
+                    NodeValues(node, reference.values[node], mixed.values[holder], local, read)
+                )
             if node.op != "output":
                 reference.free()
                 mixed.free()

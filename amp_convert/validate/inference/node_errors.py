@@ -27,6 +27,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.captured import Region
+from amp_convert.core import choices
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.op_facts import Family, facts_of, facts_of_target
@@ -42,6 +43,8 @@ from amp_convert.validate.inference.results import NodeDivergence
 class _NodeSums:
     accumulated: ErrorSums = field(default_factory=ErrorSums)
     local: RoundingSums | None = None
+    choices: int = 0
+    changed: int = 0
 
 
 class NodeErrors:
@@ -73,10 +76,17 @@ class NodeErrors:
 
     def _visit(self, step: lockstep.NodeValues) -> None:
         name = step.node.name
-        self.visited.add(self._decisions[name].node)
+        tensors = [t for t in pytree.tree_leaves(step.reference) if isinstance(t, torch.Tensor)]
+        if not tensors or any(tensor.numel() for tensor in tensors):
+            self.visited.add(self._decisions[name].node)
         if name in self._source or facts_of(self._decisions[name].op).is_a(Family.UNWRITTEN):
             return  # what was not written yet holds no value
         sums = self._sums[name]
+        if step.ranked is not None:
+            sums.changed += choices.changed(
+                step.node, step.ranked, step.reference, step.accumulated
+            )
+            sums.choices += sum(index.numel() for index in choices.indices(step.reference))
         reference, mixed = _float_leaves(step.reference), _float_leaves(step.accumulated)
         reference = [held(tensor, self._decisions[name]) for tensor in reference]
         if [t.shape for t in reference] != [t.shape for t in mixed]:
@@ -115,6 +125,7 @@ class NodeErrors:
             nonfinite=errors.nonfinite,
             overflow_fraction=errors.overflow_fraction if measured else None,
             underflow_fraction=(local.underflow_fraction if local else 0.0) if measured else None,
+            choices_changed=sums.changed / sums.choices if sums.choices else None,
         )
 
 
@@ -135,4 +146,13 @@ def _unchanged_source(
 
 
 def _float_leaves(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if is_float_tensor(leaf) and leaf.numel()]
+    """The floating point results, complex ones as pairs of reals."""
+    leaves = (
+        torch.view_as_real(leaf.resolve_conj()) if _is_complex(leaf) else leaf
+        for leaf in pytree.tree_leaves(value)
+    )
+    return [leaf for leaf in leaves if is_float_tensor(leaf) and leaf.numel()]
+
+
+def _is_complex(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_complex()

@@ -6,8 +6,12 @@ for how they are measured.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
+
+from amp_convert.core.slices import SliceError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +25,8 @@ class NodeDivergence:
     `underflow_fraction` (elements that became zero) come from the node fed the reference's values;
     the rest from the node fed the mixed model's own. `nonfinite` counts elements that are not
     finite where the reference is; `overflow_fraction` is the share of those that became infinite.
+    `choices_changed` is the share of the indices of a node that ranks (topk, argmax) that are
+    others than FP32's.
     """
 
     node: str
@@ -36,6 +42,26 @@ class NodeDivergence:
     nonfinite: int
     overflow_fraction: float | None
     underflow_fraction: float | None
+    choices_changed: float | None = None
+
+
+class MetricDoubt(StrEnum):
+    """Why a metric judges nothing."""
+
+    CONSTANT = "constant"
+    """It is the same for other outputs."""
+    STATEFUL = "stateful"
+    """It is another one for the same outputs, scored again."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """An output of one arm that the other has not, or has in another shape. Shapes are text such as
+    "16 x 4"; "nothing" where an arm has no such output."""
+
+    batch: int
+    fp32: str
+    mixed: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +69,12 @@ class OutputError:
     """One output's error against FP32, over all batches.
 
     For integer and boolean outputs only `elements` and `mismatches` count. Quantiles are of the
-    absolute error, right to within 0.8 %.
+    absolute error, right to within 0.8 %. Elements of complex outputs count as one each.
+    `ref_deviation_max` is the largest distance of a value from the mean of the first batch.
+    `slices` are the worst ones of each kind, `misfits` the batches in which the arms differ in
+    structure, the first of which is `misfit`. Where rows changed places among near-equal scores,
+    they were put back before comparing; `moved` of `rows` they were. `noise_rel_l2` and
+    `noise_max_abs` are the errors of FP32 itself, nudged by one ULP, None where that did not run.
     """
 
     name: str
@@ -60,17 +91,36 @@ class OutputError:
     mismatches: int
     nonfinite: int
     ref_nonfinite: int
+    ref_deviation_max: float = math.inf
+    slices: tuple[SliceError, ...] = ()
+    misfits: int = 0
+    misfit: Misfit | None = None
+    rows: int = 0
+    moved: int = 0
+    noise_rel_l2: float | None = None
+    noise_max_abs: float | None = None
 
 
 @dataclass(frozen=True)
 class MetricPair:
-    """One of the user's metrics for each arm: its mean over batches, weighted by batch size."""
+    """One of the user's metrics for each arm: its mean over batches, weighted by batch size.
+
+    `standard_error` is that of the mean difference between both, from their differences batch by
+    batch; None with fewer than two. `spread` is FP32's standard deviation from batch to batch, 0
+    for a metric whose values all have one sign: relative to such a value a loss can be stated.
+    `unpaired` counts the batches on which only one of the two has it; `doubt` says why its values
+    mean nothing, "" where they do.
+    """
 
     name: str
     fp32: float
     mixed: float
     autocast: float | None
     lower_is_better: bool
+    standard_error: float | None = None
+    spread: float = 0.0
+    unpaired: int = 0
+    doubt: MetricDoubt | None = None
 
 
 @dataclass(frozen=True)
@@ -83,17 +133,29 @@ class ArmCost:
     note: str
 
 
+class Stop(StrEnum):
+    """Why batches were left out."""
+
+    TIME = "time"
+    ASKED = "asked"
+    """The user asked for so many."""
+
+
 @dataclass(frozen=True)
 class Divergence:
     """What running both models side by side showed.
 
+    Outputs and metrics rest on `batches` of `batches_given`, which is None where there are more
+    than were counted, and `stopped` says why there are any; nodes on the first `node_batches`.
     `reference_rel_l2` is the largest relative L2 difference, over all outputs and batches, between
     the captured FP32 graph, which is the reference, and the eager FP32 model; `frozen_identical`
-    says whether the frozen model gave the mixed model's bits on the example inputs, None where that
-    was not tried. `unvisited` names nodes that no batch reached. `outputs` has also what the model
-    writes to its buffers and inputs. `autocast_outputs` are the errors of native `torch.autocast`
-    at the same dtype, empty with a reason where it could not run; `metrics` are empty with a reason
-    where the user gave none.
+    says whether the frozen model gave the mixed model's bits, NaN being no bits, None where that
+    was not tried. `unvisited` names nodes that no batch reached, or reached with no element.
+    `outputs` has also what the model writes to its buffers and inputs. `autocast_outputs` are the
+    errors of native `torch.autocast` at the same dtype, empty with a reason where it could not run,
+    `frozen_outputs` those of the frozen model; `metrics` are empty with a reason where the user
+    gave none. `same_inputs` is whether all batches hold one and the same number throughout, as a
+    placeholder of zeros does.
     """
 
     batches: int
@@ -108,6 +170,11 @@ class Divergence:
     reference_rel_l2: float
     unvisited: tuple[str, ...] = ()
     frozen_identical: bool | None = None
+    frozen_outputs: tuple[OutputError, ...] = ()
+    batches_given: int | None = 0
+    stopped: Stop | None = None
+    node_batches: int = 0
+    same_inputs: bool = False
 
     def to_frame(self) -> pd.DataFrame:
         """One row a node, in graph order."""

@@ -32,6 +32,7 @@ from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rewrite.frozen_model import fold_weights
 from amp_convert.validate.inference.compare import evaluating
 from amp_convert.validate.inference.output_errors import accumulate
+from amp_convert.validate.inference.reordered import row_matcher
 from amp_convert.validate.inference.results import OutputError
 from amp_convert.validate.onnx import runs as onnx_runs
 from amp_convert.validate.onnx import sessions as onnx_sessions
@@ -115,6 +116,7 @@ class _Validation:
         size = batch_size(args, kwargs)
         self._metrics.add("fp32", self._score(fp32, target), size)
         self._metrics.add("converted", self._score(mixed, target), size)
+        matcher, noise = row_matcher(self._converted, size), None
         for run in self._runs:
             if run.arm == "node by node" and self._batches >= self._node_batches:
                 continue
@@ -123,9 +125,11 @@ class _Validation:
                 continue
             run.batches += 1
             named = dict(zip(_tensors(fp32), outputs, strict=True))
-            accumulate(run.against_fp32, _tensors(fp32), named)
-            if run is not self._fp32:
-                accumulate(run.against_converted, _tensors(mixed), named)
+            accumulate(run.against_fp32, _tensors(fp32), named, noise, matcher)
+            if run is self._fp32:
+                noise = named  # what two FP32 runtimes differ by
+            else:
+                accumulate(run.against_converted, _tensors(mixed), named, matcher=matcher)
                 scores = self._score(_rebuilt(mixed, outputs), target)
                 self._metrics.add(run.arm, scores, size)
         self._batches += 1

@@ -59,7 +59,7 @@ class OnnxRun:
         return True if found and None not in found else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnnxNode(NodeDivergence):
     """One FX node's ONNX nodes, run one by one, against the same node of the converted PyTorch
     model; errors and dtype as in `NodeDivergence`, with PyTorch's converted model as the reference.

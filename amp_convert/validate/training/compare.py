@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from amp_convert.core.batches import LOSS, TRAIN_LOSS
 from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
 from amp_convert.loading.user_code import placed
 from amp_convert.rewrite.converted_model import ConvertedModel
@@ -32,13 +33,12 @@ from amp_convert.validate.training.arm_specs import ARMS, FP32, MIXED, PAIR, Arm
 from amp_convert.validate.training.compare_gradients import compare_gradients
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.gradient_results import GradientParity
+from amp_convert.validate.training.learning import Learning
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import Noninferiority, judge_pairs
-from amp_convert.validate.training.options import DEFAULT_STEPS, Options, fingerprint
+from amp_convert.validate.training.options import DEFAULT_STEPS, MOST_STEPS, Options, fingerprint
 from amp_convert.validate.training.paired_run import Race
 from amp_convert.validate.training.results import (
-    LOSS,
-    TRAIN_LOSS,
     PairedRun,
     SeedPair,
     TrainingParity,
@@ -84,6 +84,7 @@ class _Comparison:
     ) -> None:
         self._converted, self._model = converted, converted.captured.model
         self._recipe, self._data, self._options = recipe, data, options
+        self._scaled = recipe
         self._tick, self._should_stop, self._say = tick, should_stop, say
         self._steps = options.steps or DEFAULT_STEPS
         self._metric = ""
@@ -100,10 +101,21 @@ class _Comparison:
         begin = resumed["seed"] if resumed else 0
         with training(self._model, self._converted):
             gradients = self._gradients()
+            self._scaled = self._start_at(gradients.scale)
             for seed in range(begin, self._options.seeds):
                 if self._train_seed(seed, resumed if seed == begin else None):
                     break
         return self._parity(gradients)
+
+    def _start_at(self, scale: float) -> Recipe:
+        """The recipe, a dynamic loss scale starting at one that the gradients bear: else the steps
+        that look for it would be left out of the mixed arm alone, and decide a metric."""
+        scaling = self._recipe.scaling
+        if scaling.kind != "dynamic" or not scale < scaling.initial:
+            return self._recipe
+        return dataclasses.replace(
+            self._recipe, scaling=dataclasses.replace(scaling, initial=max(scale, 1.0))
+        )
 
     def _train_seed(self, seed: int, resumed: Mapping[str, Any] | None) -> bool:
         """Train the arms of a seed; whether it was the last one needed, or possible."""
@@ -114,6 +126,10 @@ class _Comparison:
         if resumed:
             race.load(resumed["race"])
         self._ended = self._train(race)
+        if self._teaches_nothing(race):
+            self._say(f"FP32 has learnt nothing in {race.steps} steps; up to {MOST_STEPS} are made")
+            self._steps = MOST_STEPS
+            self._ended = self._train(race)
         done = race.result(interrupted=self._interrupted)
         self._keep_first(done)
         # A pair that came to grief is one: it is judged by how.
@@ -122,10 +138,17 @@ class _Comparison:
         self._pairs.append(self._pair(done))
         return self._decided()
 
+    def _teaches_nothing(self, race: Race) -> bool:
+        """Whether more steps than asked for are needed before training is called unchecked. Judged
+        on the first steps alone, so that a run that goes on from a checkpoint decides the same."""
+        if self._options.steps is not None or race.seed or race.ended or self._interrupted:
+            return False
+        losses = race.arms[FP32.name].losses[:DEFAULT_STEPS]
+        return len(losses) == DEFAULT_STEPS and not Learning.of(losses).learnt
+
     def _race(self, seed: int, specs: Sequence[ArmSpec]) -> Race:
-        return Race(
-            self._model, self._converted, self._recipe, self._data, seed, specs, self._steps
-        )
+        at_most = self._steps if self._options.steps is not None or seed else MOST_STEPS
+        return Race(self._model, self._converted, self._scaled, self._data, seed, specs, at_most)
 
     def _gradients(self) -> GradientParity:
         """The gradients of one step from the first seed's weights, at a scale that they bear."""
@@ -269,7 +292,7 @@ class _Comparison:
     # --- the result ---
 
     def _parity(self, gradients: GradientParity) -> TrainingParity:
-        recipe, data, first = self._recipe, self._data, self._first
+        recipe, data, first = self._scaled, self._data, self._first
         assert first is not None
         return TrainingParity(
             dtype=self._converted.plan.dtype,

@@ -1,6 +1,6 @@
 """ConvertedModel -> `GradientParity`: one training step's gradients held against FP32's.
 
-Same weights, same batch, same random numbers; four steps, forward and backward, and none of an
+Same weights, same batch, same random numbers; five steps, forward and backward, and none of an
 optimizer (see `gradient_step`):
 
 1. The eager FP32 model. It is run first, so that whatever is wrong with the batch, the loss or the
@@ -10,11 +10,13 @@ optimizer (see `gradient_step`):
    reference is checked, not trusted.
 3. The eager FP32 model with every weight rounded to the low dtype, once. How far its gradients part
    from FP32's is what the model itself makes of rounding: in deep networks with BatchNorm that can
-   be most of a gradient at the first weights, and no fault of a conversion's.
+   be most of a gradient at the first weights, and no fault of a conversion's. Then with every
+   weight moved by one ULP: a layer whose gradients part by that is noise in FP32 already, such as
+   a bias before a BatchNorm.
 4. The mixed model, with the loss multiplied by the loss scale, and the gradients divided by it.
 
-The loss is computed from outputs in the original's dtypes in all four. Errors are summed in FP64,
-a chunk at a time, and added up over a layer's parameters and over all.
+The loss is computed from outputs in the original's dtypes in all of them. Errors are summed in
+FP64, a chunk at a time, and added up over a layer's parameters and over all.
 
 A model that was captured in parts is run as it is, with each captured part replaced by its FP32
 graph in step 2, as it is by its mixed graph in step 4. Activation gradients are then those inside
@@ -26,8 +28,9 @@ plan keeps them in FP32 or not: that is on the safe side, and the same for every
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +83,7 @@ def compare_gradients(
     reference = step.run(watched, "FP32")
     difference = _largest_difference(eager.gradients, reference.gradients)
     del eager  # never three sets of gradients at a time
-    sensitivity = _sensitivity(step, reference)
+    rounded, noise = _apart(step.rounded, reference), _apart(step.nudged, reference)
     mixed = step.run(converted, "mixed", scale)
     while backoff is not None and scale > 1 and not _finite(mixed):
         scale = max(scale * 2.0 ** math.floor(math.log2(backoff)), 1.0)
@@ -103,7 +106,11 @@ def compare_gradients(
         total=GradientDifference(**totals.sums.fields()),
         parameters=tuple(totals.rows),
         layers=tuple(
-            _layer(layer, totals.layers.get(layer, _Sums()), by_layer.get(layer), scale)
+            dataclasses.replace(
+                _layer(layer, totals.layers.get(layer, _Sums()), by_layer.get(layer), scale),
+                noise_rel_l2=noise.layers.get(layer),
+                rounded_rel_l2=rounded.layers.get(layer),
+            )
             for layer in dict.fromkeys((*totals.layers, *by_layer))
         ),
         activations=tuple(_activation(i, e, scale) for i, e in watched.seen.values() if e.elements),
@@ -113,7 +120,7 @@ def compare_gradients(
         without_gradient=tuple(totals.without),
         only_fp32=tuple(totals.only_fp32),
         only_mixed=tuple(totals.only_mixed),
-        rounded_rel_l2=sensitivity,
+        rounded_rel_l2=rounded.total,
     )
 
 
@@ -135,7 +142,7 @@ class _Totals:
         if want is None and have is None:
             self.without.append(name)
             return
-        sums, layer = _Sums(), name.rpartition(".")[0]
+        sums, layer = _Sums(), _layer_of(name)
         if want is not None:
             self.weights.add(want)
         if want is None or have is None:
@@ -186,19 +193,36 @@ def _largest_difference(
     return worst
 
 
-def _sensitivity(step: TrainStep, reference: StepTrace) -> float | None:
-    """The relative L2 difference of all gradients from those with rounded weights; None without
-    any, and where the loss refuses what those weights give."""
+@dataclass(frozen=True)
+class _Apart:
+    """The relative L2 difference of FP32's gradients from those of other weights: of all together,
+    and by layer; None without any."""
+
+    total: float | None
+    layers: Mapping[str, float]
+
+
+def _apart(other: Callable[[], StepTrace], reference: StepTrace) -> _Apart:
+    """How far the gradients of another step lie from FP32's; nothing where the loss refuses what
+    its weights give."""
     try:
-        rounded = step.rounded()
+        found = other()
     except ModelError:
-        return None
-    sums = ErrorSums()
+        return _Apart(None, {})
+    total, layers = _Sums(), dict[str, _Sums]()
     for name, want in reference.gradients.items():
-        have = rounded.gradients[name]
+        have = found.gradients.pop(name)
         if want is not None and have is not None:
-            sums.add(want, have)
-    return sums.rel_l2 if sums.elements else None
+            sums = _Sums()
+            sums.errors.add(want, have)
+            total.merge(sums)
+            layers.setdefault(_layer_of(name), _Sums()).merge(sums)
+    whole = total.errors.rel_l2 if total.errors.elements else None
+    return _Apart(whole, {layer: sums.errors.rel_l2 for layer, sums in layers.items()})
+
+
+def _layer_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def _finite(trace: StepTrace) -> bool:

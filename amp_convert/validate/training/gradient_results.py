@@ -65,11 +65,18 @@ class ActivationGradient:
 @dataclass(frozen=True)
 class LayerGradient(GradientDifference):
     """The error of all of a layer's parameter gradients together, and how many of its nonzero FP32
-    activation gradients are under 2**-24, unscaled and scaled (None without any)."""
+    activation gradients are under 2**-24, unscaled and scaled (None without any).
+
+    `noise_rel_l2` is what FP32's own gradients of the layer differ by once its weights are moved by
+    one ULP, `rounded_rel_l2` once they are rounded to the low dtype; None where that was not
+    measured.
+    """
 
     layer: str
     grad_underflow_fraction: float | None
     scaled_grad_underflow_fraction: float | None
+    noise_rel_l2: float | None = None
+    rounded_rel_l2: float | None = None
 
 
 @dataclass(frozen=True)

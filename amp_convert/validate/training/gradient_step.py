@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from amp_convert.capture.gradient_probe import mode_runner, real_gradient
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
+from amp_convert.core import noise
 from amp_convert.core.errors import ModelError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, is_float_tensor
@@ -84,14 +85,27 @@ class TrainStep:
         """The step of the original with its FP32 parameters rounded to the low dtype, once; those
         beyond its range stay as they are."""
         low = from_name(self._converted.plan.dtype)
+
+        def rounded(data: torch.Tensor) -> torch.Tensor:
+            wide = data.to(low).float()
+            return torch.where(torch.isfinite(wide), wide, data)
+
+        return self._moved(rounded, "with rounded weights")
+
+    def nudged(self) -> StepTrace:
+        """The step of the original with every FP32 parameter moved by one ULP: FP32's own noise."""
+        coin = torch.Generator().manual_seed(0)
+        return self._moved(lambda data: noise.nudged(data, coin), "nudged by one ULP")
+
+    def _moved(self, change: Callable[[torch.Tensor], torch.Tensor], how: str) -> StepTrace:
+        """The step of the original with its FP32 parameters changed, once."""
         floats = [p for p in self._model.parameters() if p.dtype == torch.float32]
         before = [parameter.data for parameter in floats]
         try:
             for parameter, data in zip(floats, before, strict=True):
-                wide = data.to(low).float()
-                parameter.data = torch.where(torch.isfinite(wide), wide, data)
-            with user_code("a training step of the FP32 model with rounded weights", self._path):
-                return self.run(self._model, "rounded FP32")
+                parameter.data = change(data)
+            with user_code(f"a training step of the FP32 model {how}", self._path):
+                return self.run(self._model, f"FP32, {how},")
         finally:
             for parameter, data in zip(floats, before, strict=True):
                 parameter.data = data

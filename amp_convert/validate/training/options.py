@@ -19,13 +19,16 @@ from amp_convert.validate.training.margin import Margin
 from amp_convert.validate.training.noninferiority import require_test
 
 DEFAULT_STEPS = 50
+MOST_STEPS = 200
+"""So many steps are made where none are asked for and the first `DEFAULT_STEPS` teach nothing."""
 
 
 @dataclass(frozen=True)
 class Options:
     """How a training comparison is run.
 
-    `steps` None takes up to `DEFAULT_STEPS`, or as many as there are batches for. `seeds` is how
+    `steps` None takes up to `DEFAULT_STEPS`, or as many as there are batches for; up to
+    `MOST_STEPS` where FP32 learns nothing in those. `seeds` is how
     many pairs may be trained, from seed 0 on; more than 1 needs a `margin`. `metric` is the one
     that is judged over seeds; None takes the first of the user's. `identity` is what a checkpoint
     must agree with, besides these options.

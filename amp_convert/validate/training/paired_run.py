@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
-from amp_convert.core.batches import Batch, MetricMeans, batch_size
+from amp_convert.core.batches import LOSS, TRAIN_LOSS, Batch, MetricMeans, batch_size
 from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.random_state import preserved_rng, set_rng_state
@@ -35,7 +35,7 @@ from amp_convert.validate.training.arm_specs import FP32, PAIR, ArmSpec
 from amp_convert.validate.training.data import Data, Stream, initial_weights, seeded_rng
 from amp_convert.validate.training.gradient_step import cloned
 from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.results import LOSS, TRAIN_LOSS, ArmRecord, PairedRun
+from amp_convert.validate.training.results import ArmRecord, PairedRun
 from amp_convert.validate.training.training_mode import (
     autocast_failure,
     mode_of,
@@ -62,6 +62,8 @@ class Race:
     ) -> None:
         self.seed, self.steps = seed, 0
         self.random_parted: int | None = None
+        self.drawn_outside: list[str] = []
+        self._means = MetricMeans()
         self.initial_metrics: dict[str, float] = {}
         self._model, self._converted, self._recipe, self._data = model, converted, recipe, data
         self.device = devices.of_model(model)
@@ -119,6 +121,7 @@ class Race:
         states = [self.arms[spec.name].rng for spec in PAIR if spec.name in self.arms]
         if self.random_parted is None and not all(states[0].same(state) for state in states):
             self.random_parted = self.steps
+            self.drawn_outside = states[0].drawn_outside_torch(states[1])
         return True
 
     def _check(self, arm: Arm) -> None:
@@ -146,7 +149,14 @@ class Race:
         """
         moved = weight_distance(self.arms[FP32.name].tensors, self.initial, self.weights)
         rows = tuple(self._row(arm, moved, interrupted) for arm in self.arms.values())
-        return PairedRun(self.seed, self.steps, self.random_parted, rows, self.initial_metrics)
+        return PairedRun(
+            self.seed,
+            self.steps,
+            self.random_parted,
+            rows,
+            self.initial_metrics,
+            tuple(self.drawn_outside),
+        )
 
     def _row(self, arm: Arm, moved: float, interrupted: bool) -> ArmRecord:
         metrics: dict[str, float] = {}
@@ -169,6 +179,11 @@ class Race:
             drift=drift,
             moved=own,
             metrics=metrics,
+            metric_errors={
+                name: found
+                for name in metrics
+                if (found := self._means.standard_error(name, FP32.name, arm.name)) is not None
+            },
             milliseconds=arm.milliseconds,
             peak_bytes=arm.peak_bytes,
             weights_sha256=arm.sha256(),
@@ -184,7 +199,8 @@ class Race:
         """
         if self._data.eval_batches is None:
             return {}
-        means = MetricMeans()
+        means = self._means
+        means.drop(arm.name)
         with (
             arm.installed(),
             in_mode(self._model, training=False),
@@ -232,6 +248,7 @@ class Race:
         return {
             "steps": self.steps,
             "random_parted": self.random_parted,
+            "drawn_outside": self.drawn_outside,
             "arms": {name: arm.state() for name, arm in self.arms.items()},
             "last_batch": self._stream.digest(),
         }
@@ -239,6 +256,7 @@ class Race:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; the batches up to there are drawn again, and compared."""
         self.steps, self.random_parted = state["steps"], state["random_parted"]
+        self.drawn_outside = state["drawn_outside"]
         for _ in range(self.steps):
             self._stream.draw(self._at_most)
         if self._stream.digest() != state["last_batch"]:

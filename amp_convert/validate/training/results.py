@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from amp_convert.core.batches import TRAIN_LOSS
 from amp_convert.validate.training.arm_specs import FP32, MIXED
 from amp_convert.validate.training.gradient_results import GradientParity
 from amp_convert.validate.training.noninferiority import Noninferiority
@@ -17,9 +18,6 @@ from amp_convert.validate.training.noninferiority import Noninferiority
 WARM_UP_STEPS, WARM_UP_SHARE = 10, 0.05
 """How long a dynamic loss scale may look for its place: this many steps, or share of the run."""
 SKIPPED_SHARE = 0.01
-LOSS, TRAIN_LOSS = "loss", "train_loss"
-"""Names that the losses have as metrics: on the eval batches, and over the last quarter of the
-steps."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,8 @@ class ArmRecord:
 
     After the last step: `drift` is the L2 distance of the weights from FP32's, and `moved` that
     from the initial weights, both relative to how far FP32's weights moved (None where those stayed
-    where they were); `metrics` are means over the eval batches, weighted by batch size.
+    where they were); `metrics` are means over the eval batches, weighted by batch size,
+    and `metric_errors` the standard errors of their differences from FP32's, batch by batch.
     `milliseconds` is the median time of a step, the first one left out, `peak_bytes` the most that
     a step held, with weights, gradients and the optimizer's state.
     """
@@ -50,6 +49,7 @@ class ArmRecord:
     peak_bytes: int | None
     weights_sha256: str
     note: str = ""
+    metric_errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def first_loss(self) -> float:
@@ -76,6 +76,8 @@ class PairedRun:
     `steps` is how many updates each arm has made. `random_parted` is the first step, from 1, after
     which FP32 and mixed had drawn different random numbers; None if they never did.
     `initial_metrics` are the FP32 model's before the first step, {} where none were taken.
+    `drawn_outside` names the generators outside of PyTorch ("Python", "NumPy") whose numbers one of
+    the two drew and the other did not.
     """
 
     seed: int
@@ -83,6 +85,7 @@ class PairedRun:
     random_parted: int | None
     arms: tuple[ArmRecord, ...]
     initial_metrics: dict[str, float] = field(default_factory=dict)
+    drawn_outside: tuple[str, ...] = ()
 
     @property
     def failure(self) -> str:
@@ -112,6 +115,8 @@ class PairedRun:
             if math.isfinite(value) and not _is_number(found := mixed.metrics.get(name)):
                 said = "missing" if found is None else str(found)
                 return f"its metric {name} is {said}, where FP32's is {value:.4g}"
+        if more := sorted(mixed.metrics.keys() - fp32.metrics.keys() if not fp32.note else ()):
+            return f"its metric {more[0]} is there on eval batches where FP32's is missing"
         return ""
 
     def _late(self, mixed: ArmRecord) -> str:
@@ -216,4 +221,4 @@ def run_from(stored: Mapping[str, Any]) -> PairedRun:
         return ((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())
 
     arms = tuple(ArmRecord(**dict(tuples(arm))) for arm in stored["arms"])
-    return PairedRun(**{**stored, "arms": arms})
+    return PairedRun(**{**dict(tuples(stored)), "arms": arms})

@@ -25,6 +25,7 @@ from torch import nn
 
 from amp_convert import __version__
 from amp_convert.core.atomic_files import try_to_write, write_file
+from amp_convert.core.batches import LOSS, TRAIN_LOSS
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import FP32
@@ -33,7 +34,6 @@ from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.margin import Margin, require_spread
 from amp_convert.validate.training.noninferiority import LOOKS
 from amp_convert.validate.training.paired_run import Race
-from amp_convert.validate.training.results import LOSS, TRAIN_LOSS
 from amp_convert.validate.training.training_mode import training
 
 FIRST_SEED = 1000

@@ -25,8 +25,10 @@ from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.margin import Margin
-from amp_convert.validate.training.options import DEFAULT_STEPS, Options
+from amp_convert.validate.training.options import DEFAULT_STEPS, MOST_STEPS, Options
 from amp_convert.validate.training.seed_spread import Conditions, SeedSpread, load_seed_spread
+
+EVAL_BATCHES = 8
 
 
 def why_not(case: Case, settings: Settings, captured: Captured | None = None) -> str:
@@ -88,13 +90,15 @@ def make_data(case: Case, settings: Settings, device: torch.device) -> Data:
     def train_batches(seed: int) -> Iterator[Batch]:
         make = case.train_batches
         assert make is not None
-        at_most = (settings.steps or DEFAULT_STEPS) * settings.accumulate
+        at_most = (settings.steps or MOST_STEPS) * settings.accumulate
         for batch in user_batches("train_batches", partial(make, seed), case.path, at_most):
             yield devices.move(batch, device)
 
     def eval_batches() -> Iterator[Batch]:
         assert case.eval_batches is not None
-        for batch in user_batches("eval_batches", case.eval_batches, case.path, settings.batches):
+        for batch in user_batches(
+            "eval_batches", case.eval_batches, case.path, eval_batch_count(settings)
+        ):
             yield devices.move(batch, device)
 
     return Data(
@@ -103,6 +107,11 @@ def make_data(case: Case, settings: Settings, device: torch.device) -> Data:
         lambda outputs, target: score(case, outputs, target),
         case.initial_model,
     )
+
+
+def eval_batch_count(settings: Settings) -> int:
+    """How many eval batches the metrics after training rest on: each arm goes through them."""
+    return settings.batches or EVAL_BATCHES
 
 
 def make_options(case: Case, settings: Settings, device: torch.device) -> Options:
@@ -114,7 +123,7 @@ def make_options(case: Case, settings: Settings, device: torch.device) -> Option
         lower_is_better=case.lower_is_better,
         checkpoint=Path(settings.checkpoint) if settings.checkpoint else None,
         checkpoint_every=settings.checkpoint_every,
-        identity={"model": case.digest, "eval_batches": settings.batches},
+        identity={"model": case.digest, "eval_batches": eval_batch_count(settings)},
     )
     seeds, margin = settings.seeds or 1, load_margin(settings)
     if not isinstance(margin, SeedSpread):
@@ -147,5 +156,5 @@ def conditions(case: Case, settings: Settings, device: torch.device) -> Conditio
         steps=settings.steps or DEFAULT_STEPS,
         accumulate=settings.accumulate,
         clip_norm=settings.clip_norm,
-        batches=settings.batches,
+        batches=eval_batch_count(settings),
     )

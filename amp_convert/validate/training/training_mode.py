@@ -12,6 +12,7 @@ from torch import nn
 from amp_convert.capture.gradient_probe import real_gradient
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
+from amp_convert.core import noise
 from amp_convert.core.errors import first_line
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.core.tensor_errors import ErrorSums
@@ -83,11 +84,7 @@ def nudged(
     coin = torch.Generator().manual_seed(0)
     moved = dict(tensors)
     for name in parameters:
-        tensor = tensors[name]
-        if tensor.dtype == torch.float32:
-            up = torch.randint(2, tensor.shape, generator=coin, dtype=torch.bool).to(tensor.device)
-            ends = torch.where(up, math.inf, -math.inf).to(tensor.dtype)
-            moved[name] = torch.nextafter(tensor, ends)
+        moved[name] = noise.nudged(tensors[name], coin)
     return moved
 
 

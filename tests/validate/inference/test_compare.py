@@ -338,6 +338,7 @@ def test_metrics_are_means_weighted_by_batch_size() -> None:
         return {"sum": float(outputs.sum()) + target, "error": -target}
 
     divergence = compare(mixed, batches, score=score, lower_is_better=frozenset({"error"}))
+    assert [metric.doubt for metric in divergence.metrics] == [None, "constant"]
     with torch.no_grad():
         arms = {"fp32": model, "mixed": mixed}
         expected = {
@@ -355,7 +356,7 @@ def test_metrics_are_means_weighted_by_batch_size() -> None:
     assert error.fp32 == error.mixed == error.autocast == pytest.approx(-(5 * 1 + 10) / 6)
     assert divergence.metrics_reason == ""
     assert {dtype for dtype, _ in seen} == {torch.float32}, "metrics see the original's dtypes"
-    assert [target for _, target in seen] == [1.0] * 3 + [10.0] * 3
+    assert [target for _, target in seen] == [1.0] * 7 + [10.0] * 7, "with the four of the probe"
 
 
 def test_no_metrics_have_a_reason() -> None:
@@ -425,6 +426,7 @@ def test_batches_are_left_as_they_were() -> None:
     mixed = amp.convert(Shifting().eval(), X.clone())
     divergence = on(mixed, x)
     assert torch.equal(x, X)
+    assert divergence.frozen_identical
     assert divergence.outputs[0].rel_l2 < 1e-3
     assert divergence.autocast_outputs[0].rel_l2 < 1e-3
 
@@ -452,4 +454,4 @@ def test_memory_stays_near_two_forward_passes() -> None:
             forward = peak_bytes(lambda: model(x))
         whole = peak_bytes(lambda m=mixed: on(m, x, x, autocast=False))
         assert forward == 2 * x.nbytes
-        assert whole < 2.5 * forward
+        assert whole < 2.6 * forward  # the nudged inputs of the noise arm, for one

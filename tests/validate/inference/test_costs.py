@@ -8,6 +8,7 @@ from torch import nn
 import amp_convert as amp
 from amp_convert.core.memory_meter import peak_bytes
 from amp_convert.validate.inference import costs
+from tests.staged import rules_with
 from tests.zoo import assert_same_bits
 
 X = torch.linspace(-1, 1, 64 * 32).reshape(64, 32)
@@ -21,7 +22,7 @@ def stack() -> nn.Module:
 
 
 def test_every_arm_is_measured() -> None:
-    found = costs.measure(amp.convert(stack(), X), (X,), {})
+    found = costs.measure(amp.convert(stack(), X, rules=rules_with()), (X,), {})
     assert [cost.arm for cost in found] == ARMS
     for cost in found:
         assert cost.milliseconds is not None
@@ -33,7 +34,8 @@ def test_peak_memory_is_the_weights_and_what_a_pass_adds() -> None:
     """By hand: weights of 4 layers, two activations at a time, and casts where there are any."""
     model = stack()
     fp32, autocast, mixed, frozen = (
-        cost.peak_bytes for cost in costs.measure(amp.convert(model, X), (X,), {})
+        cost.peak_bytes
+        for cost in costs.measure(amp.convert(model, X, rules=rules_with()), (X,), {})
     )
     weights, activation = 4 * 32 * 32 * 4, 64 * 32 * 4
     with torch.no_grad():
@@ -74,7 +76,7 @@ def test_the_first_turn_always_runs(monkeypatch: object) -> None:
     before = costs.BUDGET_SECONDS
     try:
         costs.BUDGET_SECONDS = 0.0
-        found = list(costs.measure(amp.convert(stack(), X), (X,), {}))
+        found = list(costs.measure(amp.convert(stack(), X, rules=rules_with()), (X,), {}))
     finally:
         costs.BUDGET_SECONDS = before
     assert [cost.arm for cost in found] == ARMS
@@ -98,7 +100,7 @@ def test_the_model_is_left_as_it_was() -> None:
     torch.manual_seed(0)
     model = Stateful().train()
     model.drop.eval()
-    mixed = amp.convert(model, X)
+    mixed = amp.convert(model, X, rules=rules_with())
     flags = [m.training for m in (*model.modules(), *mixed.modules())]
     state = {key: value.clone() for key, value in model.state_dict().items()}
     seed = torch.get_rng_state()

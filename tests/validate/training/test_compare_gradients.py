@@ -432,26 +432,29 @@ def test_a_loss_that_refuses_what_the_mixed_model_gives() -> None:
 
     def loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         calls.append(out.dtype)
-        if len(calls) == 4:
+        if len(calls) == 5:
             raise ValueError("not in [0, 1]")
         return F.mse_loss(out, target)
 
     with pytest.raises(ModelError, match="given the outputs of the mixed model, raised ValueError"):
         parity(net().convert(), loss)
-    assert calls == [torch.float32] * 4
+    assert calls == [torch.float32] * 5
 
 
-def test_a_loss_that_refuses_rounded_weights_costs_that_figure_only() -> None:
+@pytest.mark.parametrize(("call", "lacking"), [(3, "rounded_rel_l2"), (4, "noise_rel_l2")])
+def test_a_loss_that_refuses_other_weights_costs_that_figure_only(call: int, lacking: str) -> None:
     calls = []
 
     def loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         calls.append(out.dtype)
-        if len(calls) == 3:
+        if len(calls) == call:
             raise ValueError("not in [0, 1]")
         return F.mse_loss(out, target)
 
-    found = parity(net().convert(), loss)
-    assert found.rounded_rel_l2 is None
-    assert replace(found, rounded_rel_l2=parity(net().convert()).rounded_rel_l2) == parity(
-        net().convert()
-    )
+    def without(found: GradientParity) -> GradientParity:
+        layers = tuple(replace(layer, **{lacking: None}) for layer in found.layers)
+        own = {"rounded_rel_l2": None} if lacking == "rounded_rel_l2" else {}
+        return replace(found, layers=layers, **own)
+
+    found, usual = parity(net().convert(), loss), parity(net().convert())
+    assert found == without(usual) != usual

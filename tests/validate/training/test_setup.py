@@ -155,7 +155,8 @@ def test_no_more_batches_are_drawn_than_the_steps_take() -> None:
 
     assert count(Settings(steps=4)) == 4
     assert count(Settings(steps=4, accumulate=3)) == 12
-    assert count(Settings(accumulate=2)) == 100
+    # Where none are asked for, 200 may be needed until FP32 has learnt something.
+    assert count(Settings(accumulate=2)) == 400
 
 
 def test_eval_batches_metrics_and_first_weights() -> None:

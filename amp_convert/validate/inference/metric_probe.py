@@ -1,0 +1,73 @@
+"""Do the user's metrics judge anything? Tried on the first batches, before their values are used.
+
+The FP32 outputs are scored, then outputs that are certainly others (the same with the sign turned
+and the samples in another order, and zeros), then the FP32 outputs again. A metric that gives
+another value the second time keeps state from call to call, so one arm's values would be spoilt by
+the other's. One that gives the same for all of them, on every batch that is tried, does not look at
+the outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from amp_convert.core.batches import Score
+from amp_convert.validate.inference.results import MetricDoubt
+
+BATCHES = 4
+"""How many batches are tried."""
+
+
+class MetricProbe:
+    """What the tried batches have shown of each metric."""
+
+    def __init__(self, score: Score) -> None:
+        self._score, self._tried = score, 0
+        self._tried_names: set[str] = set()
+        self._alive: set[str] = set()
+        self._stateful: set[str] = set()
+
+    def try_batch(self, outputs: Any, target: Any) -> None:
+        """Try one batch of FP32 outputs; nothing after the first `BATCHES`."""
+        if self._tried >= BATCHES:
+            return
+        self._tried += 1
+        first = self._score(outputs, target)
+        self._tried_names |= first.keys()
+        if first.keys() <= self._alive | self._stateful:
+            return
+        for changed in (_turned, torch.zeros_like):
+            other = pytree.tree_map_only(torch.Tensor, changed, outputs)
+            scores = self._scored(other, target)
+            self._alive |= {n for n in first if not _same(first[n], scores.get(n, math.nan))}
+        again = self._score(outputs, target)
+        self._stateful |= {n for n in first if not _same(first[n], again.get(n, math.nan))}
+
+    def _scored(self, outputs: Any, target: Any) -> Mapping[str, float]:
+        try:
+            return self._score(outputs, target)
+        except Exception:  # noqa: BLE001  a metric that refuses such outputs looks at them
+            return {}
+
+    def doubt(self, name: str) -> MetricDoubt | None:
+        """Why a metric judges nothing, if it does."""
+        if name in self._stateful:
+            return MetricDoubt.STATEFUL
+        return MetricDoubt.CONSTANT if name in self._tried_names - self._alive else None
+
+
+def _turned(tensor: torch.Tensor) -> torch.Tensor:
+    """Other values: the sign turned, and the samples in another order."""
+    if not tensor.dim() or not tensor.numel():
+        return tensor.clone()
+    moved = tensor.roll(1, 0)
+    return ~moved if tensor.dtype == torch.bool else -moved
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))

@@ -1,0 +1,131 @@
+"""What a batch goes through beside the mixed model: the original, native autocast, FP32 nudged by
+one ULP, and the frozen model.
+
+All start from one random state, on copies of the inputs, and leave buffers as they were. Where
+autocast or the nudged model fails, it is left out from then on, and the reason kept: autocast bans
+or breaks some models, and a model may refuse weights that are not its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture.graph_call import in_mode
+from amp_convert.core.errors import first_line
+from amp_convert.core.mode import Mode
+from amp_convert.core.noise import nudged
+from amp_convert.core.number_formats import from_name, is_float_tensor
+from amp_convert.core.random_state import set_rng_state
+from amp_convert.rewrite.converted_model import ConvertedModel
+
+
+class OtherArms:
+    """The arms of one comparison; `autocast_reason` and `noise_reason` say why one does not run, ""
+    while it does."""
+
+    def __init__(self, converted: ConvertedModel, *, autocast: bool) -> None:
+        self._converted, self._captured = converted, converted.captured
+        self._device = self._captured.device
+        self._low = from_name(converted.plan.dtype)
+        self._frozen = converted.freeze()
+        # What writes to no input needs no copies of them.
+        whole = self._captured.is_whole
+        self._writes = not whole or bool(
+            self._captured.regions[0].runner(Mode.EVAL).signature.input_outputs
+        )
+        self._coin = torch.Generator().manual_seed(0)
+        self._nudged: dict[int, torch.Tensor] = {}
+        self.autocast_reason = "" if autocast else "it was not asked for"
+        self.noise_reason = ""
+
+    def original(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
+        """The eager FP32 model's outputs from this random state."""
+        return self._called(self._captured.model, args, kwargs, state)
+
+    def frozen(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
+        """The frozen model's."""
+        return self._called(self._frozen, args, kwargs, state)
+
+    def mixed(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
+        """The converted model's."""
+        return self._called(self._converted, args, kwargs, state)
+
+    def autocast(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
+        """The original's under native autocast; None once it has failed."""
+
+        def run() -> Any:
+            with torch.autocast(self._device.type, dtype=self._low):
+                return self.original(args, kwargs, state)
+
+        if not self.autocast_reason:
+            outputs, self.autocast_reason = _tried(run, "the original fails under torch.autocast")
+            return outputs
+        return None
+
+    def noise(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
+        """FP32's outputs for inputs and weights nudged by one ULP; None once it has failed."""
+
+        def run() -> Any:
+            given = pytree.tree_map_only(
+                torch.Tensor, lambda t: nudged(t, self._coin), (tuple(args), dict(kwargs))
+            )
+            set_rng_state(self._device, state)
+            if self._captured.is_whole:
+                runner = self._captured.regions[0].runner(Mode.EVAL)
+                inputs = [
+                    self._weight(own) if own is value else value
+                    for own, value in zip(runner.tensors(), runner.inputs(*given), strict=True)
+                ]  # a buffer that the graph writes to is a copy, and stays as it is
+                return runner.results(runner.graph_module(*inputs))
+            model = self._captured.model
+            moved = {name: self._weight(tensor) for name, tensor in model.named_parameters()}
+            with in_mode(model, training=False):
+                return torch.func.functional_call(model, moved, *given)
+
+        if not self.noise_reason:
+            outputs, self.noise_reason = _tried(run, "FP32 fails once it is nudged by one ULP")
+            return outputs
+        return None
+
+    def _weight(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A weight nudged, once for all batches."""
+        if id(tensor) not in self._nudged:
+            self._nudged[id(tensor)] = nudged(tensor, self._coin)
+        return self._nudged[id(tensor)]
+
+    def _called(
+        self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any
+    ) -> Any:
+        set_rng_state(self._device, state)
+        if self._writes:
+            args, kwargs = pytree.tree_map_only(
+                torch.Tensor, torch.clone, (tuple(args), dict(kwargs))
+            )
+        with in_mode(model, training=False):
+            return model(*args, **kwargs)
+
+
+def _tried(run: Callable[[], Any], what: str) -> tuple[Any, str]:
+    """What `run` gives, or why it does not."""
+    try:
+        return run(), ""
+    except Exception as error:  # noqa: BLE001  a result, and no error
+        return None, f"{what}: {first_line(error)}"
+
+
+def as_dtypes_of(outputs: Any, reference: Any) -> Any:
+    """Outputs in the reference's dtypes, as the user's metrics expect them; as they are where their
+    structure is another."""
+
+    def restored(have: Any, want: Any) -> Any:
+        both = is_float_tensor(have) and is_float_tensor(want)
+        return have.to(want.dtype) if both else have
+
+    try:
+        return pytree.tree_map(restored, outputs, reference)
+    except ValueError:
+        return outputs

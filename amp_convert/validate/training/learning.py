@@ -1,0 +1,53 @@
+"""Has a training run learnt anything? Judged on its losses: does the loss fall, and far enough?
+
+That it falls is a question of order, so that neither the spread from batch to batch nor how fast it
+falls matters: Mann and Kendall's test for a trend. With S the number of pairs of steps of which the
+later has the smaller loss, less those of which it has the larger, z = (S - 1) / sqrt(n (n - 1)
+(2 n + 5) / 18), which is normal where there is no trend (H. B. Mann, 1945).
+
+How far is the mean of the first quarter less that of the last, relative to that. Less than
+`LEAST_GAIN` could have come of nothing: the losses of two arms may differ by half of that.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CERTAIN = 2.0
+"""The z from which on a trend is no luck."""
+LEAST_GAIN = 0.04
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How far the loss fell, relative to where it ended, and the z of the trend; NaN for fewer than
+    four losses, or losses that are no numbers."""
+
+    gain: float
+    z: float
+
+    @classmethod
+    def of(cls, losses: Sequence[float]) -> Learning:
+        """What a list of losses, one a step, shows."""
+        count = len(losses)
+        if count < 4 or not all(map(math.isfinite, losses)):
+            return cls(math.nan, math.nan)
+        score = sum(
+            (losses[i] > later) - (losses[i] < later)
+            for i in range(count)
+            for later in losses[i + 1 :]
+        )
+        spread = math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
+        quarter = max(1, count // 4)
+        first, last = (statistics.fmean(part) for part in (losses[:quarter], losses[-quarter:]))
+        fell = first - last
+        gain = fell / abs(last) if last else math.copysign(math.inf, fell) if fell else 0.0
+        return cls(gain, max(score - 1, 0) / spread)
+
+    @property
+    def learnt(self) -> bool:
+        """Whether the loss fell, and far enough."""
+        return self.z > CERTAIN and self.gain > LEAST_GAIN
