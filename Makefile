@@ -13,7 +13,7 @@ NEIGHBOURS := .venv-neighbours/.stamp
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-onnx clean
+.PHONY: help demo test lint bench bench-onnx healthy hunt clean
 
 help: ## Say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -33,6 +33,12 @@ lint: $(STAMP) ## Check style, types and the order of imports
 
 bench: $(STAMP) ## Print the speed and memory figures, side by side
 	$(BIN)/python -m tests.benchmarks.bench
+
+healthy: $(STAMP) ## Judge models with nothing wrong, trained on real data: they must pass
+	$(BIN)/python -m tests.benchmarks.healthy
+
+hunt: $(STAMP) ## Plant faults in converted models: none may pass
+	$(BIN)/python -m tests.benchmarks.hunt
 
 bench-onnx: $(STAMP) $(NEIGHBOURS) ## Hold FP16 ONNX files against those of other converters
 	$(BIN)/python -m tests.benchmarks.bench_onnx .venv-neighbours/bin/python

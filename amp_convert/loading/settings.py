@@ -173,7 +173,7 @@ class Settings:
     ] = None
     eval_seconds: Annotated[
         Positive, Option("How long eval batches are compared; the verdict asks for all.", "X")
-    ] = 120.0
+    ] = 600.0
     train: Annotated[
         Switch | None,
         _train("Train beside FP32, too.", default="where MODEL defines train_batches and loss"),

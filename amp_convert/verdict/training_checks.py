@@ -131,9 +131,10 @@ def learnt_check(parity: TrainingParity) -> Check:
     if not math.isfinite(found.z):
         reason = "too few losses, or losses that are no numbers, show nothing that was learnt"
         return Check(name, CheckStatus.UNCHECKED, None, LEAST_GAIN, reason)
-    fell = "fell" if found.gain >= 0 else "rose"
-    steps = f"in {parity.run.steps} steps"
-    reason = f"FP32's loss {fell} by {abs(found.gain):.2%} of where it ended, {steps}"
+    reason = (
+        f"FP32's loss went from {found.first:.4g} to {found.last:.4g} in {parity.run.steps} steps, "
+        "both the means of a quarter"
+    )
     if found.learnt:
         return Check(name, CheckStatus.PASS, found.gain, LEAST_GAIN, reason)
     if found.gain > LEAST_GAIN:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from amp_convert.core.batches import TRAIN_LOSS
-from amp_convert.validate.training.arm_specs import FP32, MIXED, NOISE
+from amp_convert.validate.training.arm_specs import AUTOCAST, FP32, MIXED, NOISE
 from amp_convert.validate.training.noninferiority import Outcome, judge_pairs
 from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.thresholds import RESOLVED, Thresholds, metric_holds, metric_limit
@@ -90,7 +90,8 @@ def loss_check(parity: TrainingParity, limits: Thresholds) -> Check:
         reason = "FP32's own losses are not finite, or not of as many steps"
         return Check(name, CheckStatus.UNCHECKED, None, limit, reason)
     last, quarter = fp32.last_loss, fp32.losses[: max(1, len(fp32.losses) // 4)]
-    scale = max(abs(last), abs(statistics.median(quarter) - last))
+    quarter_mean = statistics.median(quarter)
+    scale = max(abs(last), abs(quarter_mean - last))
     exact = limit == 0
 
     def apart(arm: ArmRecord) -> float:
@@ -109,7 +110,10 @@ def loss_check(parity: TrainingParity, limits: Thresholds) -> Check:
         reason += f", and {behind} steps that were left out make {lag:.2g} of the limit"
     error = apart(mixed)
     luck = math.inf if mixed.last_loss < last and not exact else LUCK * limit
-    status, why = _judged(error <= limit, error, luck, apart(noise) if noise else 0.0)
+    native = _complete(run, AUTOCAST.name) if not exact else None
+    fell = _relative(quarter_mean - last, scale)
+    as_lossy = apart(native) if native and error <= fell * MARGIN_SHARE else 0.0
+    status, why = _judged(error <= limit, error, luck, apart(noise) if noise else 0.0, as_lossy)
     return Check(name, status, error, limit, reason + why)
 
 
@@ -165,7 +169,10 @@ def _metric_check(check: str, parity: TrainingParity, metric: str, limits: Thres
     worse = have - want if lower else want - have
     jitter = abs(noise.metric(metric) - want) if noise else 0.0
     holds = metric_holds(have, limit, lower_is_better=lower)
-    status, why = _judged(holds, worse, luck, jitter)
+    native = _complete(run, AUTOCAST.name)
+    learning = math.isfinite(went) and worse <= MARGIN_SHARE * went
+    as_lossy = abs(native.metric(metric) - want) if native and learning else 0.0
+    status, why = _judged(holds, worse, luck, jitter, as_lossy)
     if holds and -worse > max(allowance + luck, NOISE_FACTOR * jitter):
         status, why = CheckStatus.UNCHECKED, f": better by more than precision can make it{_SEEDS}"
     reason = f"{metric} is {have:.6g} mixed against {want:.6g} in FP32 after {run.steps} steps"
@@ -219,9 +226,12 @@ _STATUS = {
 }
 
 
-def _judged(holds: bool, error: float, luck: float, noise: float) -> tuple[CheckStatus, str]:
-    """The status, and what to add to the reason; an error of `luck` may be just that. Neither noise
-    nor luck excuses what is no number, and noise that is none excuses nothing."""
+def _judged(
+    holds: bool, error: float, luck: float, noise: float, native: float = 0.0
+) -> tuple[CheckStatus, str]:
+    """The status, and what to add to the reason; an error of `luck` may be just that. `native` is
+    how far native autocast lies from FP32, where half of what FP32 has learnt is there: the dtype
+    makes that of this training, and not the conversion. None of them excuses what is no number."""
     if holds:
         return CheckStatus.PASS, ""
     if 0 < error < math.inf:
@@ -229,6 +239,11 @@ def _judged(holds: bool, error: float, luck: float, noise: float) -> tuple[Check
             return (
                 CheckStatus.UNCHECKED,
                 f"; FP32 nudged by one ULP parts by {noise:.3g} as well{_SEEDS}",
+            )
+        if error <= NOISE_FACTOR * native < math.inf:
+            return (
+                CheckStatus.UNCHECKED,
+                f"; native autocast parts by {native:.3g} as well{_SEEDS}",
             )
         if error <= luck:
             return CheckStatus.UNCHECKED, f"; that is beyond the tolerance, but can be luck{_SEEDS}"

@@ -116,11 +116,26 @@ def test_chaos_is_no_failure_and_no_pass() -> None:
         arm("noise", LOSSES[:2]),
         arm("noise", ending(0.1), note="its loss is nan at step 8"),
         arm("noise", ()),
-        arm("autocast", ending(0.1)),
     ],
 )
 def test_noise_that_is_none_excuses_nothing(noise: Any) -> None:
     assert loss_of(run(mixed=mixed_arm(ending(0.6)), noise=noise)).status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("mixed", "autocast", "status"),
+    [
+        (0.6, 0.6, "unchecked"),  # the dtype makes that of this training, and no conversion
+        (0.6, 0.4, "unchecked"),
+        (0.6, 0.51, "fail"),
+        (0.6, NAN, "fail"),
+        (1.4, 1.4, "fail"),  # half of what FP32 has learnt is missing in both
+    ],
+)
+def test_native_autocast_that_parts_as_far(mixed: float, autocast: float, status: str) -> None:
+    native = arm("autocast", ending(autocast))
+    paired = run(mixed=mixed_arm(ending(mixed)))
+    assert loss_of(replace(paired, arms=(*paired.arms, native))).status == status
 
 
 @pytest.mark.parametrize("last", [NAN, INF])

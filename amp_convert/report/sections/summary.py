@@ -94,7 +94,7 @@ def _error_rows(inference: Divergence) -> list[Comparison]:
     return [
         Comparison(
             f"output error, worst of {floating}" if floating > 1 else "output error",
-            fp32="0",
+            fp32=fmt.error(mixed.noise_rel_l2) if mixed.noise_rel_l2 is not None else "0",
             autocast=fmt.error(autocast.rel_l2) if autocast else "",
             mixed=fmt.error(mixed.rel_l2),
             frozen=fmt.error(frozen.rel_l2) if frozen else "",

@@ -23,10 +23,11 @@ LEAST_GAIN = 0.04
 
 @dataclass(frozen=True)
 class Learning:
-    """How far the loss fell, relative to where it ended, and the z of the trend; NaN for fewer than
-    four losses, or losses that are no numbers."""
+    """The mean loss of the first and of the last quarter of the steps, and the z of the trend; NaN
+    for fewer than four losses, or losses that are no numbers."""
 
-    gain: float
+    first: float
+    last: float
     z: float
 
     @classmethod
@@ -34,7 +35,7 @@ class Learning:
         """What a list of losses, one a step, shows."""
         count = len(losses)
         if count < 4 or not all(map(math.isfinite, losses)):
-            return cls(math.nan, math.nan)
+            return cls(math.nan, math.nan, math.nan)
         score = sum(
             (losses[i] > later) - (losses[i] < later)
             for i in range(count)
@@ -43,9 +44,15 @@ class Learning:
         spread = math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
         quarter = max(1, count // 4)
         first, last = (statistics.fmean(part) for part in (losses[:quarter], losses[-quarter:]))
-        fell = first - last
-        gain = fell / abs(last) if last else math.copysign(math.inf, fell) if fell else 0.0
-        return cls(gain, max(score - 1, 0) / spread)
+        return cls(first, last, max(score - 1, 0) / spread)
+
+    @property
+    def gain(self) -> float:
+        """How far the loss fell, relative to where it ended."""
+        fell = self.first - self.last
+        if not self.last:
+            return math.copysign(math.inf, fell) if fell else 0.0
+        return fell / abs(self.last)
 
     @property
     def learnt(self) -> bool:

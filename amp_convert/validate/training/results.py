@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from amp_convert.core.batches import TRAIN_LOSS
@@ -17,7 +18,7 @@ from amp_convert.validate.training.noninferiority import Noninferiority
 
 WARM_UP_STEPS, WARM_UP_SHARE = 10, 0.05
 """How long a dynamic loss scale may look for its place: this many steps, or share of the run."""
-SKIPPED_SHARE = 0.01
+SKIPPED_SHARE, SEARCH_SHARE = 0.01, 0.05
 
 
 @dataclass(frozen=True)
@@ -125,18 +126,20 @@ class PairedRun:
         A dynamic scale looks for its place at first: steps left out in the warm-up, or one after
         the other from the first step on, do not count, if the scale came down after each. Of the
         others there may be `SKIPPED_SHARE` (one alone never counts: a short run cannot tell it
-        from bad luck).
+        from bad luck); and `SEARCH_SHARE` where the scale has only ever come down: as gradients
+        grow while training goes on, it is still looking.
         """
         warm_up = max(WARM_UP_STEPS, round(WARM_UP_SHARE * self.steps))
         leading = sum(number == step for number, step in enumerate(mixed.skipped, 1))
         scales = mixed.scales
 
-        def searching(step: int) -> bool:
-            stayed = step < len(scales) and scales[step] >= scales[step - 1]
-            return step <= max(warm_up, leading) and not stayed
+        def stayed(step: int) -> bool:
+            return step < len(scales) and scales[step] >= scales[step - 1]
 
-        late = [step for step in mixed.skipped if not searching(step)]
-        if len(late) <= max(1, SKIPPED_SHARE * (self.steps - warm_up)):
+        late = [s for s in mixed.skipped if s > max(warm_up, leading) or stayed(s)]
+        rose = any(after > before for before, after in pairwise(scales))
+        share = SKIPPED_SHARE if rose or any(map(stayed, mixed.skipped)) else SEARCH_SHARE
+        if len(late) <= max(1, share * (self.steps - warm_up)):
             return ""
         return (
             f"{len(late)} of its {self.steps} steps were left out because gradients overflowed, "

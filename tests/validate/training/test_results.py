@@ -123,9 +123,9 @@ def test_steps_left_out_while_the_scale_looks_for_its_place(
 @pytest.mark.parametrize(
     ("steps", "skipped", "late"),
     [
-        (50, (20, 30), 2),
-        (50, (*range(2, 11), 11, 12), 2),  # the first step was clean, so 11 and 12 are late
-        (1000, (*range(1, 51), *range(100, 110)), 10),
+        (50, (20, 30, 40), 3),  # over 5 %, though the scale has only come down
+        (50, (*range(2, 11), 11, 12, 13), 3),  # the first step was clean, so 11 to 13 are late
+        (1000, (*range(1, 51), *range(100, 148)), 48),
     ],
 )
 def test_too_many_steps_left_out(steps: int, skipped: Sequence[int], late: int) -> None:
