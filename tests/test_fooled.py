@@ -5,9 +5,11 @@ Each stands for a kind. Figures are those of eager FP32, or of FP64 where it say
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -440,6 +442,39 @@ def test_where_nothing_was_learnt_nothing_was_tested() -> None:
     assert "too little was learnt for the mixed model to fail at" in (
         checks(run)["training.learnt"].reason
     )
+
+
+class Draws(nn.Module):
+    """It draws from NumPy in eval mode, or leaves layers out by Python's in train mode."""
+
+    def __init__(self, *, in_eval: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.head, self.in_eval = nn.Linear(16, 4), in_eval
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not self.training or random.random() < 0.7:
+                x = torch.relu(layer(x)) + x
+        factor = float(np.random.uniform(0.5, 1.5)) if self.in_eval else 1.0
+        return self.head(x) * factor  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("in_eval", [True, False])
+def test_random_numbers_from_outside_of_torch(in_eval: bool) -> None:
+    torch.manual_seed(0)
+    run = amp.check(
+        Draws(in_eval=in_eval).eval(),
+        labelled(8, 0)[0],
+        eval_batches=lambda: labelled_batches(7, 3),
+        train_batches=lambda seed: labelled_batches(seed, 8),
+        loss=F.cross_entropy,
+    )
+    assert (run.exit_code, failed(run)) == (3, [])
+    names = ["fidelity.eval", "fidelity.batches"] if in_eval else ["training.random"]
+    for name in names:
+        assert checks(run)[name].status == "unchecked"
+        assert f"{'NumPy' if in_eval else 'Python'}'s random numbers" in checks(run)[name].reason
 
 
 class TwoHeads(nn.Module):

@@ -119,6 +119,7 @@ class _Comparison:
         self.batches = self._samples = 0
         self._reference_rel_l2 = 0.0
         self._filled: set[float] = set()
+        self._drawn: set[str] = set()
         self.left: int | None = 0
         self.stopped: Stop | None = None
 
@@ -136,6 +137,7 @@ class _Comparison:
         self._metrics.add("mixed", self._score(mixed, target), size)
         if self._captured.is_whole:  # else the reference is the eager model itself
             self._check_reference(self._arms.original(args, kwargs, state), reference)
+            self._drawn |= set(state.drawn_outside_torch(rng_state(self._device)))
         frozen = self._arms.frozen(args, kwargs, state)
         accumulate(self._frozen, reference, frozen, matcher=matcher)
         self._frozen_identical &= _same_bits(mixed, frozen)
@@ -250,6 +252,7 @@ class _Comparison:
             batches_given=None if self.left is None else self.batches + self.left,
             stopped=self.stopped,
             node_batches=int(min(self.batches, self._node_batches)),
+            drawn_outside=tuple(sorted(self._drawn)),
             same_inputs=len(self._filled) == 1 and math.nan not in self._filled,
         )
 

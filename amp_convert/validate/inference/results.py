@@ -155,7 +155,8 @@ class Divergence:
     errors of native `torch.autocast` at the same dtype, empty with a reason where it could not run,
     `frozen_outputs` those of the frozen model; `metrics` are empty with a reason where the user
     gave none. `same_inputs` is whether all batches hold one and the same number throughout, as a
-    placeholder of zeros does.
+    placeholder of zeros does. `drawn_outside` names the generators outside of PyTorch ("Python",
+    "NumPy") that the eager model draws from.
     """
 
     batches: int
@@ -175,6 +176,7 @@ class Divergence:
     stopped: Stop | None = None
     node_batches: int = 0
     same_inputs: bool = False
+    drawn_outside: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """One row a node, in graph order."""

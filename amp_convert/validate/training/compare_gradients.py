@@ -82,6 +82,7 @@ def compare_gradients(
     watched = GradientProbe(converted.captured)
     reference = step.run(watched, "FP32")
     difference = _largest_difference(eager.gradients, reference.gradients)
+    drawn = tuple(eager.rng_state.drawn_outside_torch(reference.rng_state))
     del eager  # never three sets of gradients at a time
     rounded, noise = _apart(step.rounded, reference), _apart(step.nudged, reference)
     mixed = step.run(converted, "mixed", scale)
@@ -121,6 +122,7 @@ def compare_gradients(
         only_fp32=tuple(totals.only_fp32),
         only_mixed=tuple(totals.only_mixed),
         rounded_rel_l2=rounded.total,
+        drawn_outside=drawn,
     )
 
 

@@ -110,7 +110,8 @@ class GradientParity:
     either model, which have no row; `only_fp32` and `only_mixed` those that have one in a single
     model. Parameters that do not require gradients are left out. `rounded_rel_l2` is the relative
     L2 difference from FP32's gradients, all together, of those from rounded weights; None where
-    that was not measured.
+    that was not measured. `drawn_outside` names the generators outside of PyTorch ("Python",
+    "NumPy") whose numbers the eager model draws, and its graph does not.
     """
 
     dtype: str
@@ -130,6 +131,7 @@ class GradientParity:
     only_fp32: tuple[str, ...]
     only_mixed: tuple[str, ...]
     rounded_rel_l2: float | None = None
+    drawn_outside: tuple[str, ...] = ()
 
     @property
     def faults(self) -> tuple[str, ...]:
