@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_two_channels_that_are_tiny(rules: str) -> None:
         assert failed(run) == ["outputs.channels"]
         reason = checks(run)["outputs.channels"].reason
         assert reason.startswith(("channel 6 of dimension 1", "channel 7 of dimension 1"))
-        assert "varies less than a millionth as much as the others" in reason
+        assert "it hardly varies beside the others" in reason
     else:
         assert error < 1e-3
         assert run.verdict.status == "pass"
@@ -144,6 +145,63 @@ def test_increments_under_a_unit_in_the_last_place(dtype: torch.dtype) -> None:
         mixed = run.converted(x).double() - x
         exact = model.double()(x.double()) - x
     assert float((mixed - exact).norm() / exact.norm()) < (1e-3 if dtype == torch.float16 else 5e-3)
+
+
+@pytest.mark.parametrize("size", [7, 8])
+def test_too_few_samples_for_a_spread_never_pass_over_an_error(size: int) -> None:
+    """Every prediction of a year is 2005.0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1)).eval()
+    nn.init.constant_(model[2].bias, 2005.0)
+    run = amp.check(model, torch.randn(size, 8), rules="half")
+    assert run.verdict.status == ("inconclusive" if size < 8 else "fail")
+    assert checks(run)["outputs.channels"].status == ("unchecked" if size < 8 else "fail")
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_few_samples_are_no_false_alarm(size: int) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+        assert amp.check(model, torch.randn(size, 8)).verdict.status == "pass"
+
+
+class PassesOn(nn.Module):
+    """It hands a tensor of the user's through, in FP64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), t
+
+
+def test_comparing_leaves_the_users_own_data_alone() -> None:
+    times = torch.randn(16, dtype=torch.float64) + 2000
+    batches = [((torch.randn(16, 8), times.clone()), None) for _ in range(2)]
+    assert (
+        amp.check(PassesOn().eval(), batches[0][0], eval_batches=batches).verdict.status == "pass"
+    )
+    assert all(torch.equal(batch[0][1], times) for batch in batches)
+
+
+class Flat(nn.Module):
+    """Two logits of which the second is always a little larger, in any layout."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.layer, self.axis = nn.Linear(4, 1), axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) + 10
+        return torch.cat([y, y + 2e-4], 2).movedim(2, self.axis)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_class_that_rounding_takes_is_lost(axis: int) -> None:
+    run = amp.check(Flat(axis).eval(), torch.randn(8, 50, 4), rules="half")
+    assert "outputs.classes" in failed(run)
 
 
 # --- structure -----------------------------------------------------------------------------------
@@ -249,6 +307,57 @@ def test_a_name_in_lower_is_better_that_no_metric_has() -> None:
     assert failed(run) == ["metrics.error_rate"]
 
 
+def test_metrics_that_refuse_what_the_mixed_model_gives() -> None:
+    """As scikit-learn's do where there is NaN: that is the mixed model's fault, and no error."""
+
+    class Overflows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x) * 1e4 * 1e4
+            return (y - y.mean()) / y.std()
+
+    def refuses(outputs: Tensor, target: Tensor) -> dict[str, float]:
+        if outputs.isnan().any():
+            raise ValueError("Input contains NaN")
+        return {"mean": float(outputs.mean())}
+
+    batches = [edge(i) for i in range(2)]
+    run = amp.check(Overflows(), batches[0][0], rules="half", eval_batches=batches, metrics=refuses)
+    assert {"outputs.finite", "metrics.mean"} <= set(failed(run))
+
+
+@dataclass
+class Outputs:
+    logits: Tensor
+    hidden: Tensor
+
+
+class Named(nn.Module):
+    """It returns a class that PyTorch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = identity()
+
+    def forward(self, x: Tensor) -> Outputs:
+        y = self.net(x)
+        return Outputs(y, 2 * y)
+
+
+def test_metrics_of_a_class_of_the_users_are_tried_too() -> None:
+    batches = [edge(2 * i) for i in range(4)]
+    run = amp.check(
+        Named(),
+        batches[0][0],
+        eval_batches=batches,
+        metrics=lambda o, t: f1_if_any(o.logits, t),
+    )
+    assert checks(run)["metrics.f1"].status == "pass"
+
+
 class Running:
     """A metric that forgets nothing."""
 
@@ -312,6 +421,70 @@ def test_hard_batches_that_come_late() -> None:
     short = amp.check(small_net(), torch.randn(8, 16), eval_batches=late, eval_seconds=1e-9)
     assert short.verdict.status == "inconclusive"
     assert checks(short)["batches.all"].reason.startswith("1 of 20 batches were seen, since the")
+
+
+class Ids(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(5, 16), nn.Linear(16, 16)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.layer(self.embed(ids))
+        return y if mask is None else y * mask[..., None]
+
+
+def test_zeros_beside_a_mask_of_ones_are_placeholders_and_one_label_is_none() -> None:
+    torch.manual_seed(0)
+    zeros, ones = torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8)
+    for inputs, status in (((zeros, ones), "unchecked"), (torch.tensor([3]), "pass")):
+        run = amp.check(Ids(), inputs, rules="half")
+        assert checks(run)["batches.inputs"].status == status
+
+
+class Writes(nn.Module):
+    """What matters is written into a tensor of the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        y = self.layer(x)
+        out.copy_(y * y)
+        return y.clamp(-1, 1)
+
+
+def test_what_is_written_to_an_input_is_compared_on_every_batch() -> None:
+    def batches() -> Iterator[Any]:
+        for i in range(12):
+            x = torch.randn(16, 8, generator=seeded(i)) * (1 if i < 8 else 300)
+            yield (x, torch.zeros(16, 8)), None
+
+    run = amp.check(Writes().eval(), next(batches())[0], rules="half", eval_batches=batches)
+    rows = {row.name: row for row in run.report.inference.outputs}  # type: ignore[union-attr]
+    assert rows["input out"].elements == rows["output"].elements == 12 * 128
+    assert rows["input out"].nonfinite > 0
+    assert "outputs.finite" in failed(run)
+
+
+class Scores(nn.Module):
+    """A number beside a tensor, and one that is not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.layer(x)
+        return {"y": y, "size": y.abs().mean().item(), "loss": float("nan")}
+
+
+def test_numbers_among_the_outputs_have_a_tolerance() -> None:
+    torch.manual_seed(0)
+    run = amp.check(Scores().eval(), torch.randn(16, 8))
+    assert run.verdict.status == "pass"
+    (row,) = (r for r in run.report.inference.outputs if r.name == "size")  # type: ignore[union-attr]
+    assert 0 < row.rel_l2 < 1e-3
 
 
 def test_an_example_of_zeros() -> None:

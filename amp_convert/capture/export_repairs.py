@@ -86,7 +86,7 @@ def inline_autocast_off(graph_module: fx.GraphModule) -> None:
             user.replace_all_uses_with(result)
             graph.erase_node(user)
             if any(reader.op == "output" for reader in result.users):
-                result._rename(name)  # the program's signature knows its outputs by name
+                result.name = name  # the program's signature knows its outputs by name
         graph.erase_node(node)
     graph_module.recompile()
 

@@ -8,7 +8,7 @@ for bit. Buffers and random state are put back afterwards, so checking leaves no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
+from amp_convert.core.errors import first_line
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.random_state import preserved_rng, rng_state
@@ -38,6 +39,8 @@ class Fidelity:
 
     `outputs`, `gradients` and `buffers` say whether they are bit-identical; None where there are
     none to compare. `max_rel_l2` is the largest relative L2 difference over all of them.
+    `untrainable` says why the graph has not the model's gradients though its outputs are right, ""
+    where it has.
     """
 
     mode: Mode
@@ -47,6 +50,7 @@ class Fidelity:
     buffers: bool | None
     max_rel_l2: float
     reason: str
+    untrainable: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class _Trace:
     gradients: dict[str, torch.Tensor]
     buffers: dict[str, torch.Tensor]
     drawn: list[str]
+    custom: list[str]
 
 
 def unchecked(mode: Mode, reason: str) -> Fidelity:
@@ -93,7 +98,45 @@ def check(
             f"the model draws from {' and '.join(eager.drawn)}'s random numbers while it runs in "
             f"{mode} mode, and a graph holds those of one draw for ever: draw from torch",
         )
-    graph = _trace(module, captured, args, kwargs, mode, device, backward=backward)
+    graph, untrainable = _graph_trace(
+        module, captured, args, kwargs, mode, eager, backward=backward
+    )
+    if untrainable and mode is Mode.TRAIN:
+        return replace(unchecked(mode, untrainable), untrainable=untrainable)
+    if graph is None:
+        without = f"; gradients were not compared: {untrainable}"
+        eager = _trace(module, module, args, kwargs, mode, device, backward=False)
+        graph = _trace(module, captured, args, kwargs, mode, device, backward=False)
+    return _compared(mode, eager, graph, without)
+
+
+def _graph_trace(
+    module: nn.Module,
+    captured: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mode: Mode,
+    eager: _Trace,
+    *,
+    backward: bool,
+) -> tuple[_Trace | None, str]:
+    """What the graph gives; or nothing, and why it has not the model's gradients."""
+    device = devices.of_model(module)
+    try:
+        graph = _trace(module, captured, args, kwargs, mode, device, backward=backward)
+    except RuntimeError as error:  # an operator of the graph may have no derivative
+        if not backward:
+            raise
+        return None, f"the captured graph has no gradients: {first_line(error)}"
+    mine, theirs = eager.gradients, graph.gradients
+    same = mine.keys() == theirs.keys() and all(_identical(mine[n], theirs[n]) for n in mine)
+    if eager.custom and not same:
+        return None, f"torch.export drops the backward that {', '.join(eager.custom)} defines"
+    return graph, ""
+
+
+def _compared(mode: Mode, eager: _Trace, graph: _Trace, without: str) -> Fidelity:
+    """The result of two traces; `without` says what they do not hold, as a clause."""
     verdicts: list[bool | None] = []
     worst = 0.0
     for want, have in (
@@ -137,10 +180,12 @@ def _trace(
         preserved_rng(device),
         devices.exact_fp32(device),
         devices.plain_mode(device),
+        torch.set_grad_enabled(backward),
     ):
         torch.manual_seed(0)
         before = rng_state(device)
         result = call(*args, **kwargs)
+        custom = _custom_backwards(result) if backward else []
         drawn = before.drawn_outside_torch(rng_state(device))
         gradients = _gradients(module, result) if backward else {}
         leaves = pytree.tree_flatten_with_path(result)[0]
@@ -152,7 +197,23 @@ def _trace(
         for keys, leaf in given:
             if isinstance(leaf, torch.Tensor):  # the model may write to what it is given
                 outputs[f"input {pytree.keystr(keys)}"] = leaf.detach()
-    return _Trace(outputs, gradients, buffers, drawn)
+    return _Trace(outputs, gradients, buffers, drawn, custom)
+
+
+def _custom_backwards(result: Any) -> list[str]:
+    """The `torch.autograd.Function` classes of the user's that a result comes from."""
+    pending = [t.grad_fn for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+    seen: set[Any] = set()
+    found: dict[str, None] = {}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            found[type(node).__name__.removesuffix("Backward")] = None
+        pending += [source for source, _ in node.next_functions]
+    return list(found)
 
 
 def _gradients(module: nn.Module, result: Any) -> dict[str, torch.Tensor]:

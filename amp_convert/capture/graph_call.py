@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source, UserInput
 from amp_convert.core.errors import ModelError
+from amp_convert.core.module_state import Attributes
 
 
 def bind(
@@ -194,8 +195,9 @@ def _lookup(owner: nn.Module, name: str) -> tuple[dict[str, torch.Tensor], str]:
 
 
 @contextlib.contextmanager
-def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Run `module` in one mode; its training flags and buffers are afterwards as they were.
+def in_mode(module: nn.Module, *, training: bool) -> Iterator[Attributes]:
+    """Run `module` in one mode; its training flags, buffers and other attributes are afterwards as
+    they were. Gives those attributes.
 
     A module that is in training mode already keeps the flags of its parts: a BatchNorm that the
     user froze stays frozen.
@@ -204,11 +206,13 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
     flags = [child.training for child in children]
     tables = [dict(child._buffers) for child in children]
     kept = {id(b): b.detach().clone() for table in tables for b in table.values() if b is not None}
+    attributes = Attributes(module)
     if not (training and module.training):
         module.train(training)
     try:
-        yield
+        yield attributes
     finally:
+        attributes.restore()
         with torch.no_grad():
             for child, was_training, table in zip(children, flags, tables, strict=True):
                 child.training = was_training

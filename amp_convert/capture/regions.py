@@ -86,6 +86,8 @@ def capture(
                 mend="Move control flow that depends on tensor values out of the model.",
             ) from problem.__cause__
     checks = [(region.path, _fidelity(region, mode)) for region in regions for mode in Mode]
+    untrainable = {path: found.untrainable for path, found in checks if found.untrainable}
+    regions = tuple(_without_training(r, untrainable.get(r.path, "")) for r in regions)
     eager = _eager_macs(model, args, kwargs, regions) if uncaptured else 0
     return Captured(model, args, kwargs, regions, uncaptured, _merged(checks), eager)
 
@@ -272,6 +274,15 @@ def _fidelity(region: Region, mode: Mode) -> Fidelity:
         return fidelity.unchecked(mode, f"the train graph was not captured: {region.train_failure}")
     with own_hooks_off(region.module) if region.path else contextlib.nullcontext():
         return fidelity.check(region.module, region.runner(mode), region.args, region.kwargs, mode)
+
+
+def _without_training(region: Region, why: str) -> Region:
+    """The region without its train graph, if there is a reason: it trains another model."""
+    if not why or Mode.TRAIN not in region.graphs:
+        return region
+    _log.warning("%s: its train graph is not used: %s", region.path or "the model", why)
+    graphs, traces = ({Mode.EVAL: table[Mode.EVAL]} for table in (region.graphs, region.traces))
+    return dataclasses.replace(region, graphs=graphs, traces=traces, train_failure=why)  # type: ignore[arg-type]
 
 
 def _merged(region: Sequence[tuple[str, Fidelity]]) -> tuple[Fidelity, ...]:

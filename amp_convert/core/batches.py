@@ -112,5 +112,9 @@ class MetricMeans:
             return 0.0
         return statistics.pstdev(values)
 
+    def varies(self, arm: str, name: str) -> bool:
+        """Whether a metric is another one on some batch."""
+        return len({value for value, _ in self._of(arm, name).values()}) > 1
+
     def _of(self, arm: str, name: str) -> dict[int, tuple[float, int]]:
         return self._sums.get(arm, {}).get(name, _Sums()).values

@@ -7,10 +7,12 @@ reference r, value m, and n elements in the slice, error = ‖m - r‖ / sqrt(Σ
 
 A channel is an index of a dimension other than the first, of a size that stays the same and is at
 most 65,536; it takes in all batches. A sample is an index of the first dimension of one batch. The
-whole output is a slice as well. Below `LEAST` elements a spread says nothing, and the slice is not
-looked at. A channel is *faint* where its spread is under `FAINT` of the median channel's. A class
-is a value of an integer output, or an index that is largest along the axis of an output's classes;
-its error is the share of its elements that have another class in `m`.
+whole output is a slice as well. A channel is *faint* where its spread is under `FAINT` of the
+median channel's, a sample under `FLAT` of the median sample's. Below `LEAST` elements a spread is a
+guess: then the median of such channels counts where it is larger, and the slice can show that
+something is wrong, but nothing that is right. A class is a value of an integer output, or an index
+that is largest along the axis of an output's classes; its error is the share of its elements that
+have another class in `m`.
 
 Each slice has a second error, its *noise*: that of FP32 itself, from inputs and weights nudged by
 one ULP. Which slices such noise excuses depends on a tolerance that is not known here, so what is
@@ -30,7 +32,7 @@ import torch
 from amp_convert.core.tensor_errors import CHUNK
 
 LEAST = 8
-FAINT = 1e-6
+FAINT, FLAT = 1e-6, 0.1
 SILENT = 1e-6
 """Noise under this excuses nothing: no tolerance above 0 is as small."""
 MOST_CHANNELS = 65_536
@@ -46,7 +48,11 @@ class SliceKind(StrEnum):
     CHANNEL = "channel"
     FAINT_CHANNEL = "faint channel"
     """One that hardly varies beside the others."""
+    FEW = "few elements"
+    """A channel, or an output, of too few elements to be one of those."""
     SAMPLE = "sample"
+    FAINT_SAMPLE = "faint sample"
+    """One that is nearly flat beside the others."""
     CLASS = "class"
     """A value of an integer or boolean output."""
     LARGEST = "largest"
@@ -71,6 +77,12 @@ class SliceError:
     batch: int | None = None
 
 
+_FAINT = {
+    SliceKind.CHANNEL: (FAINT, SliceKind.FAINT_CHANNEL),
+    SliceKind.SAMPLE: (FLAT, SliceKind.FAINT_SAMPLE),
+}
+
+
 class SliceSums:
     """The slices of one floating point output over all batches."""
 
@@ -80,7 +92,7 @@ class SliceSums:
         self._channels: dict[int, torch.Tensor] = {}
         self._whole = torch.zeros(5, dtype=torch.float64)
         self._samples: list[SliceError] = []
-        self._classes = ClassSums(SliceKind.LARGEST)
+        self._classes: dict[int, ClassSums] = {}
 
     def add(
         self, reference: torch.Tensor, value: torch.Tensor, noise: torch.Tensor | None = None
@@ -99,8 +111,12 @@ class SliceSums:
                 channels[block[dim]] += _by_index(sums, dim)
             samples[block[0]] += _by_index(sums, 0)
         self._whole += samples.sum(0)
-        found = _slices(SliceKind.SAMPLE, samples, None, self._batches)
-        self._samples = frontier([*self._samples, *found])
+        found = [*self._samples, *_slices(SliceKind.SAMPLE, samples, None, self._batches)]
+        self._samples = [
+            each
+            for kind in (SliceKind.SAMPLE, SliceKind.FAINT_SAMPLE)
+            for each in frontier([row for row in found if row.kind is kind])
+        ]
         self._add_classes(reference, value, noise)
         self._batches += 1
 
@@ -120,23 +136,23 @@ class SliceSums:
     def _add_classes(
         self, reference: torch.Tensor, value: torch.Tensor, noise: torch.Tensor | None
     ) -> None:
-        """An axis of classes is the last one, or the second of images."""
-        axis = 1 if reference.dim() > 3 else reference.dim() - 1
-        if axis in self._channels and reference.numel():
-            other = None if noise is None else noise.argmax(axis)
-            self._classes.add(reference.argmax(axis), value.argmax(axis), other)
+        """The axis of the classes is the second one, or the last."""
+        for axis in {1, reference.dim() - 1} & self._channels.keys():
+            if reference.numel():
+                sums = self._classes.setdefault(axis, ClassSums(SliceKind.LARGEST, axis))
+                other = None if noise is None else noise.argmax(axis)
+                sums.add(reference.argmax(axis), value.argmax(axis), other)
 
     def slices(self) -> tuple[SliceError, ...]:
         """The frontier of each kind, the worst of a kind first."""
-        whole = _slices(SliceKind.WHOLE, self._whole[None], None, None)
-        channels: list[SliceError] = []
-        faint: list[SliceError] = []
+        rows = _slices(SliceKind.WHOLE, self._whole[None], None, None)
         for dim, sums in self._channels.items():
-            for row in _slices(SliceKind.CHANNEL, sums, dim, None):
-                (faint if row.kind is SliceKind.FAINT_CHANNEL else channels).append(row)
-        parts = (whole, channels, faint, self._samples)
-        found = [each for part in parts for each in frontier(part)]
-        return (*found, *self._classes.slices())
+            rows += _slices(SliceKind.CHANNEL, sums, dim, None)
+        rows += self._samples
+        kinds = dict.fromkeys(row.kind for row in rows)
+        found = [each for kind in kinds for each in frontier([r for r in rows if r.kind is kind])]
+        classes = [row for sums in self._classes.values() for row in sums.slices()]
+        return (*found, *classes)
 
 
 @dataclass
@@ -144,6 +160,7 @@ class ClassSums:
     """How many elements of each class have another class in the value, and in the noise."""
 
     kind: SliceKind
+    axis: int | None = None
     _rows: dict[int, list[int]] = field(default_factory=dict)
 
     def add(
@@ -168,7 +185,7 @@ class ClassSums:
     def slices(self) -> tuple[SliceError, ...]:
         """The classes that are changed most, of those that have enough elements."""
         found = [
-            SliceError(self.kind, name, changed / count, noise / count, count)
+            SliceError(self.kind, name, changed / count, noise / count, count, self.axis)
             for name, (count, changed, noise) in self._rows.items()
             if count >= LEAST and changed
         ]
@@ -215,7 +232,8 @@ def _terms(
     element whose reference is not finite, and is what the value is, does not count; the first of
     the terms is then whether an element counts."""
     want = reference.double()
-    errors = [None if other is None else other.double().sub_(want) for other in (value, noise)]
+    # Copies: FP64 outputs may be the user's own data.
+    errors = [None if other is None else other.double() - want for other in (value, noise)]
     counts = None
     if not bool(torch.isfinite(want).all()):
         same = torch.isnan(want) | (torch.isinf(want) & (reference == value))
@@ -247,23 +265,31 @@ def _slices(
 ) -> list[SliceError]:
     """The frontier of the slices that a table of sums holds, one a row."""
     count, total, squares, error, noise = sums.unbind(1)
-    enough = count >= LEAST
-    if not bool(enough.any()):
-        return []
     # The sums cancel where a slice is all one value: what is left there is FP64's own rounding.
     centred = squares - total.square() / count.clamp(min=1)
     centred = torch.where(centred > squares * count.sqrt() * 2.0**-50, centred, 0.0)
-    errors, noises = (_ratio(each, centred) for each in (error, noise))
-    spreads = (centred / count).sqrt()
-    chosen = {kind: enough}
-    if kind is SliceKind.CHANNEL:
-        faint = spreads < FAINT * spreads[enough].median()
-        chosen = {kind: enough & ~faint, SliceKind.FAINT_CHANNEL: enough & faint}
-    return [
-        SliceError(name, i, float(errors[i]), float(noises[i]), int(count[i]), dim, batch)
-        for name, mask in chosen.items()
-        for i in _frontier_rows(errors, noises, mask)
-    ]
+    spreads = (centred / count.clamp(min=1)).sqrt()
+    found: list[SliceError] = []
+
+    def add(name: SliceKind, mask: torch.Tensor, scale: torch.Tensor) -> None:
+        errors, noises = (_ratio(each, scale) for each in (error, noise))
+        found.extend(
+            SliceError(name, i, float(errors[i]), float(noises[i]), int(count[i]), dim, batch)
+            for i in _frontier_rows(errors, noises, mask)
+        )
+
+    enough = count >= LEAST
+    if bool(enough.any()):
+        limit, hidden = _FAINT.get(kind, (0.0, kind))
+        faint = enough & (spreads < limit * spreads[enough].median())
+        add(kind, enough & ~faint, centred)
+        add(hidden, faint, centred)
+    few = (count > 1) & ~enough
+    if kind is not SliceKind.SAMPLE and bool(few.any()):
+        # By chance a few numbers lie close together: then those of the other channels count.
+        typical = spreads[few].median().square() * count
+        add(SliceKind.FEW, few, torch.maximum(centred, typical))
+    return found
 
 
 def _frontier_rows(errors: torch.Tensor, noises: torch.Tensor, chosen: torch.Tensor) -> list[int]:

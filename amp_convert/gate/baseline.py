@@ -68,6 +68,7 @@ class BaselineJudged(Section):
 
     limits: dict[str, Error]
     batches: Count
+    samples: Count
     steps: Count
     seeds: Count
     margin: Error | None

@@ -8,6 +8,7 @@ what could not be converted later, and `check_forward` what could not be compare
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -20,10 +21,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_is_leaf, tree_map_only
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten_with_path,
+    tree_is_leaf,
+    tree_map,
+    tree_map_only,
+)
 
 from amp_convert.core import digests
 from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.core.module_state import Attributes
 from amp_convert.core.number_formats import name_of
 from amp_convert.loading.source import split_source
 from amp_convert.loading.user_code import run_file, run_module, user_code
@@ -60,6 +68,11 @@ class Case:
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     initial_model: Callable[[int], nn.Module] | None = None
     path: str = ""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there is all that training takes."""
+        return self.train_batches is not None and self.loss is not None
 
 
 def load_case(source: str) -> Case:
@@ -119,6 +132,7 @@ def check_forward(case: Case) -> Any:
     flags = [(module, module.training) for module in case.model.modules()]
     held = [t for t in (*case.model.parameters(), *case.model.buffers()) if t.is_cuda]
     devices = {t.get_device() for t in held if not isinstance(t, FakeTensor)}
+    attributes = Attributes(case.model)
     mend = "Make example_inputs match the model's forward(); --debug shows the traceback."
     try:
         with (
@@ -131,6 +145,7 @@ def check_forward(case: Case) -> Any:
             case.model.eval()
             outputs = torch.func.functional_call(case.model, buffers, *inputs)
     finally:
+        attributes.restore()
         for module, training in flags:
             module.training = training
     tensors = [(n, t) for n, t in named_leaves(outputs) if isinstance(t, torch.Tensor)]
@@ -164,6 +179,25 @@ def named_leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
     else:
         return [(name or "output", value)]
     return [leaf for key, child in children for leaf in named_leaves(child, key)]
+
+
+def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Nested outputs with every tensor changed, in containers of their own: those of torch's
+    pytree, and dataclasses, which `named_leaves` looks into as well."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):
+            new = map_tensors(change, getattr(value, field.name))
+            object.__setattr__(made, field.name, new)
+        return made
+    if tree_is_leaf(value):
+        return value
+    return tree_map(
+        lambda leaf: map_tensors(change, leaf), value,
+        is_leaf=lambda leaf: leaf is not value and dataclasses.is_dataclass(leaf),
+    )  # fmt: skip
 
 
 def _nans(tensor: torch.Tensor) -> int:

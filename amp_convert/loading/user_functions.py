@@ -6,11 +6,10 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch.utils import _pytree as pytree
 
 from amp_convert.core.errors import ModelError
-from amp_convert.loading.model_file import Case, as_call, kind_of
+from amp_convert.loading.model_file import Case, as_call, kind_of, map_tensors
 from amp_convert.loading.user_code import defined_at, placed, user_code
 
 _END = object()
@@ -48,13 +47,10 @@ def user_batches(
 def copied(value: Any) -> Any:
     """A copy of nested outputs or targets that a user's function may write to: containers, tensors
     and arrays are new."""
-
-    def new(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return leaf.detach().clone()
-        return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
-
-    return pytree.tree_map(new, value)
+    tensors = map_tensors(lambda tensor: tensor.detach().clone(), value)
+    return pytree.tree_map(
+        lambda leaf: leaf.copy() if type(leaf).__module__ == "numpy" else leaf, tensors
+    )
 
 
 def score(case: Case, outputs: Any, target: Any) -> dict[str, float]:

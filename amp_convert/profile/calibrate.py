@@ -167,7 +167,9 @@ def _profile_call(
         and seen.integral
     }
     values = region.traces[Mode.EVAL].values
-    profiler = _Profiler(runner.graph_module, infos, values, ranges, growths, counting)
+    profiler = _Profiler(
+        runner.graph_module, infos, values, ranges, growths, counting, is_whole=not region.path
+    )
     profiler.run(*inputs, enable_io_processing=False)
 
 
@@ -185,11 +187,14 @@ class _Profiler(fx.Interpreter):
         ranges: dict[str, Range],
         growths: Growths,
         counting: set[fx.Node],
+        *,
+        is_whole: bool,
     ) -> None:
         super().__init__(graph_module)
         self.user_to_last_uses = keep_window(graph_module.graph, self.user_to_last_uses)
         self._names = {name: info.identity for name, info in infos.items()}
         self._ranges, self._growths, self._counting = ranges, growths, counting
+        self._is_whole = is_whole
         labels = {n: f"{i.short_op} in {i.layer or 'the model itself'}" for n, i in infos.items()}
         self._trials = {d: Trials(graph_module.graph, labels, values, d) for d in growths}
 
@@ -205,7 +210,8 @@ class _Profiler(fx.Interpreter):
                     _merge(self._ranges, name, seen)
                     if seen.integral:
                         self._counting.add(n)
-        if name is not None or n.op == "output":
+        # What a part of the model gives is no output of the model.
+        if name is not None or (n.op == "output" and self._is_whole):
             for dtype, trials in self._trials.items():
                 known = self._growths[dtype]
                 for node, growth in trials.of(n, self.env, result):

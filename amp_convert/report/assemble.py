@@ -51,6 +51,7 @@ def assemble(
         thresholds,
         metrics_supplied=case.metrics is not None,
         training=trained,
+        training_required=case.trainable and settings.train is not False,
         no_training=training.reason if isinstance(training, Unchecked) else "",
         onnx=onnx.parity if isinstance(onnx, OnnxSection) else None,
         no_onnx=onnx.reason if isinstance(onnx, Unchecked) else "",
@@ -76,11 +77,12 @@ def _judged(
 ) -> Judged:
     limits = {name: value for name, value in vars(thresholds).items() if name != "dtype"}
     if training is None:
-        return Judged(limits=limits, batches=divergence.batches)
+        return Judged(limits=limits, batches=divergence.batches, samples=divergence.samples)
     test = training.noninferiority
     return Judged(
         limits=limits,
         batches=divergence.batches,
+        samples=divergence.samples,
         steps=training.run.steps,
         seeds=max(len(training.pairs), 1),
         margin=None if test is None else test.margin.value,

@@ -114,13 +114,15 @@ class PlanSection(Section):
 class Judged(Section):
     """By what the verdict was given: a gate holds later runs to no less.
 
-    `limits` are all tolerances by name (see `Thresholds`), `batches` those whose outputs were seen;
+    `limits` are all tolerances by name (see `Thresholds`), `batches` those whose outputs were seen,
+    with `samples` in all;
     `steps` and `seeds` those that were trained, 0 without training, and `margin` the one of a test
     over seeds.
     """
 
     limits: dict[str, float]
     batches: int
+    samples: int
     steps: int = 0
     seeds: int = 0
     margin: float | None = None

@@ -173,6 +173,7 @@ def buffers_check(plan: Plan, divergence: Divergence | None) -> Check:
     if divergence is None or reason:
         return Check(name, CheckStatus.UNCHECKED, None, None, reason)
     written = [row.name for row in divergence.outputs if row.name.startswith("buffer ")]
+    written += [f"attribute {name}" for name in divergence.kept_state]
     if written:
         more = f" and {len(written) - 1} more" if len(written) > 1 else ""
         reason = (
@@ -180,7 +181,22 @@ def buffers_check(plan: Plan, divergence: Divergence | None) -> Check:
             "same values, so an error that adds up from call to call was not looked at"
         )
         return Check(name, CheckStatus.UNCHECKED, float(len(written)), None, reason)
-    return Check(name, CheckStatus.PASS, 0.0, None, "no buffer is written in eval mode")
+    reason = "the model keeps nothing from call to call in eval mode"
+    return Check(name, CheckStatus.PASS, 0.0, None, reason)
+
+
+def path_checks(divergence: Divergence | None) -> list[Check]:
+    """Whether the code around the captured parts took the path that FP32 takes; none where it did.
+    What that comes to is in the outputs."""
+    if divergence is None or not divergence.parted_paths:
+        return []
+    reason = (
+        f"on {divergence.parted_paths} of {divergence.node_batches} batches the code around the "
+        "captured parts took another path than in FP32, such as another number of iterations; "
+        "errors by node rest on the calls that both made"
+    )
+    parted = float(divergence.parted_paths)
+    return [Check("capture.paths", CheckStatus.UNCHECKED, parted, 0.0, reason, required=False)]
 
 
 def choice_checks(divergence: Divergence | None) -> list[Check]:

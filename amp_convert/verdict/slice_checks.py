@@ -9,7 +9,9 @@ user's own metrics hold: then nobody can say whether it matters, and it is unche
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from amp_convert.core.slices import LEAST, SILENT, SliceError, SliceKind
@@ -37,17 +39,27 @@ def slice_checks(
 ) -> list[Check]:
     """`prefix`.channels, .samples and .classes; the last only where an output has classes."""
     limit = limits.output_rel_l2
-    whole, faint = (SliceKind.WHOLE, SliceKind.CHANNEL), SliceKind.FAINT_CHANNEL
-    channels = _spread_check(f"{prefix}.channels", _of(rows, *whole), limit, missing, "channel")
-    if channels.status is not CheckStatus.FAIL:
-        hidden = _spread_check(f"{prefix}.channels", _of(rows, faint), limit, missing, "channel")
-        if hidden.status is CheckStatus.FAIL:
-            channels = _faint(hidden, metrics_hold=metrics_hold)
-    samples = _of(rows, SliceKind.SAMPLE)
-    checks = [channels, _spread_check(f"{prefix}.samples", samples, limit, missing, "sample")]
+
+    def judged(what: str, *kinds: SliceKind) -> Check:
+        return _spread_check(f"{prefix}.{what}s", _of(rows, *kinds), limit, missing, what)
+
+    channels = judged("channel", SliceKind.WHOLE, SliceKind.CHANNEL)
+    channels = _with(channels, judged("channel", SliceKind.FEW), _few)
+    faint = partial(_faint, metrics_hold=metrics_hold)
+    channels = _with(channels, judged("channel", SliceKind.FAINT_CHANNEL), faint)
+    samples = judged("sample", SliceKind.SAMPLE)
+    samples = _with(samples, judged("sample", SliceKind.FAINT_SAMPLE), faint)
+    checks = [channels, samples]
     if classes := list(_of(rows, SliceKind.CLASS, SliceKind.LARGEST)):
         checks.append(_class_check(f"{prefix}.classes", classes, limits))
     return checks
+
+
+def _with(check: Check, other: Check, made: Callable[[Check], Check]) -> Check:
+    """The check, or what `made` makes of another one that fails where this one does not."""
+    if check.status is CheckStatus.FAIL or other.status is not CheckStatus.FAIL:
+        return check
+    return made(other)
 
 
 def _of(rows: Sequence[OutputError], *kinds: SliceKind) -> Iterator[Found]:
@@ -95,11 +107,16 @@ def _is_excused(found: SliceError, limit: float) -> bool:
 
 
 def _faint(check: Check, *, metrics_hold: bool) -> Check:
-    reason = f"{check.reason}; it varies less than a millionth as much as the others"
+    reason = f"{check.reason}; it hardly varies beside the others"
     if not metrics_hold:
-        return Check(check.name, CheckStatus.FAIL, check.value, check.threshold, reason)
-    reason += ", and your metrics hold: if nobody reads it, leave it out of the outputs"
-    return Check(check.name, CheckStatus.UNCHECKED, check.value, check.threshold, reason)
+        return replace(check, reason=reason)
+    reason += ", and your metrics hold: nobody can say whether it matters"
+    return replace(check, status=CheckStatus.UNCHECKED, reason=reason)
+
+
+def _few(check: Check) -> Check:
+    reason = f"{check.reason}; that is of fewer than {LEAST} elements: give more batches to tell"
+    return replace(check, status=CheckStatus.UNCHECKED, reason=reason)
 
 
 def _class_check(name: str, classes: list[Found], limits: Thresholds) -> Check:
@@ -128,27 +145,36 @@ def _class_check(name: str, classes: list[Found], limits: Thresholds) -> Check:
 
 def rarity(count: int, total: int, share: float) -> float:
     """The probability of `count` or more of `total`, where each has the probability `share`: the
-    upper tail of the binomial distribution."""
-    if count <= 0:
-        return 1.0
-    if not 0 < share < 1:
-        return 0.0 if share <= 0 else 1.0
-    logs = (
-        math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
-        + k * math.log(share) + (total - k) * math.log1p(-share)
-        for k in range(count, total + 1)
+    upper tail of the binomial distribution, 1 where so many are no more than its mean."""
+    if count <= total * share or share >= 1:
+        return 1.0  # no fewer than are to be expected
+    if share <= 0:
+        return 0.0
+    odds = math.log(share) - math.log1p(-share)
+    term = (
+        math.lgamma(total + 1) - math.lgamma(count + 1) - math.lgamma(total - count + 1)
+        + count * math.log(share) + (total - count) * math.log1p(-share)
     )  # fmt: skip
-    return min(1.0, math.fsum(map(math.exp, logs)))
+    terms = []
+    for k in range(count, total + 1):
+        terms.append(math.exp(term))
+        if terms[-1] < 1e-17 * terms[0] or not terms[-1]:
+            break  # they fall ever faster
+        term += odds + math.log(total - k) - math.log(k + 1) if k < total else 0.0
+    return min(1.0, math.fsum(terms))
 
 
 def called(row: OutputError, found: SliceError) -> str:
     """The slice in words: "channel 3 of dimension 1 of output logits"."""
     output = f"output {row.name}" if row.name not in ("", "output") else "the output"
+    channel = f"channel {found.index} of dimension {found.dim} of "
     of = {
         SliceKind.WHOLE: "",
-        SliceKind.CHANNEL: f"channel {found.index} of dimension {found.dim} of ",
-        SliceKind.FAINT_CHANNEL: f"channel {found.index} of dimension {found.dim} of ",
+        SliceKind.CHANNEL: channel,
+        SliceKind.FAINT_CHANNEL: channel,
+        SliceKind.FEW: "" if found.dim is None else channel,
         SliceKind.SAMPLE: f"sample {found.index} of batch {found.batch}, ",
+        SliceKind.FAINT_SAMPLE: f"sample {found.index} of batch {found.batch}, ",
         SliceKind.CLASS: f"class {found.index} of ",
         SliceKind.LARGEST: f"where index {found.index} is largest in ",
     }

@@ -47,11 +47,17 @@ MIN_STEPS = 5
 
 
 def training_checks(
-    parity: TrainingParity | None, reason: str, limits: Thresholds, *, metrics_supplied: bool = True
+    parity: TrainingParity | None,
+    reason: str,
+    limits: Thresholds,
+    *,
+    metrics_supplied: bool = True,
+    required: bool = False,
 ) -> tuple[Check, ...]:
-    """All checks on training; one unchecked one with `reason` where there was none."""
+    """All checks on training; one unchecked one with `reason` where there was none, `required`
+    where the user gives all that training takes."""
     if parity is None:
-        return (Check("training", CheckStatus.UNCHECKED, None, None, reason, required=False),)
+        return (Check("training", CheckStatus.UNCHECKED, None, None, reason, required=required),)
     over_seeds = bool(parity.pairs) or parity.noninferiority is not None
     by_metric = [seeds_check(parity)]
     if not over_seeds:

@@ -18,7 +18,8 @@ not measured is unchecked, and every comparison is written so that NaN fails it.
 The verdict fails when any check fails; it is inconclusive when a required check is unchecked;
 otherwise it passes. The checks that do not block stay in the list as unchecked.
 
-Not required are: `fidelity.train` and `training` (inference parity stands without them),
+Not required are: `fidelity.train` and, where the user gives nothing to train with or wants none,
+`training` (inference parity stands without them),
 `capture.whole` (what was not captured runs in eager FP32, and the outputs cover it), and
 `outputs.vs_autocast` (native autocast may not run a model that we can).
 
@@ -52,6 +53,7 @@ from amp_convert.verdict.inference_checks import (
     low_precision_check,
     metric_checks,
     nodes_check,
+    path_checks,
     reference_check,
 )
 from amp_convert.verdict.onnx_checks import onnx_checks
@@ -110,6 +112,7 @@ def judge(
     metrics_supplied: bool,
     training: TrainingParity | None = None,
     no_training: str = "training was not asked for",
+    training_required: bool = False,
     onnx: OnnxParity | None = None,
     no_onnx: str = "--onnx was not given",
 ) -> Verdict:
@@ -117,7 +120,8 @@ def judge(
 
     `divergence` is None when the graphs could not be run side by side, as on the meta device;
     `training` and `onnx` when nothing was trained or exported, for the reason given.
-    `metrics_supplied` is whether the user's file gives metrics: they are then required. Raises
+    `metrics_supplied` is whether the user's file gives metrics: they are then required, as training
+    is where `training_required`. Raises
     UsageError when `thresholds` are those of another dtype than the plan's.
     """
     if thresholds.dtype != plan.dtype:
@@ -140,10 +144,17 @@ def judge(
         autocast_check(plan, divergence, limits),
         nodes_check(plan, divergence),
         *choice_checks(divergence),
+        *path_checks(divergence),
         buffers_check(plan, divergence),
         frozen_check(divergence),
         *metrics,
-        *training_checks(training, no_training, training_limits, metrics_supplied=metrics_supplied),
+        *training_checks(
+            training,
+            no_training,
+            training_limits,
+            metrics_supplied=metrics_supplied,
+            required=training_required,
+        ),
         *onnx_checks(onnx, no_onnx, limits, metrics_supplied=metrics_supplied),
     )
     return verdict_of(checks)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+import amp_convert as amp
 from amp_convert.capture import fidelity
 from amp_convert.capture.fidelity import Fidelity
+from amp_convert.capture.regions import capture
 from tests.zoo import assert_same_bits
 
 
@@ -210,3 +212,67 @@ def test_without_values_nothing_is_checked() -> None:
     assert (result.outputs, result.gradients, result.buffers) == (None, None, None)
     assert math.isnan(result.max_rel_l2)
     assert "no values" in result.reason
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return -gradient
+
+
+class _Adversarial(nn.Module):
+    """A gradient that is turned round, which torch.export drops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(_Reversed.apply(self.body(x)))  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Spectral(nn.Module):
+    """A slice of a complex tensor is written: in a graph that has no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        f = torch.fft.rfft(self.layer(x))
+        kept = torch.zeros_like(f)
+        kept[:, :3] = f[:, :3]
+        return torch.fft.irfft(kept, n=8)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (_Adversarial, "torch.export drops the backward that _Reversed defines"),
+        (_Spectral, "the captured graph has no gradients: slice_scatter does not support"),
+    ],
+)
+def test_a_graph_without_the_models_gradients_is_for_inference_alone(model: Any, why: str) -> None:
+    made, x = model(), torch.randn(4, 8)
+    found = capture(made, (x,), {})
+    rows = {row.mode: row for row in found.fidelity}
+    assert (rows["eval"].status, rows["eval"].outputs, rows["eval"].gradients) == (
+        "identical", True, None
+    )  # fmt: skip
+    assert why in rows["eval"].reason
+    assert (rows["train"].status, why in rows["train"].reason) == ("unchecked", True)
+    assert [list(region.graphs) for region in found.regions] == [["eval"]]
+    assert why in found.regions[0].train_failure
+    given = {
+        "train_batches": lambda seed: [(x, None)] * 5,
+        "loss": lambda outputs, _: outputs.square().mean(),
+    }
+    run = amp.check(made, x, **given)
+    assert run.exit_code == 3
+    (training,) = (check for check in run.verdict.checks if check.name == "training")
+    assert why in training.reason
+    assert amp.check(made, x, train=False, **given).verdict.status == "pass"

@@ -79,7 +79,7 @@ def test_gone_and_new_nodes_and_other_rules_are_noted() -> None:
 def judged(**changes: Any) -> RunReport:
     """A report that says by what it was judged, as a run's does."""
     limits = {n: v for n, v in vars(Thresholds.for_dtype("float16")).items() if n != "dtype"}
-    found = Judged(limits=limits, batches=8, steps=50, seeds=5, margin=0.02)
+    found = Judged(limits=limits, batches=8, samples=64, steps=50, seeds=5, margin=0.02)
     return report().model_copy(update={"judged": found.model_copy(update=changes)})
 
 
@@ -89,6 +89,7 @@ def judged(**changes: Any) -> RunReport:
         ({}, []),
         ({"batches": 9, "steps": 60, "seeds": 6, "margin": 0.01}, []),
         ({"batches": 7}, ["batches"]),
+        ({"samples": 16}, ["samples"]),
         ({"steps": 49}, ["steps"]),
         ({"seeds": 4}, ["seeds"]),
         ({"margin": 0.03}, ["margin"]),

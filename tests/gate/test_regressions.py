@@ -282,6 +282,22 @@ def test_training_that_no_longer_runs_is_found_check_by_check() -> None:
     assert sound.reason == "ran in the baseline and no longer does: gone"
 
 
+def test_what_few_samples_leave_open_is_no_regression() -> None:
+    nodes = (*NODES[:2], replace(NODES[2], choices_changed=0.25))
+    assert gated(report(inference=divergence(nodes=nodes)), report()).findings == ()
+    same = (*NODES[:2], replace(NODES[2], choices_changed=0.0))
+    result = gated(
+        report(inference=divergence(nodes=nodes)), report(inference=divergence(nodes=same))
+    )
+    assert result.findings == ()
+    assert "nodes.choices passed in the baseline and has no answer now" in result.notes[0]
+
+
+def test_a_large_spread_now_excuses_no_metric() -> None:
+    worse = divergence(metrics=(metric(fp32=0.4, mixed=0.4, standard_error=0.3),))
+    assert "metric" in kinds(gated(report(inference=worse), report()))
+
+
 def test_training_that_is_new_or_the_same_is_no_finding() -> None:
     now = report(training=parity())
     assert gated(now, report()).findings == ()

@@ -46,7 +46,8 @@ def test_defaults(model: str) -> None:
         out=None,
         baseline=None,
         calibrate=4,
-        batches=8,
+        batches=None,
+        eval_seconds=600.0,
         train=None,
         steps=None,
         seeds=None,
@@ -217,8 +218,8 @@ def test_package_form(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
          "Did you mean metric-tolerance?"),
         ("zzz = 1", "unknown setting zzz",
          "Known are: accumulate, baseline, batches, calibrate, checkpoint, checkpoint-every, "
-         "clip-norm, device, dtype, external-data, fp32-seeds, initial-scale, io-types, "
-         "loss-scale, margin, metric-tolerance, onnx, opset, out, rules, scale-backoff, "
+         "clip-norm, device, dtype, eval-seconds, external-data, fp32-seeds, initial-scale, "
+         "io-types, loss-scale, margin, metric-tolerance, onnx, opset, out, rules, scale-backoff, "
          "scale-growth, scale-interval, seeds, steps, tolerance, train, train-metric."),
         ("dtype = 'fp16'", "dtype is 'fp16'", "Give float16 or bfloat16."),
         ("dtype = ['float16']", "dtype is ['float16']", "Give float16 or bfloat16."),

@@ -132,4 +132,6 @@ def test_rarity_is_the_tail_of_the_binomial(count: int, total: int, share: float
     scipy = pytest.importorskip("scipy.stats")
     assert rarity(count, total, share) == pytest.approx(scipy.binom.sf(count - 1, total, share))
     assert rarity(0, total, share) == 1.0
+    assert rarity(10**9 // 2, 10**9, 0.01) == 0.0
+    assert rarity(20_000, 10**6, 0.0199) == pytest.approx(scipy.binom.sf(19_999, 10**6, 0.0199))
     assert rarity(1, total, 0.0) == 0.0 < RARE

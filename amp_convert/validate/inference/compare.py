@@ -20,18 +20,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.graph_call import GraphRunner, in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.batches import LOSS, Batch, MetricMeans, Score, batch_size, no_score
 from amp_convert.core.errors import ModelError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, is_float_tensor
-from amp_convert.core.random_state import preserved_rng, rng_state
+from amp_convert.core.random_state import preserved_rng, rng_state, set_rng_state
 from amp_convert.core.tensor_errors import larger
 from amp_convert.loading.model_file import named_leaves
 from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.validate.inference.inputs_seen import InputsSeen
 from amp_convert.validate.inference.metric_probe import MetricProbe
 from amp_convert.validate.inference.node_errors import NodeErrors
 from amp_convert.validate.inference.other_arms import OtherArms, as_dtypes_of
@@ -118,8 +118,9 @@ class _Comparison:
         self._node_batches = math.inf if node_batches is None else node_batches
         self.batches = self._samples = 0
         self._reference_rel_l2 = 0.0
-        self._filled: set[float] = set()
+        self._inputs = InputsSeen()
         self._drawn: set[str] = set()
+        self._parted = 0
         self.left: int | None = 0
         self.stopped: Stop | None = None
 
@@ -127,14 +128,14 @@ class _Comparison:
         state, size = rng_state(self._device), batch_size(args, kwargs)
         reference, mixed = self._both(args, kwargs, state)
         self._refuse_nan(reference)
-        self._note_inputs(args, kwargs)
+        self._inputs.add(args, kwargs)
         matcher = row_matcher(self._converted, size)
         noise = self._arms.noise(args, kwargs, state)
         accumulate(self._outputs, reference, mixed, noise, matcher)
         del noise
         self._probe.try_batch(reference, target)
         self._metrics.add("fp32", self._score(reference, target), size)
-        self._metrics.add("mixed", self._score(mixed, target), size)
+        self._metrics.add("mixed", self._scored(mixed, target), size)
         if self._captured.is_whole:  # else the reference is the eager model itself
             self._check_reference(self._arms.original(args, kwargs, state), reference)
             self._drawn |= set(state.drawn_outside_torch(rng_state(self._device)))
@@ -161,17 +162,16 @@ class _Comparison:
             self._metrics.drop("autocast")
             return
         accumulate(self._native, reference, native, matcher=matcher)
-        scores = self._score(as_dtypes_of(native, reference), target)
+        scores = self._scored(as_dtypes_of(native, reference), target)
         self._metrics.add("autocast", scores, batch_size(args, kwargs))
 
-    def _note_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Note which numbers the inputs hold, as long as each tensor is full of one; a tensor with
-        several says something."""
-        for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
-            if isinstance(leaf, torch.Tensor) and leaf.numel() and math.nan not in self._filled:
-                first = leaf.reshape(-1)[0]
-                one = bool((leaf == first).all()) and not leaf.is_complex()
-                self._filled.add(float(first) if one else math.nan)
+    def _scored(self, outputs: Any, target: Any) -> Mapping[str, float]:
+        """The metrics of an arm other than FP32's; none where they refuse its outputs, such as NaN:
+        then that arm lacks them on this batch."""
+        try:
+            return self._score(outputs, target)
+        except ModelError:
+            return {}
 
     def _refuse_nan(self, reference: Any) -> None:
         for name, leaf in named_leaves(reference):
@@ -196,12 +196,24 @@ class _Comparison:
         batches."""
         if self.batches < self._node_batches:
             return self._in_step(args, kwargs, state)
-        if self._captured.is_whole:
-            runner = self._captured.regions[0].runner(Mode.EVAL)
-            reference = runner.results(runner.graph_module(*runner.inputs(args, kwargs)))
-        else:
+        if not self._captured.is_whole:
             reference = self._arms.original(args, kwargs, state)
-        return reference, self._arms.mixed(args, kwargs, state)
+            return reference, self._arms.mixed(args, kwargs, state)
+        runner = self._captured.regions[0].runner(Mode.EVAL)
+        graphs = (runner.graph_module, self._converted.rewritten[""][Mode.EVAL].graph_module)
+        outputs = []
+        for graph in graphs:
+            set_rng_state(self._device, state)
+            outputs.append(graph(*runner.inputs(args, kwargs)))
+        return self._results(runner, *outputs)
+
+    def _results(
+        self, runner: GraphRunner, reference: Sequence[Any], mixed: Sequence[Any]
+    ) -> tuple[Any, Any]:
+        """The outputs of both graphs; what they would write to buffers and inputs is compared."""
+        for name, want, have in runner.changes(reference, mixed):
+            self._outputs.setdefault(name, OutputSums(want.dtype)).add(want, have)
+        return runner.results(reference), runner.results(mixed)
 
     def _in_step(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any
@@ -212,15 +224,15 @@ class _Comparison:
             region = self._captured.regions[0]
             runner = region.runner(Mode.EVAL)
             inputs = runner.inputs(args, kwargs)
-            reference, mixed = self._tables[""].run(inputs, inputs)
-            for name, want, have in runner.changes(reference, mixed):
-                self._outputs.setdefault(name, OutputSums(want.dtype)).add(want, have)
-            return runner.results(reference), runner.results(mixed)
+            return self._results(runner, *self._tables[""].run(inputs, inputs))
         reference_calls = self._captured.calls(args, kwargs)
         mixed_calls = self._converted.calls(args, kwargs)
-        for (region, (ref_args, ref_kwargs)), (_, (mix_args, mix_kwargs)) in zip(
-            reference_calls, mixed_calls, strict=True
+        self._parted += [r for r, _ in reference_calls] != [r for r, _ in mixed_calls]
+        for (region, (ref_args, ref_kwargs)), (other, (mix_args, mix_kwargs)) in zip(
+            reference_calls, mixed_calls, strict=False
         ):
+            if region is not other:
+                break  # from here on the two took other paths
             runner = region.runner(Mode.EVAL)
             self._tables[region.path].run(
                 runner.inputs(ref_args, ref_kwargs), runner.inputs(mix_args, mix_kwargs)
@@ -252,8 +264,10 @@ class _Comparison:
             batches_given=None if self.left is None else self.batches + self.left,
             stopped=self.stopped,
             node_batches=int(min(self.batches, self._node_batches)),
+            parted_paths=self._parted,
+            kept_state=tuple(self._arms.kept),
             drawn_outside=tuple(sorted(self._drawn)),
-            same_inputs=len(self._filled) == 1 and math.nan not in self._filled,
+            same_inputs=self._inputs.same,
         )
 
     def _names(self) -> list[str]:
@@ -265,12 +279,12 @@ class _Comparison:
             name=name,
             fp32=means.value("fp32", name),
             mixed=means.value("mixed", name),
-            autocast=means.of("autocast").get(name),
+            autocast=means.complete("autocast").get(name),
             lower_is_better=name in lower_is_better,
             standard_error=means.standard_error(name, "fp32", "mixed"),
             spread=means.spread("fp32", name),
             unpaired=means.unpaired(name, "fp32", "mixed"),
-            doubt=self._probe.doubt(name),
+            doubt=self._probe.doubt(name, varies=means.varies("fp32", name)),
         )
 
 

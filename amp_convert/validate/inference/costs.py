@@ -44,7 +44,7 @@ def measure(
     peaks: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in arms}
     with (
-        in_mode(original, training=False),
+        in_mode(original, training=False) as attributes,
         in_mode(converted, training=False),
         torch.no_grad(),
         preserved_rng(device),
@@ -55,6 +55,7 @@ def measure(
                 model = models[name]
                 held = held_bytes((*model.parameters(), *model.buffers()))
                 peaks[name] = held + peak_bytes(run)
+                attributes.restore()  # a state kept in one would be of the arm's precision
             except Exception as error:  # noqa: BLE001  autocast breaks some models: a result
                 notes[name] = f"failed: {first_line(error)}"
                 del arms[name]
@@ -64,6 +65,7 @@ def measure(
                 break
             for name, run in arms.items():
                 times[name].append(devices.milliseconds(run, device))
+                attributes.restore()
     return tuple(
         ArmCost(
             arm=name,

@@ -10,13 +10,13 @@ the outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from amp_convert.core.batches import Score
+from amp_convert.loading.model_file import map_tensors
 from amp_convert.validate.inference.results import MetricDoubt
 
 BATCHES = 4
@@ -42,23 +42,26 @@ class MetricProbe:
         if first.keys() <= self._alive | self._stateful:
             return
         for changed in (_turned, torch.zeros_like):
-            other = pytree.tree_map_only(torch.Tensor, changed, outputs)
-            scores = self._scored(other, target)
+            scores = self._scored(outputs, target, changed)
             self._alive |= {n for n in first if not _same(first[n], scores.get(n, math.nan))}
         again = self._score(outputs, target)
         self._stateful |= {n for n in first if not _same(first[n], again.get(n, math.nan))}
 
-    def _scored(self, outputs: Any, target: Any) -> Mapping[str, float]:
+    def _scored(
+        self, outputs: Any, target: Any, changed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Mapping[str, float]:
         try:
-            return self._score(outputs, target)
+            return self._score(map_tensors(changed, outputs), target)
         except Exception:  # noqa: BLE001  a metric that refuses such outputs looks at them
             return {}
 
-    def doubt(self, name: str) -> MetricDoubt | None:
-        """Why a metric judges nothing, if it does."""
+    def doubt(self, name: str, *, varies: bool = False) -> MetricDoubt | None:
+        """Why a metric judges nothing, if it does; one that `varies` from batch to batch may have
+        had nothing to look for in those that were tried."""
         if name in self._stateful:
             return MetricDoubt.STATEFUL
-        return MetricDoubt.CONSTANT if name in self._tried_names - self._alive else None
+        dead = name in self._tried_names - self._alive and not varies
+        return MetricDoubt.CONSTANT if dead else None
 
 
 def _turned(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,7 +69,9 @@ def _turned(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.dim() or not tensor.numel():
         return tensor.clone()
     moved = tensor.roll(1, 0)
-    return ~moved if tensor.dtype == torch.bool else -moved
+    if tensor.dtype == torch.bool:
+        return ~moved
+    return -moved if tensor.is_floating_point() or tensor.is_complex() else moved + 1
 
 
 def _same(a: float, b: float) -> bool:

@@ -20,12 +20,13 @@ from amp_convert.core.mode import Mode
 from amp_convert.core.noise import nudged
 from amp_convert.core.number_formats import from_name, is_float_tensor
 from amp_convert.core.random_state import set_rng_state
+from amp_convert.loading.model_file import map_tensors, named_leaves
 from amp_convert.rewrite.converted_model import ConvertedModel
 
 
 class OtherArms:
     """The arms of one comparison; `autocast_reason` and `noise_reason` say why one does not run, ""
-    while it does."""
+    while it does. `kept` names the attributes that the original changes from call to call."""
 
     def __init__(self, converted: ConvertedModel, *, autocast: bool) -> None:
         self._converted, self._captured = converted, converted.captured
@@ -41,6 +42,7 @@ class OtherArms:
         self._nudged: dict[int, torch.Tensor] = {}
         self.autocast_reason = "" if autocast else "it was not asked for"
         self.noise_reason = ""
+        self.kept: dict[str, None] = {}
 
     def original(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The eager FP32 model's outputs from this random state."""
@@ -71,7 +73,7 @@ class OtherArms:
 
         def run() -> Any:
             given = pytree.tree_map_only(
-                torch.Tensor, lambda t: nudged(t, self._coin), (tuple(args), dict(kwargs))
+                torch.Tensor, self._nudged_input, (tuple(args), dict(kwargs))
             )
             set_rng_state(self._device, state)
             if self._captured.is_whole:
@@ -91,6 +93,12 @@ class OtherArms:
             return outputs
         return None
 
+    def _nudged_input(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An input nudged, but for whole numbers: codes, counts and masks are exact."""
+        if tensor.dtype != torch.float32 or tensor.layout is not torch.strided:
+            return tensor
+        return torch.where(tensor == tensor.round(), tensor, nudged(tensor, self._coin))
+
     def _weight(self, tensor: torch.Tensor) -> torch.Tensor:
         """A weight nudged, once for all batches."""
         if id(tensor) not in self._nudged:
@@ -105,8 +113,12 @@ class OtherArms:
             args, kwargs = pytree.tree_map_only(
                 torch.Tensor, torch.clone, (tuple(args), dict(kwargs))
             )
-        with in_mode(model, training=False):
-            return model(*args, **kwargs)
+        with in_mode(model, training=False) as attributes:
+            try:
+                return model(*args, **kwargs)
+            finally:
+                if model is self._captured.model:
+                    self.kept.update(dict.fromkeys(attributes.changed()))
 
 
 def _tried(run: Callable[[], Any], what: str) -> tuple[Any, str]:
@@ -120,12 +132,11 @@ def _tried(run: Callable[[], Any], what: str) -> tuple[Any, str]:
 def as_dtypes_of(outputs: Any, reference: Any) -> Any:
     """Outputs in the reference's dtypes, as the user's metrics expect them; as they are where their
     structure is another."""
-
-    def restored(have: Any, want: Any) -> Any:
-        both = is_float_tensor(have) and is_float_tensor(want)
-        return have.to(want.dtype) if both else have
-
-    try:
-        return pytree.tree_map(restored, outputs, reference)
-    except ValueError:
+    wanted = [leaf for _, leaf in named_leaves(reference) if isinstance(leaf, torch.Tensor)]
+    given = [leaf for _, leaf in named_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    if len(wanted) != len(given):
         return outputs
+    dtypes = {id(have): want.dtype for have, want in zip(given, wanted, strict=True)}
+    return map_tensors(
+        lambda t: t.to(dtypes[id(t)]) if is_float_tensor(t) and id(t) in dtypes else t, outputs
+    )

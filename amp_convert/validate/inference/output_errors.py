@@ -59,8 +59,8 @@ class OutputSums:
         if reference.is_complex():
             lost = torch.isfinite(reference) & ~torch.isfinite(value)
             self._nonfinite = (self._nonfinite or 0) + int(lost.sum())
-            reference, value = torch.view_as_real(reference), torch.view_as_real(value)
-            noise = torch.view_as_real(noise) if noise is not None else None
+            reference, value = _as_real(reference), _as_real(value)
+            noise = _as_real(noise) if noise is not None else None
         self._errors.add(reference, value)
         self._quantiles.add(reference, value)
         self._slices.add(reference, value, noise)
@@ -137,7 +137,13 @@ def accumulate(
         have, moved = matcher.matched(want, have)
         nudged, _ = matcher.matched(want, nudged)
     for name, leaf in want.items():
-        if isinstance(leaf, torch.Tensor):
+        if isinstance(leaf, float) and isinstance(have.get(name), float):
+            # A number that was taken out of a tensor. NaN is NaN here: it may stand for nothing.
+            if not (math.isnan(leaf) and math.isnan(have[name])):
+                number = torch.tensor([leaf], dtype=torch.float64)
+                other = torch.tensor([have[name]], dtype=torch.float64)
+                sums.setdefault(name, OutputSums(torch.float64)).add(number, other)
+        elif isinstance(leaf, torch.Tensor):
             found = sums.setdefault(name, OutputSums(leaf.dtype))
             found.add(leaf, have.get(name, _MISSING), nudged.get(name))
         elif not _is_plain(leaf):  # an object that nobody but its class can look into
@@ -151,6 +157,10 @@ def accumulate(
     for name, (rows, places) in moved.items():
         sums[name].rows += rows
         sums[name].moved += places
+
+
+def _as_real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj().resolve_neg())
 
 
 def _is_plain(value: object) -> bool:

@@ -103,13 +103,17 @@ class RowMatcher:
         rows = torch.nonzero(~((have - want).abs() <= limit).all(1)).flatten()
         if len(rows) < 2:
             return
-        alike = ((have[rows][None] - want[rows][:, None]).abs() <= limit).all(2)
-        near = torch.stack(
-            [(want[rows, c][None] - want[rows, c][:, None]).abs() <= limit[c] for c in scores]
-        ).any(0)
-        options, found = alike & near, dict[int, int]()
-        for i in torch.argsort(options.sum(1), stable=True).tolist():
-            free = [j for j in torch.nonzero(options[i]).flatten().tolist() if j not in found]
+        near = torch.zeros(len(rows), len(rows), dtype=torch.bool)
+        for c in scores:
+            near |= (want[rows, c][None] - want[rows, c][:, None]).abs() <= limit[c]
+        options = [
+            [j for j in torch.nonzero(near[i]).flatten().tolist()
+             if bool(((have[rows[j]] - want[rows[i]]).abs() <= limit).all())]
+            for i in range(len(rows))
+        ]  # fmt: skip
+        found: dict[int, int] = {}
+        for i in sorted(range(len(rows)), key=lambda i: len(options[i])):
+            free = [j for j in options[i] if j not in found]
             if not free:
                 return  # no row may be lost, or stand in two places
             found[free[0]] = i

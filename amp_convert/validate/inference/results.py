@@ -156,7 +156,9 @@ class Divergence:
     `frozen_outputs` those of the frozen model; `metrics` are empty with a reason where the user
     gave none. `same_inputs` is whether all batches hold one and the same number throughout, as a
     placeholder of zeros does. `drawn_outside` names the generators outside of PyTorch ("Python",
-    "NumPy") that the eager model draws from.
+    "NumPy") that the eager model draws from, `kept_state` the plain attributes that it changes from
+    call to call. `parted_paths` counts the batches on which the mixed model called the captured
+    parts another number of times, or in another order.
     """
 
     batches: int
@@ -177,6 +179,8 @@ class Divergence:
     node_batches: int = 0
     same_inputs: bool = False
     drawn_outside: tuple[str, ...] = ()
+    kept_state: tuple[str, ...] = ()
+    parted_paths: int = 0
 
     def to_frame(self) -> pd.DataFrame:
         """One row a node, in graph order."""

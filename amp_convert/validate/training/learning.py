@@ -11,6 +11,7 @@ How far is the mean of the first quarter less that of the last, relative to that
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections.abc import Sequence
@@ -36,11 +37,11 @@ class Learning:
         count = len(losses)
         if count < 4 or not all(map(math.isfinite, losses)):
             return cls(math.nan, math.nan, math.nan)
-        score = sum(
-            (losses[i] > later) - (losses[i] < later)
-            for i in range(count)
-            for later in losses[i + 1 :]
-        )
+        score, before = 0, list[float]()
+        for done, loss in enumerate(losses):
+            smaller, upto = bisect.bisect_left(before, loss), bisect.bisect_right(before, loss)
+            score += (done - upto) - smaller  # of those before it, more were larger
+            before.insert(upto, loss)
         spread = math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
         quarter = max(1, count // 4)
         first, last = (statistics.fmean(part) for part in (losses[:quarter], losses[-quarter:]))

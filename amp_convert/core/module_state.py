@@ -1,0 +1,84 @@
+"""What a model keeps in plain attributes, such as a hidden state or a cache: put back after a call.
+
+Buffers are put back anyway. An attribute that one call sets and the next one reads would make each
+arm of a comparison begin where the one before it ended, with values of its precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_OWN = frozenset(nn.Module().__dict__)
+"""What every module has: flags, tables of parts and hooks."""
+_OURS = __name__.partition(".")[0]
+
+
+class Attributes:
+    """The attributes of all modules of a model at one moment. Tensors are kept with their values,
+    lists, dicts and sets with what they hold, anything else as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (path, module, {n: (v, _copied(v)) for n, v in _own_attributes(module).items()})
+            for path, module in model.named_modules()
+            if type(module).__module__.partition(".")[0] != _OURS
+        ]
+
+    def changed(self) -> tuple[str, ...]:
+        """The names of those that are others now, "layer.h"."""
+        found = []
+        for path, module, kept in self._kept:
+            now = _own_attributes(module)
+            names = [name for name in now if name not in kept]
+            names += [n for n, (v, c) in kept.items() if now.get(n) is not v or _differs(v, c)]
+            found += [f"{path}.{name}".lstrip(".") for name in names]
+        return tuple(found)
+
+    def restore(self) -> None:
+        """Put all of them back."""
+        for _, module, kept in self._kept:
+            for name in _own_attributes(module).keys() - kept.keys():
+                del module.__dict__[name]
+            for name, (value, copy) in kept.items():
+                module.__dict__[name] = value
+                if _differs(value, copy):
+                    _write_back(value, copy)
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    return {n: v for n, v in module.__dict__.items() if n not in _OWN and n != "forward"}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone() if _has_values(value) else None
+    return value.copy() if type(value) in (list, dict, set) else None
+
+
+def _differs(value: Any, copy: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return copy is not None and not torch.equal(value, copy)
+    if type(value) is list:
+        return len(value) != len(copy) or any(a is not b for a, b in zip(value, copy, strict=True))
+    if type(value) is dict:
+        return value.keys() != copy.keys() or any(value[k] is not copy[k] for k in copy)
+    return type(value) is set and value != copy
+
+
+def _write_back(value: Any, copy: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        if copy is not None:
+            with torch.no_grad():
+                value.detach().copy_(copy)
+    elif type(value) is list:
+        value[:] = copy
+    elif type(value) in (dict, set):
+        value.clear()
+        value.update(copy)
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and type(tensor) is torch.Tensor
