@@ -187,7 +187,8 @@ def _noise(run: PairedRun) -> list[float]:
     if fp32 is None or noise is None:
         return []
     pairs = zip(fp32.losses, noise.losses, strict=False)
-    apart = itertools.takewhile(drawable, (abs(one - other) for one, other in pairs))
+    drawn = itertools.takewhile(lambda pair: drawable(pair[0]) and drawable(pair[1]), pairs)
+    apart = itertools.takewhile(drawable, (abs(one - other) for one, other in drawn))
     return list(itertools.accumulate(apart, max))
 
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from amp_convert.report.charts.svg import LEFT, RIGHT, TOP, Mark
@@ -225,6 +225,7 @@ _ANY = st.lists(st.floats(), max_size=12)
 
 @settings(deadline=None)
 @given(_ANY, _ANY, _ANY, st.lists(st.floats(), max_size=12))
+@example([0.0, 1.0000000000000002e300], [], [0.0, 7.4e283], [])  # just too large to be drawn
 def test_any_losses_and_scales_lie_within_the_frame(
     fp32: list[float], mixed: list[float], noise: list[float], scales: list[float]
 ) -> None:
