@@ -35,6 +35,7 @@ from amp_convert.capture.graph_call import bind, in_mode
 from amp_convert.capture.graph_signature import Signature, check_guards, signature_of
 from amp_convert.capture.node_info import NodeInfo, describe
 from amp_convert.core import device as devices
+from amp_convert.core.batches import anew
 from amp_convert.core.errors import first_line
 from amp_convert.core.mode import Mode
 
@@ -192,6 +193,7 @@ def _program(
     *,
     dynamic: bool,
 ) -> torch.export.ExportedProgram:
+    args, kwargs = anew((tuple(args), dict(kwargs)))
     shapes = None
     if dynamic:
         arguments = bind(call, args, kwargs).arguments

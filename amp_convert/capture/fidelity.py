@@ -175,6 +175,8 @@ def _trace(
     backward: bool,
 ) -> _Trace:
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
+    # Before the call, which may put other things into a dict or list that it is given.
+    given = pytree.tree_flatten_with_path((args, kwargs))[0]
     with (
         in_mode(module, training=mode == Mode.TRAIN),
         preserved_rng(device),
@@ -193,7 +195,6 @@ def _trace(
             pytree.keystr(k): t.detach().clone() for k, t in leaves if isinstance(t, torch.Tensor)
         }
         buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
-        given = pytree.tree_flatten_with_path((args, kwargs))[0]
         for keys, leaf in given:
             if isinstance(leaf, torch.Tensor):  # the model may write to what it is given
                 outputs[f"input {pytree.keystr(keys)}"] = leaf.detach()

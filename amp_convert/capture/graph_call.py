@@ -204,7 +204,11 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[Attributes]:
     """
     children = list(module.modules())
     flags = [child.training for child in children]
-    tables = [dict(child._buffers) for child in children]
+    # A scripted part keeps its buffers in C++, where nobody here writes to them.
+    scripted = [isinstance(child, torch.jit.ScriptModule) for child in children]
+    tables = [
+        {} if own else dict(child._buffers) for child, own in zip(children, scripted, strict=True)
+    ]
     kept = {id(b): b.detach().clone() for table in tables for b in table.values() if b is not None}
     attributes = Attributes(module)
     if not (training and module.training):
@@ -216,7 +220,8 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[Attributes]:
         with torch.no_grad():
             for child, was_training, table in zip(children, flags, tables, strict=True):
                 child.training = was_training
-                child._buffers.update(table)
+                if table:
+                    child._buffers.update(table)
                 for buffer in table.values():
                     if buffer is not None:
                         _restore(buffer, kept[id(buffer)])

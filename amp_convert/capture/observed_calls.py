@@ -42,7 +42,9 @@ def observed_calls(
     handles = [
         module.register_forward_pre_hook(watch(path), with_kwargs=True)
         for path, module in model.named_modules()
-        if path and (paths is None or path in paths)
+        if path
+        and (paths is None or path in paths)
+        and not isinstance(module, torch.jit.ScriptModule)  # it takes no such hooks
     ]
     device = devices.of_model(model)
     args, kwargs = _cloned((args, dict(kwargs)))

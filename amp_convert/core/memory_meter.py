@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """The bytes of these tensors' storages, each counted once."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in _tensors(list(tensors))]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 

@@ -25,6 +25,7 @@ class Attributes:
             (path, module, {n: (v, _copied(v)) for n, v in _own_attributes(module).items()})
             for path, module in model.named_modules()
             if type(module).__module__.partition(".")[0] != _OURS
+            and not isinstance(module, torch.jit.ScriptModule)
         ]
 
     def changed(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
+from amp_convert.core.batches import anew
 from amp_convert.core.errors import first_line
 from amp_convert.core.memory_meter import held_bytes, peak_bytes
 from amp_convert.core.number_formats import from_name
@@ -86,17 +87,21 @@ def _arms(
     original = models["fp32"]
     device, low = converted.captured.device, from_name(converted.plan.dtype)
 
+    def called(model: nn.Module) -> Any:
+        given = anew((tuple(args), dict(kwargs)))
+        return model(*given[0], **given[1])
+
     def fp32() -> None:
         with devices.exact_fp32(device):
-            original(*args, **kwargs)
+            called(original)
 
     def autocast() -> None:
         with torch.autocast(device.type, dtype=low):
-            original(*args, **kwargs)
+            called(original)
 
     return {
         "fp32": fp32,
         "autocast": autocast,
-        "mixed": lambda: models["mixed"](*args, **kwargs),
-        "frozen": lambda: models["frozen"](*args, **kwargs),
+        "mixed": lambda: called(models["mixed"]),
+        "frozen": lambda: called(models["frozen"]),
     }

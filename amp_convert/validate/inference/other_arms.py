@@ -15,6 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import in_mode
+from amp_convert.core.batches import anew
 from amp_convert.core.errors import first_line
 from amp_convert.core.mode import Mode
 from amp_convert.core.noise import nudged
@@ -109,10 +110,10 @@ class OtherArms:
         self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any
     ) -> Any:
         set_rng_state(self._device, state)
+        given = (tuple(args), dict(kwargs))
         if self._writes:
-            args, kwargs = pytree.tree_map_only(
-                torch.Tensor, torch.clone, (tuple(args), dict(kwargs))
-            )
+            given = pytree.tree_map_only(torch.Tensor, torch.clone, given)
+        args, kwargs = anew(given)
         with in_mode(model, training=False) as attributes:
             try:
                 return model(*args, **kwargs)

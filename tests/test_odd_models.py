@@ -1,0 +1,88 @@
+"""Models that once ended as a fault of ours, or were put down to their users."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import amp_convert as amp
+
+
+class Scripted(nn.Module):
+    """One of its parts is TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.script = torch.jit.script(nn.Linear(8, 8))
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.script(x))  # type: ignore[no-any-return]
+
+
+def test_a_scripted_part_stays_eager_and_the_rest_is_converted() -> None:
+    torch.manual_seed(0)
+    run = amp.check(Scripted().eval(), torch.randn(16, 8))
+    assert run.verdict.status == "pass"
+    assert {d.node: d.low for d in run.plan.eval} == {"layer/aten.linear#0": True}
+    assert run.plan.share_macs_low() == 0.5
+
+
+class Features(nn.Module):
+    """It puts its result into the dict that it is given, as sentence-transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        features.update(emb=self.layer(features["x"]))
+        return features
+
+
+def test_a_model_that_writes_into_its_inputs() -> None:
+    torch.manual_seed(0)
+    inputs = ({"x": torch.randn(16, 8)},)
+    batches = [(({"x": torch.randn(16, 8)},), None) for _ in range(2)]
+    run = amp.check(Features().eval(), inputs, eval_batches=batches)
+    assert run.verdict.status == "pass"
+    assert all(list(given[0]) == ["x"] for given in (inputs, *(batch[0] for batch in batches)))
+
+
+class Graph(nn.Module):
+    """A sparse adjacency in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        dense = (torch.rand(20, 20, generator=torch.Generator().manual_seed(1)) > 0.7).float()
+        self.register_buffer("adjacency", (dense / 20).to_sparse())
+        self.one, self.two = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(torch.sparse.mm(self.adjacency, self.one(x)))
+        return self.two(h)  # type: ignore[no-any-return]
+
+
+def test_a_sparse_buffer_trains() -> None:
+    torch.manual_seed(0)
+
+    def batches(seed: int) -> Iterator[Any]:
+        for i in range(30):
+            x = torch.randn(20, 16, generator=torch.Generator().manual_seed(1000 * seed + i))
+            yield x, x[:, :4].argmax(1)
+
+    run = amp.check(
+        Graph().eval(),
+        next(batches(0))[0],
+        train_batches=batches,
+        loss=F.cross_entropy,
+        optimizer=lambda p: torch.optim.AdamW(p, 1e-2),
+    )
+    checks = {check.name: check.status for check in run.verdict.checks}
+    assert run.report.training.run.steps == 30  # type: ignore[union-attr]
+    assert "fail" not in checks.values()
+    assert checks["training.gradients"] == checks["training.steps"] == "pass"
