@@ -6,13 +6,13 @@ with the mean taken off: an error of 1 is as large as everything that the slice 
 reference r, value m, and n elements in the slice, error = ‖m - r‖ / sqrt(Σr² - (Σr)² / n).
 
 A channel is an index of a dimension other than the first, of a size that stays the same and is at
-most 65,536; it takes in all batches. A sample is an index of the first dimension of one batch. The
-whole output is a slice as well. A channel is *faint* where its spread is under `FAINT` of the
-median channel's, a sample under `FLAT` of the median sample's. Below `LEAST` elements a spread is a
-guess: then the median of such channels counts where it is larger, and the slice can show that
-something is wrong, but nothing that is right. A class is a value of an integer output, or an index
-that is largest along the axis of an output's classes; its error is the share of its elements that
-have another class in `m`.
+most `MOST_CHANNELS`; it takes in all batches. A sample is an index of the first dimension of one
+batch. The whole output is a slice as well. A channel is *faint* where its spread is under `FAINT`
+of the median channel's, a sample under `FLAT` of the median sample's. Below `LEAST` elements a
+spread is a guess: then the median of such channels counts where it is larger, and the slice can
+show that something is wrong, but nothing that is right. A class is a value of an integer output, or
+an index that is largest along the axis of an output's classes; its error is the share of its
+elements that have another class in `m`.
 
 Each slice has a second error, its *noise*: that of FP32 itself, from inputs and weights nudged by
 one ULP. Which slices such noise excuses depends on a tolerance that is not known here, so what is
@@ -35,7 +35,8 @@ LEAST = 8
 FAINT, FLAT = 1e-6, 0.1
 SILENT = 1e-6
 """Noise under this excuses nothing: no tolerance above 0 is as small."""
-MOST_CHANNELS = 65_536
+MOST_CHANNELS = 262_144
+"""As many as the largest vocabularies of language models have words."""
 _MOST_CLASSES = 64
 """So many classes are kept: those with the largest share of changed elements for their size."""
 _COUNT, _SUM, _SQUARES, _ERROR, _NOISE = range(5)
@@ -168,7 +169,8 @@ class ClassSums:
     ) -> None:
         """Take in one batch of integers or booleans of one shape."""
         classes, inverse = torch.unique(reference.detach().cpu(), return_inverse=True)
-        if len(classes) + len(self._rows) > MOST_CHANNELS:
+        names = [int(name) for name in classes.tolist()]
+        if len(self._rows.keys() | set(names)) > MOST_CHANNELS:
             return  # those are numbers, not classes
         counts = torch.bincount(inverse.flatten(), minlength=len(classes))
         changed = [
@@ -177,8 +179,8 @@ class ClassSums:
             else torch.zeros_like(counts)
             for other in (value, noise)
         ]
-        for i, name in enumerate(classes.tolist()):
-            row = self._rows.setdefault(int(name), [0, 0, 0])
+        for i, name in enumerate(names):
+            row = self._rows.setdefault(name, [0, 0, 0])
             for at, counted in enumerate((counts, *changed)):
                 row[at] += int(counted[i])
 

@@ -163,10 +163,21 @@ def test_a_class_is_the_share_of_its_elements_that_changed() -> None:
     assert (row.index, row.error, row.noise, row.elements) == (7, 0.9, 0.0, 10)
 
 
-def test_numbers_are_no_classes() -> None:
-    sums = ClassSums(SliceKind.CLASS)
-    sums.add(torch.arange(100_000), torch.arange(100_000) + 1)
-    assert sums.slices() == ()
+def test_numbers_are_no_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "MOST_CHANNELS", 10)
+    for most, found in ((10, 10), (11, 0)):
+        numbers = torch.arange(most).repeat(9)
+        sums = ClassSums(SliceKind.CLASS)
+        sums.add(numbers, numbers + 1)
+        assert len(sums.slices()) == found
+
+
+def test_a_large_vocabulary_has_channels() -> None:
+    reference = normal(8, 130_000)
+    value = reference.clone()
+    value[:, 129_999] = 0
+    (worst,) = of(SliceKind.CHANNEL, (reference, value))
+    assert worst.index == 129_999
 
 
 @pytest.mark.parametrize(
@@ -179,3 +190,13 @@ def test_logits_lose_a_class(shape: tuple[int, ...], axis: int | None) -> None:
         have.select(axis, 3).sub_(100)
     found = of(SliceKind.LARGEST, (want, have))
     assert [(row.index, row.error) for row in found] == ([] if axis is None else [(3, 1.0)])
+
+
+def test_classes_that_come_again_are_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "MOST_CHANNELS", 10)
+    classes = torch.arange(8)
+    sums = ClassSums(SliceKind.CLASS)
+    sums.add(classes, classes)
+    sums.add(classes.repeat(9), torch.where(classes == 5, 0, classes).repeat(9))
+    (found,) = sums.slices()
+    assert (found.index, found.elements, found.error) == (5, 10, 0.9)
