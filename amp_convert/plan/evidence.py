@@ -21,7 +21,7 @@ from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import Family, facts_of, facts_of_target
 from amp_convert.profile.calibrate import Range, RangeStats, input_key
-from amp_convert.profile.rounding_trials import Growth
+from amp_convert.profile.growth import Growth
 
 _T = TypeVar("_T")
 

@@ -22,7 +22,7 @@ from amp_convert.plan.dtype_flow import tensor_arguments
 from amp_convert.plan.guards.epsilon import eps_of
 from amp_convert.plan.guards.site import Consumer, Operand, Site
 from amp_convert.profile.calibrate import Range
-from amp_convert.profile.rounding_trials import Growth
+from amp_convert.profile.growth import Growth
 
 
 class Sites:

@@ -24,7 +24,8 @@ from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES, is_float_tensor
 from amp_convert.core.random_state import preserved_rng
-from amp_convert.profile.rounding_trials import Growth, Trials, keep_window
+from amp_convert.profile.growth import Growth
+from amp_convert.profile.rounding_trials import Trials, keep_window
 
 _SPAN = 24
 """How many powers of two up and down the share of tiny weights is known for."""

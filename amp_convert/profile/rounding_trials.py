@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +32,8 @@ from amp_convert.core.number_formats import is_float_tensor, unit_roundoff
 from amp_convert.core.op_facts import HEAVY, Family, facts_of_target
 from amp_convert.core.slices import LEAST, SliceKind, SliceSums
 from amp_convert.core.tensor_errors import ErrorSums, larger
+from amp_convert.profile.growth import Growth
+from amp_convert.profile.rerun import can_be_tried, evaluate, kept_inputs, repeatable
 
 WINDOW = 32
 """How many nodes back, in graph order, a value is blamed for a later error."""
@@ -43,42 +44,6 @@ _ANY = 1e-9
 
 # Of a table that a rounded index leaves, or a matrix that is singular when it is rounded.
 _REFUSALS = (RuntimeError, IndexError, ValueError)
-
-
-@dataclass(frozen=True)
-class Growth:
-    """What rounding does around one node. Errors are in units of the low dtype's roundoff.
-
-    `inputs` is the relative L2 error of the node's result when everything that it reads is rounded;
-    `result` that of a later node, the `reader`, when this node's result is. `output` is the error
-    of the worst channel of an output, relative to its spread, when this node's result is rounded.
-    `choices` is the share of what a later node, the `chooser`, chooses, or what this one does, that
-    changes; only where the choice decides what is computed. `lost` is the share of the increments
-    that a sum adds to a running value without any effect. All are 0 where nothing was tried, and
-    below `NOTABLE` only `inputs` is measured.
-    """
-
-    inputs: float = 0.0
-    result: float = 0.0
-    reader: str = ""
-    output: float = 0.0
-    choices: float = 0.0
-    chooser: str = ""
-    lost: float = 0.0
-
-    def merged(self, other: Growth) -> Growth:
-        """The worse of both; NaN is worse than anything."""
-        worst = max(self, other, key=lambda growth: (math.isnan(growth.result), growth.result))
-        chooses = max(self, other, key=lambda growth: growth.choices)
-        return Growth(
-            larger(self.inputs, other.inputs),
-            worst.result,
-            worst.reader,
-            larger(self.output, other.output),
-            chooses.choices,
-            chooses.chooser,
-            larger(self.lost, other.lost),
-        )
 
 
 class Trials:
@@ -106,13 +71,13 @@ class Trials:
         """
         if reader.op == "output":
             yield from self._of_outputs(reader, env)
-        if not _can_be_tried(reader):
+        if not can_be_tried(reader):
             return
         if facts_of_target(reader.target).is_a(Family.SUM):
             yield reader, Growth(lost=self._lost(reader, env))
         if reader in self._routers:
             yield from self._of_choices(reader, env, result)
-        kept = _kept_inputs(reader)
+        kept = kept_inputs(reader)
         inputs = self._growth(result, reader, self._all_rounded(reader, env))
         yield reader, Growth(inputs=inputs)
         if inputs < NOTABLE:
@@ -127,7 +92,7 @@ class Trials:
 
     def _all_rounded(self, reader: fx.Node, env: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
         """All that a node reads, rounded, but for what it reads in FP32 on some device."""
-        kept = _kept_inputs(reader)
+        kept = kept_inputs(reader)
         rounded = {n: self._rounded(env[n]) for n in reader.all_input_nodes if n not in kept}
         return {**env, **rounded}
 
@@ -152,7 +117,7 @@ class Trials:
                 continue
             seen.add(value)
             ends = not past_products and facts_of_target(value.target).is_a(*HEAVY)
-            result = _evaluate(value, self._all_rounded(value, env)) if ends else env[value]
+            result = evaluate(value, self._all_rounded(value, env)) if ends else env[value]
             effect = self._blame(value, self._rounded(result), between, env, measure)
             if effect < notable:
                 continue
@@ -195,7 +160,7 @@ class Trials:
         total = sum(index.numel() for index in choices.indices(result))
 
         def measure(values: Mapping[fx.Node, Any]) -> float:
-            have = _evaluate(reader, values)
+            have = evaluate(reader, values)
             read = values[reader.all_input_nodes[0]]
             return choices.changed(reader, read, result, have) / max(total, 1)
 
@@ -265,10 +230,10 @@ class Trials:
         for node in between[between.index(value) + 1 :]:
             if changed.isdisjoint(node.all_input_nodes):
                 continue
-            if not _repeatable(node):
+            if not repeatable(node):
                 return 0.0
             try:
-                values[node] = _evaluate(node, values)
+                values[node] = evaluate(node, values)
             except _REFUSALS as refusal:
                 return _infinite(refusal)
             changed.add(node)
@@ -290,7 +255,7 @@ class Trials:
         """The largest relative L2 error of any result of `reader` on `values`, in units of the
         dtype's roundoff; infinite when it refuses them, as a factorisation may."""
         try:
-            result = _evaluate(reader, values)
+            result = evaluate(reader, values)
         except _REFUSALS as refusal:
             return _infinite(refusal)
         error = 0.0
@@ -341,45 +306,3 @@ def keep_window(graph: fx.Graph, uses: Mapping[fx.Node, list[fx.Node]]) -> dict[
     for index, node in enumerate(nodes):
         late.setdefault(nodes[min(index + WINDOW, len(nodes) - 1)], []).extend(uses.get(node, ()))
     return late
-
-
-def _can_be_tried(node: fx.Node) -> bool:
-    """Whether a node computes new values: it is no view, and picks nothing from a tuple."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not _repeatable(node):
-        return False
-    return all(returned.alias_info is None for returned in node.target._schema.returns)
-
-
-def _repeatable(node: fx.Node) -> bool:
-    """Whether running a node once more changes nothing, and gives the same result. Nobody knows
-    that of a custom operator; memory that is not written yet holds something else each time."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return getattr(node.target, "__module__", "") == "_operator"
-    if node.target.namespace != "aten" or node.target._schema.is_mutable:
-        return False
-    if facts_of_target(node.target).is_a(Family.UNWRITTEN):
-        return False
-    if torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return True
-    arguments = _arguments(node)
-    return arguments.get("train") is False or arguments.get("dropout_p") == 0
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by their names in its schema, defaults included."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    found = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    names = [a.name for a in schema.arguments]
-    return {**found, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-def _kept_inputs(node: fx.Node) -> set[fx.Node]:
-    """The inputs that a low node reads in FP32 on some device."""
-    kept = facts_of_target(node.target).kept_arguments("cpu")
-    given = {n: a for n, a in _arguments(node).items() if n in kept}
-    return {leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, fx.Node)}
-
-
-def _evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -15,7 +15,7 @@ from amp_convert.capture.regions import capture
 from amp_convert.plan.guards import Site
 from amp_convert.plan.node_context import Sites
 from amp_convert.profile.calibrate import Range
-from amp_convert.profile.rounding_trials import Growth
+from amp_convert.profile.growth import Growth
 
 
 class Module(nn.Module):

@@ -14,7 +14,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from amp_convert.core.number_formats import unit_roundoff
-from amp_convert.profile.rounding_trials import NOTABLE, WINDOW, Growth, Trials, keep_window
+from amp_convert.profile.growth import Growth
+from amp_convert.profile.rounding_trials import NOTABLE, WINDOW, Trials, keep_window
 from amp_convert.rules.rule_set import GuardLimits
 
 F16, BF16 = torch.float16, torch.bfloat16

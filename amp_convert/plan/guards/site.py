@@ -16,7 +16,7 @@ import torch
 
 from amp_convert.core.op_facts import OpFacts, facts_of
 from amp_convert.profile.calibrate import Range
-from amp_convert.profile.rounding_trials import Growth
+from amp_convert.profile.growth import Growth
 from amp_convert.rules.rule_set import GuardLimits
 
 

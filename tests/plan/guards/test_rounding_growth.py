@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from amp_convert.plan.guards.rounding_growth import RoundingGrowth
-from amp_convert.profile.rounding_trials import Growth
+from amp_convert.profile.growth import Growth
 from tests.plan.guards.helpers import (
     INF,
     NAN,
