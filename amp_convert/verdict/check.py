@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -31,6 +32,11 @@ class Check:
     threshold: float | str | None
     reason: str
     required: bool = True
+
+
+def severity(error: float) -> float:
+    """Sort key of an error: NaN, and a size below 0, is the worst there is."""
+    return error if error >= 0 else math.inf
 
 
 def optional(check: Callable[_P, Check]) -> Callable[_P, Check]:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from amp_convert.core.slices import LEAST
-from amp_convert.verdict.check import Check, CheckStatus, optional
+from amp_convert.verdict.check import Check, CheckStatus, optional, severity
 from amp_convert.verdict.inference_checks import nothing_ran
-from amp_convert.verdict.slice_checks import slice_checks
+from amp_convert.verdict.slice_checks import named, slice_checks
 from amp_convert.verdict.thresholds import COSINE_SLACK, Thresholds, rounding_unit
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def checks_of_outputs(
     closed = [row for row in outputs if row.dtype == "object" and not row.elements]
     if closed and not reason:
         why = (
-            f"{_called(closed[0])} is an object that cannot be looked into: return tensors, or "
+            f"{named(closed[0])} is an object that cannot be looked into: return tensors, or "
             "register its class with torch.utils._pytree"
         )
         checks.append(Check(f"{prefix}.compared", CheckStatus.UNCHECKED, None, None, why))
@@ -82,24 +82,14 @@ def _is_discrete(row: OutputError) -> bool:
     return row.dtype.startswith(("int", "uint", "bool", "object"))
 
 
-def _severity(error: float) -> float:
-    """Sort key of an error: NaN, and a size below 0, is the worst there is."""
-    return error if error >= 0 else math.inf
-
-
 def _within(error: float, limit: float) -> bool:
     return 0 <= error <= limit
 
 
 def _worst(rows: Sequence[OutputError], error: Callable[[OutputError], float]) -> tuple[str, float]:
     """Name and error of the output of largest error."""
-    row = max(rows, key=lambda candidate: _severity(error(candidate)))
-    return _called(row), error(row)
-
-
-def _called(row: OutputError) -> str:
-    # A single tensor has no path; "output" is what it is called for want of one.
-    return f"output {row.name}" if row.name not in ("", "output") else "the output"
+    row = max(rows, key=lambda candidate: severity(error(candidate)))
+    return named(row), error(row)
 
 
 def _structure_check(name: str, rows: Sequence[OutputError], missing: str) -> Check:
@@ -115,7 +105,7 @@ def _structure_check(name: str, rows: Sequence[OutputError], missing: str) -> Ch
     assert first.misfit is not None
     more = f", and {count - 1:.0f} more" if count > 1 else ""
     reason = (
-        f"{_called(first)} is {first.misfit.fp32} in FP32 and {first.misfit.mixed} mixed, on batch "
+        f"{named(first)} is {first.misfit.fp32} in FP32 and {first.misfit.mixed} mixed, on batch "
         f"{first.misfit.batch}{more}"
     )
     return Check(name, CheckStatus.FAIL, count, 0.0, reason)
@@ -128,13 +118,13 @@ def _finite_check(name: str, rows: Sequence[OutputError], missing: str) -> Check
     # Where FP32 is NaN there was nothing to compare with, so such an output is not vouched for.
     blind = max(rows, key=lambda row: row.ref_nonfinite)
     if bad.nonfinite == 0 and blind.ref_nonfinite > 0:
-        reason = f"{_called(blind)}: {blind.ref_nonfinite} of {blind.elements} elements are NaN or"
+        reason = f"{named(blind)}: {blind.ref_nonfinite} of {blind.elements} elements are NaN or"
         return Check(name, CheckStatus.UNCHECKED, 0.0, 0.0, f"{reason} infinite in FP32 already")
     if bad.nonfinite == 0:
         return Check(
             name, CheckStatus.PASS, 0.0, 0.0, "no output is NaN or infinite where FP32 is finite"
         )
-    reason = f"{_called(bad)}: {bad.nonfinite} of {bad.elements} elements are NaN or infinite"
+    reason = f"{named(bad)}: {bad.nonfinite} of {bad.elements} elements are NaN or infinite"
     return Check(
         name, CheckStatus.FAIL, float(bad.nonfinite), 0.0, f"{reason} where FP32 is finite"
     )
@@ -157,7 +147,7 @@ def _rel_l2_check(name: str, rows: Sequence[OutputError], missing: str, limit: f
 
 def _is_noise(rows: Sequence[OutputError], which: str, limit: float) -> str:
     """That FP32's own noise is out of tolerance in an output, as a clause; "" where it is not."""
-    noise = next(row.noise_rel_l2 for row in rows if _called(row) == which)
+    noise = next(row.noise_rel_l2 for row in rows if named(row) == which)
     if noise is None or _within(noise, limit):
         return ""
     return f"FP32 nudged by one ULP is off by {noise:.3g} as well: this says nothing of precision"
@@ -169,7 +159,7 @@ def _moved(rows: Sequence[OutputError]) -> str:
     if not row.moved:
         return ""
     return (
-        f"; {row.moved} of {row.rows} rows of {_called(row)} changed places among near-equal scores"
+        f"; {row.moved} of {row.rows} rows of {named(row)} changed places among near-equal scores"
     )
 
 
@@ -199,7 +189,7 @@ def _max_abs_check(name: str, rows: Sequence[OutputError], missing: str, limit: 
     reason = f"{which}: the largest error is {share:.3g} of the largest distance from the mean"
     status = CheckStatus.PASS if _within(share, limit) else CheckStatus.FAIL
     if status is CheckStatus.FAIL:
-        row = next(row for row in rows if _called(row) == which)
+        row = next(row for row in rows if named(row) == which)
         noise = None if row.noise_max_abs is None else _max_abs_share(row, row.noise_max_abs)
         if noise is not None and noise > limit:
             reason += f"; FP32 nudged by one ULP is off by {noise:.3g} as well"
@@ -257,15 +247,15 @@ def autocast_check(plan: Plan, divergence: Divergence | None, limits: Thresholds
     known = [row for row in rows if row.name in native]
 
     def ratio(row: OutputError) -> float:
-        return max(_severity(row.rel_l2), unit) / max(native[row.name], unit)
+        return max(severity(row.rel_l2), unit) / max(native[row.name], unit)
 
     worst = max(known, key=ratio, default=None)
     if worst is None or (ratio(worst) <= factor and len(known) < len(rows)):
         first = next(row for row in rows if row.name not in native)
-        reason = f"native autocast gave no finite error for {_called(first)}"
+        reason = f"native autocast gave no finite error for {named(first)}"
         return Check(name, CheckStatus.UNCHECKED, None, factor, reason)
     reason = (
-        f"{_called(worst)}: relative L2 error {worst.rel_l2:.3g}, "
+        f"{named(worst)}: relative L2 error {worst.rel_l2:.3g}, "
         f"native autocast's {native[worst.name]:.3g}"
     )
     if ratio(worst) <= factor:

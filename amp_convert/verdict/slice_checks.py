@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from amp_convert.core.slices import LEAST, SILENT, SliceError, SliceKind
-from amp_convert.verdict.check import Check, CheckStatus
+from amp_convert.verdict.check import Check, CheckStatus, severity
 from amp_convert.verdict.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -77,14 +77,14 @@ def _spread_check(
     excused = [(row, each) for row, each in found if _is_excused(each, limit)]
     judged = [(row, each) for row, each in found if not _is_excused(each, limit)]
     if not judged:
-        row, each = max(found, key=_severity)
+        row, each = max(found, key=_slice_severity)
         reason = (
             f"{called(row, each)}: error {each.error:.3g} of its spread, but FP32 nudged by one "
             f"ULP is off by {each.noise:.3g} as well: it says nothing about precision"
         )
         required = what == "channel"
         return Check(name, CheckStatus.UNCHECKED, each.error, limit, reason, required=required)
-    row, worst = max(judged, key=_severity)
+    row, worst = max(judged, key=_slice_severity)
     reason = f"{called(row, worst)}: error {worst.error:.3g} of its spread"
     holds = 0 <= worst.error <= limit
     if not holds:
@@ -92,7 +92,7 @@ def _spread_check(
         reason += f" (FP32's own noise {worst.noise:.2g}); "
         reason += tail if math.isfinite(worst.error) else "no tolerance would pass"
     if excused:
-        row, each = max(excused, key=_severity)
+        row, each = max(excused, key=_slice_severity)
         reason += (
             f"; not counted is {called(row, each)}, which FP32's own noise throws off by "
             f"{each.noise:.2g}"
@@ -166,7 +166,7 @@ def rarity(count: int, total: int, share: float) -> float:
 
 def called(row: OutputError, found: SliceError) -> str:
     """The slice in words: "channel 3 of dimension 1 of output logits"."""
-    output = f"output {row.name}" if row.name not in ("", "output") else "the output"
+    output = named(row)
     channel = f"channel {found.index} of dimension {found.dim} of "
     of = {
         SliceKind.WHOLE: "",
@@ -181,6 +181,10 @@ def called(row: OutputError, found: SliceError) -> str:
     return of[found.kind] + output
 
 
-def _severity(found: Found) -> float:
-    error = found[1].error
-    return error if error >= 0 else math.inf
+def named(row: OutputError) -> str:
+    """An output in words. A single tensor has no path; "output" is its name for want of one."""
+    return f"output {row.name}" if row.name not in ("", "output") else "the output"
+
+
+def _slice_severity(found: Found) -> float:
+    return severity(found[1].error)
