@@ -293,3 +293,53 @@ def test_the_reader_is_that_of_the_larger_growth() -> None:
     assert Growth(1.0, 20.0, "a").merged(Growth(3.0, 30.0, "b")) == Growth(3.0, 30.0, "b")
     assert Growth(1.0, 30.0, "a").merged(Growth(3.0, 20.0, "b")) == Growth(3.0, 30.0, "a")
     assert GuardLimits().rounding_growth > NOTABLE
+
+
+# --- outputs, increments -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_the_last_operations_before_an_output_of_little_spread(dtype: torch.dtype) -> None:
+    def years(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) @ w + 2005
+
+    found = tried(years, normal(64, 16), normal(16, 4) / 4, dtype=dtype)
+    # Rounded, 2005 keeps whole years in FP16 and every eighth one in BF16.
+    assert found["add"].output > 100
+    assert found["mm"].output < 24  # the default limit
+    assert found.get("relu", Growth()).output == 0
+
+
+def test_a_product_is_the_last_operation_with_all_that_it_reads() -> None:
+    def offset_taken_off(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (torch.relu(x) + 2000) @ (w - w.mean(0)) + 2005
+
+    found = tried(offset_taken_off, normal(64, 16), normal(16, 4))
+    assert found["mm"].output > 100
+    assert {n for n, growth in found.items() if growth.output} == {"mm", "add_1"}
+
+
+def test_each_output_has_its_own_error() -> None:
+    found = tried(lambda x: (x + 3000, x * 2), normal(64, 4))
+    assert found["add"].output > 100
+    assert found["mul"].output < NOTABLE
+
+
+@pytest.mark.parametrize(
+    ("compute", "lost"),
+    [
+        (lambda x: x + 1e-5 * torch.ones_like(x), True),
+        (lambda x: x - 1e-5 * torch.ones_like(x), True),
+        (lambda x: x + 1e-1 * torch.ones_like(x), False),
+        (lambda x: torch.sin(x) + 3 + 1e-5 * torch.ones_like(x), True),
+        (lambda x: (torch.exp(x) + 1e-5 * torch.ones_like(x)).t() + 1, False),
+        (lambda x: (torch.exp(x) + 1e-5 * torch.ones_like(x)) + x, True),
+        (lambda x: torch.exp(x) + 1e-5 * torch.ones_like(x), False),
+    ],
+    ids=["input", "taken off", "large", "sum", "number", "added to again", "one sum"],
+)
+def test_an_increment_below_a_unit_in_the_last_place_is_lost(
+    compute: Callable[..., Any], lost: bool
+) -> None:
+    found = tried(compute, torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) + 1)
+    assert (max(growth.lost for growth in found.values()) > 0.9) == lost
