@@ -22,7 +22,7 @@ from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch
 from amp_convert.core.device import Device
-from amp_convert.core.errors import UsageError
+from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.optional_packages import require
 from amp_convert.core.progress import Logged, Progress, Silent
@@ -177,13 +177,16 @@ def _export(
         raise UsageError("there is no folder for the ONNX file", mend="Give one.")
     case = prepared.case
     progress.stage("export to ONNX")
-    exported = onnx_export.export(
-        converted,
-        work / "model.onnx",
-        "low" if settings.io_types == "low" else "keep",
-        settings.opset,
-        external_data=settings.external_data,
-    )
+    try:
+        exported = onnx_export.export(
+            converted,
+            work / "model.onnx",
+            "low" if settings.io_types == "low" else "keep",
+            settings.opset,
+            external_data=settings.external_data,
+        )
+    except UnsupportedModelError as error:  # the rest of the report is worth having without
+        return Unchecked(reason=str(error))
     progress.stage("compare in ONNX Runtime", batches)
     parity = validate_onnx(
         converted,
@@ -298,7 +301,7 @@ def _prepare(
     progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
     batches = _ticking(_batches(case, device, settings.calibrate), progress)
     tried = [from_name(settings.dtype)] if rules.uses_trials else []
-    stats = profile(captured, batches, tried)
+    stats = profile(captured, batches, tried, probes=rules.uses_probes)
     return _Prepared(case, device, captured, rules, stats)
 
 

@@ -120,6 +120,7 @@ def tidy(model: ir.Model, tag: str) -> None:
     that has in its metadata under `tag`."""
     import onnx_ir.passes.common as common
 
+    _type_results(model)
     _share_constants(model.graph)
     changed = True
     while changed:
@@ -138,6 +139,26 @@ def tidy(model: ir.Model, tag: str) -> None:
                 changed = True
         common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
+
+
+def _type_results(model: ir.Model) -> None:
+    """Give the results of loops, branches and sequences their types, which the exporter may leave
+    out: those of what a loop carries on, of what the subgraph gives, of what a sequence holds."""
+    import onnx_ir as ir
+
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        types: list[ir.TypeProtocol | None] = []
+        if node.op_type == "Loop":
+            carried, made = node.inputs[2:], node.attributes["body"].as_graph().outputs[1:]
+            found = (*carried, *made[len(carried) :])
+            types = [value.type if value is not None else None for value in found]
+        elif node.op_type == "If":
+            types = [value.type for value in node.attributes["then_branch"].as_graph().outputs]
+        elif node.op_type in ("ConcatFromSequence", "SequenceAt"):
+            sequence = node.inputs[0] and node.inputs[0].type
+            types = [sequence.elem_type if isinstance(sequence, ir.SequenceType) else None]
+        for value, type_ in zip(node.outputs, types, strict=bool(types)):
+            value.type = value.type or type_
 
 
 def _replacement(node: ir.Node) -> ir.Value | None:

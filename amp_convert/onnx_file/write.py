@@ -130,10 +130,12 @@ def export(
     if io_types not in ("keep", "low"):
         raise UsageError(f"io_types is {io_types!r}", mend='Use "keep" or "low".')
     if not converted.captured.is_whole:
+        first = converted.captured.uncaptured[0]
         raise UnsupportedModelError(
-            "only parts of this model were captured, and ONNX takes a whole model",
-            where=converted.captured.uncaptured[0].location,
-            mend="Move control flow that depends on tensor values out of the model.",
+            "ONNX takes a whole model, and only parts of this one could be captured: "
+            f"{first.reason}",
+            where=first.location,
+            mend=first.mend,
         )
     region = converted.captured.regions[0]
     border = from_name(dtype) if io_types == "low" else None

@@ -55,6 +55,7 @@ def assemble(
         no_training=training.reason if isinstance(training, Unchecked) else "",
         onnx=onnx.parity if isinstance(onnx, OnnxSection) else None,
         no_onnx=onnx.reason if isinstance(onnx, Unchecked) else "",
+        onnx_required=settings.onnx,
     )
     return RunReport(
         amp_convert=__version__,

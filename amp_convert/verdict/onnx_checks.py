@@ -34,11 +34,17 @@ _JUDGED = ("unoptimised", "optimised")
 
 
 def onnx_checks(
-    parity: OnnxParity | None, reason: str, limits: Thresholds, *, metrics_supplied: bool = True
+    parity: OnnxParity | None,
+    reason: str,
+    limits: Thresholds,
+    *,
+    required: bool = False,
+    metrics_supplied: bool = True,
 ) -> tuple[Check, ...]:
-    """All checks on the file; one unchecked one with `reason` where there is none."""
+    """All checks on the file; one unchecked one with `reason` where there is none, which is
+    `required` where a file was asked for."""
     if parity is None:
-        return (Check("onnx", CheckStatus.UNCHECKED, None, None, reason, required=False),)
+        return (Check("onnx", CheckStatus.UNCHECKED, None, None, reason, required=required),)
     missing = "" if parity.batches > 0 else "no batch went through ONNX Runtime"
     if parity.drawing:
         missing = _random(parity)

@@ -115,14 +115,15 @@ def judge(
     training_required: bool = False,
     onnx: OnnxParity | None = None,
     no_onnx: str = "--onnx was not given",
+    onnx_required: bool = False,
 ) -> Verdict:
     """Hold the evidence against `thresholds`.
 
     `divergence` is None when the graphs could not be run side by side, as on the meta device;
     `training` and `onnx` when nothing was trained or exported, for the reason given.
     `metrics_supplied` is whether the user's file gives metrics: they are then required, as training
-    is where `training_required`. Raises
-    UsageError when `thresholds` are those of another dtype than the plan's.
+    is where `training_required`, and an ONNX file where `onnx_required`. Raises UsageError when
+    `thresholds` are those of another dtype than the plan's.
     """
     if thresholds.dtype != plan.dtype:
         raise UsageError(f"the thresholds are for {thresholds.dtype}, the plan for {plan.dtype}")
@@ -155,7 +156,13 @@ def judge(
             metrics_supplied=metrics_supplied,
             required=training_required,
         ),
-        *onnx_checks(onnx, no_onnx, limits, metrics_supplied=metrics_supplied),
+        *onnx_checks(
+            onnx,
+            no_onnx,
+            limits,
+            required=onnx_required,
+            metrics_supplied=metrics_supplied,
+        ),
     )
     return verdict_of(checks)
 

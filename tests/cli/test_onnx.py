@@ -104,13 +104,88 @@ def test_a_missing_package_is_named_before_any_work(
     )
 
 
-def test_a_model_in_parts_is_no_onnx_model(tmp_path: Path) -> None:
+def test_a_model_in_parts_is_no_onnx_model_and_the_rest_is_reported(tmp_path: Path) -> None:
     write(tmp_path, net(BRANCH))
-    outcome = amp(tmp_path, "model.py", "--onnx")
-    assert outcome.code == 4
-    assert "only parts of this model were captured, and ONNX takes a whole model" in outcome.error
-    assert not (tmp_path / "reports" / "model").exists()
+    outcome = amp(tmp_path, "model.py", "--onnx", "--json")
+    assert outcome.code == 3
+    [check] = [c for c in outcome.json["verdict"]["checks"] if c["name"] == "onnx"]
+    assert (check["status"], check["required"]) == ("unchecked", True)
+    assert check["reason"].startswith(
+        "ONNX takes a whole model, and only parts of this one could be captured: its control flow"
+    )
+    assert (tmp_path / "reports" / "model" / "report.html").exists()
     assert not list(tmp_path.glob("**/*.onnx"))
+
+
+CUMPROD = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.layer(x).sigmoid()
+        return x.cumprod(-1)
+
+def build_model():
+    torch.manual_seed(0)
+    return Net().eval()
+
+def example_inputs():
+    return torch.randn(16, 8)
+"""
+
+
+def test_an_operator_without_a_translation_goes_by_its_own_name_and_line(tmp_path: Path) -> None:
+    """The exporter speaks of prims.prod, which nobody wrote."""
+    write(tmp_path, CUMPROD)
+    outcome = amp(tmp_path, "model.py", "--onnx", "--json")
+    assert outcome.code == 3
+    report = outcome.json
+    assert report["onnx"]["status"] == "unchecked"
+    assert report["onnx"]["reason"] == (
+        "this model cannot be written as ONNX: the operator aten.cumprod has no translation to "
+        "ONNX (PyTorch makes prims.prod of it) (at model.py:12). Write it with other operators "
+        "there, or leave --onnx out."
+    )
+    failed = {c["name"] for c in report["verdict"]["checks"] if c["status"] == "fail"}
+    assert not failed
+    assert (tmp_path / "reports" / "model" / "layers.csv").exists()
+
+
+BAG = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.layer = nn.EmbeddingBag(50, 16), nn.Linear(16, 2)
+
+    def forward(self, ids):
+        return self.layer(self.bag(ids))
+
+def build_model():
+    torch.manual_seed(0)
+    return Net().eval()
+
+def example_inputs():
+    return torch.randint(0, 50, (16, 3))
+"""
+
+
+def test_a_file_with_sequences_of_tensors_runs_node_by_node(tmp_path: Path) -> None:
+    """PyTorch translates nn.EmbeddingBag into a loop that builds up a sequence."""
+    write(tmp_path, BAG)
+    outcome = amp(tmp_path, "model.py", "--onnx", "--json")
+    assert outcome.code == 0, outcome.json["verdict"]
+    runs = {run["arm"]: run for run in outcome.json["onnx"]["parity"]["runs"]}
+    assert runs["node by node"]["failure"] == ""
+    assert runs["node by node"]["batches"] == 1
+    assert "" not in outcome.json["onnx"]["model"]["nodes_by_dtype"]
 
 
 def test_an_opset_that_cannot_be_written(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 The results have the dtypes that the file gives them. Where ONNX Runtime has no kernel for a low
 dtype, the node runs in FP32 and the results are rounded. Equal nodes share a session.
+
+Only tensors go in and out. A sequence of them, which some translations build up in a loop, is made
+anew wherever it is read: its makers run in one model with the reader (`_unit`).
 """
 
 from __future__ import annotations
@@ -30,7 +33,27 @@ def _low() -> dict[int, torch.dtype]:
 
 
 def reads(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, each value once; what its subgraphs take from outside comes last."""
+    """The tensors that a node is run with, each once: its inputs first, then what its subgraphs
+    take from outside. In place of a sequence come the tensors that it is made of."""
+    unit = _unit(node)
+    made = {value for each in unit for value in each.outputs}
+    return list(dict.fromkeys(v for each in reversed(unit) for v in _inputs(each) if v not in made))
+
+
+def _unit(node: ir.Node) -> list[ir.Node]:
+    """A node and those that make the sequences that it reads, in the order of the graph."""
+    makers = (v.producer() for v in _inputs(node) if not _is_tensor(v))
+    before = (each for maker in makers if maker is not None for each in _unit(maker))
+    return list(dict.fromkeys((*before, node)))
+
+
+def _is_tensor(value: ir.Value) -> bool:
+    import onnx_ir as ir
+
+    return not isinstance(value.type, ir.SequenceType | ir.OptionalType)
+
+
+def _inputs(node: ir.Node) -> list[ir.Value]:
     import onnx_ir as ir
 
     found = dict.fromkeys(value for value in node.inputs if value is not None)
@@ -69,12 +92,14 @@ class Kernels:
     def run(
         self, node: ir.Node, given: Callable[[ir.Value], torch.Tensor]
     ) -> dict[ir.Value, torch.Tensor]:
-        """The results of `node`, where `given` has its inputs."""
+        """The tensors that `node` makes, where `given` has those that it `reads`."""
+        outputs = _made(node)
+        if not outputs:
+            return {}
         tensors = [given(value) for value in reads(node)]
         session, is_wide = self._session(node, [number(t.dtype) for t in tensors])
         if is_wide:
             tensors = [t.float() if t.dtype in LOW_DTYPES else t for t in tensors]
-        outputs = [value for value in node.outputs if value.name]
         results = zip(outputs, session.run(tensors), strict=True)
         if not is_wide:
             return dict(results)
@@ -101,34 +126,38 @@ class Kernels:
         import onnx_ir as ir
         from onnx import helper
 
-        proto = ir.serde.serialize_node(node)
-        for field in ("name", "doc_string", "metadata_props"):
-            proto.ClearField(field)
-        names = {value.name or "": f"in_{i}" for i, value in enumerate(node.inputs) if value}
+        unit = _unit(node)
+        protos = [ir.serde.serialize_node(each) for each in unit]
+        names: dict[str, str] = {}
+        if len(unit) == 1:  # equal nodes get equal names
+            names = {value.name or "": f"in_{i}" for i, value in enumerate(node.inputs) if value}
+            names |= {value.name or "": f"out_{i}" for i, value in enumerate(node.outputs)}
+        for proto in protos:
+            for field in ("name", "doc_string", "metadata_props"):
+                proto.ClearField(field)
+            proto.input[:] = [name and names.get(name, name) for name in proto.input]
+            proto.output[:] = [name and names.get(name, name) for name in proto.output]
+            if wide:
+                _widen(proto)
         read = [names.get(value.name or "", value.name or "") for value in reads(node)]
-        made = [f"out_{i}" if value.name else "" for i, value in enumerate(node.outputs)]
-        proto.input[:] = [names.get(name, "") for name in proto.input]
-        proto.output[:] = made
-        if wide:
-            _widen(proto)
-        results = [
-            (
-                name,
-                ir.DataType.FLOAT
-                if wide and int(value.dtype or 0) in _low()
-                else int(value.dtype or 0),
-            )
-            for name, value in zip(made, node.outputs, strict=True)
-            if name
-        ]
+        results = []
+        for value in _made(node):
+            dtype = int(value.dtype or 0)
+            dtype = ir.DataType.FLOAT if wide and dtype in _low() else dtype
+            results.append((names.get(value.name or "", value.name or ""), dtype))
         graph = helper.make_graph(
-            [proto],
+            protos,
             "node",
             [helper.make_tensor_value_info(*v, None) for v in zip(read, inputs, strict=True)],
             [helper.make_tensor_value_info(*v, None) for v in results],
         )
         opsets = [helper.make_opsetid(domain, version) for domain, version in self._opsets.items()]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _made(node: ir.Node) -> list[ir.Value]:
+    """The tensors that a node makes and something may read."""
+    return [value for value in node.outputs if value.name and _is_tensor(value)]
 
 
 def number(dtype: torch.dtype) -> int:
