@@ -96,7 +96,12 @@ def convert(
     batches: Iterable[Any] = [(positional, keywords)]
     if calibration is not None:
         batches = (as_call(batch, "calibration") for batch in calibration)
-    stats = profile(captured, batches, [dtype] if loaded.uses_trials else [])
+    stats = profile(
+        captured,
+        batches,
+        [dtype] if loaded.uses_trials else [],
+        probes=loaded.uses_probes,
+    )
     mixed = convert_captured(captured, loaded, stats, dtype)
     return mixed if train else mixed.eval()
 

@@ -33,11 +33,19 @@ class Staged:
     stats: RangeStats
 
     @classmethod
-    def of(cls, model: nn.Module, *args: Any, calibration: Iterable[Any] | None = None) -> Staged:
-        """`calibration` gives tuples of positional inputs; by default the example inputs."""
+    def of(
+        cls,
+        model: nn.Module,
+        *args: Any,
+        calibration: Iterable[Any] | None = None,
+        probes: bool = False,
+    ) -> Staged:
+        """`calibration` gives tuples of positional inputs; by default the example inputs. `probes`
+        try inputs unlike them: they would find what other guards do."""
         captured = capture(model, args, {})
         batches = [args] if calibration is None else calibration
-        return cls(model, args, captured, profile(captured, [(batch, {}) for batch in batches]))
+        stats = profile(captured, [(batch, {}) for batch in batches], probes=probes)
+        return cls(model, args, captured, stats)
 
     def plan(
         self,
@@ -77,6 +85,12 @@ def rules_with(*rules: Rule, preset: str = "default", **guards: Any) -> Rules:
     assert isinstance(found, GuardLimits)
     kept = replace(loaded.rewrites, scale_scores=False, rescale_layers=False)
     return replace(loaded, rules=(*loaded.rules, *rules), guards=found, rewrites=kept)
+
+
+def unprobed() -> Rules:
+    """The default rules without the guard on inputs unlike those of calibration."""
+    loaded = load_rules(["default"])
+    return replace(loaded, guards=replace(loaded.guards, probe_headroom=False))
 
 
 def decisions_of(plan: Plan, mode: str) -> tuple[Decision, ...]:

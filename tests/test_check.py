@@ -252,7 +252,7 @@ def test_sizes_that_are_fixed_are_told(
     monkeypatch.setattr(export, "_program", refuses)
     with caplog.at_level(logging.WARNING, logger="amp_convert"):
         run = amp.check(net(), X)
-    why = "ValueError: a guard on s77"
+    why = "PyTorch cannot trace it (ValueError: a guard on s77)"
     assert [(f.layer, f.mode, f.reason) for f in run.report.fixed_sizes] == [
         ("", "eval", why),
         ("", "train", why),

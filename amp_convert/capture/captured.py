@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,13 @@ from amp_convert.core.mode import Mode
 
 @dataclass(frozen=True)
 class Uncaptured:
-    """A part of the model that stays eager FP32, and the line of code that made it so."""
+    """A part of the model that stays eager FP32, the line of code that made it so, and what can be
+    done about it."""
 
     layer: str
     reason: str
     location: str
+    mend: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Region:
         """A name inside the region as a name in the whole model."""
         return f"{self.path}.{name}" if self.path else name
 
+    def input_key(self, path: str) -> str:
+        """The name under which what is known of one of the region's inputs is kept."""
+        return f"{self.path} input {path}"
+
     def runner(self, mode: Mode) -> GraphRunner:
         """The captured FP32 graph of `mode`, callable like the module."""
         graph = self.graphs[mode]
@@ -95,6 +101,20 @@ class Captured:
     fidelity: tuple[Fidelity, ...]
     eager_macs: int = 0
     """Multiply-adds of what stays eager, for the example inputs in eval mode."""
+    training: Captured | None = None
+    """The parts to train with, where the train graphs of `regions` could not be had; only their
+    train graphs count."""
+
+    def in_mode(self, mode: Mode) -> Captured:
+        """What runs in a mode."""
+        return self.training if mode is Mode.TRAIN and self.training is not None else self
+
+    def graphs(self) -> Iterator[tuple[Region, Mode]]:
+        """Each graph that runs, as a region and the mode of it."""
+        for mode in Mode:
+            for region in self.in_mode(mode).regions:
+                if mode in region.graphs:
+                    yield region, mode
 
     def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
         """What each region receives when the model is called with these inputs, in eval mode, in

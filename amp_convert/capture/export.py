@@ -32,11 +32,16 @@ from amp_convert.capture.export_repairs import (
     repair,
 )
 from amp_convert.capture.graph_call import bind, in_mode
-from amp_convert.capture.graph_signature import Signature, check_guards, signature_of
+from amp_convert.capture.graph_signature import (
+    Signature,
+    UncheckableSizesError,
+    check_guards,
+    signature_of,
+)
 from amp_convert.capture.node_info import NodeInfo, describe
+from amp_convert.capture.refusals import refusal_of
 from amp_convert.core import device as devices
 from amp_convert.core.batches import anew
-from amp_convert.core.errors import first_line
 from amp_convert.core.mode import Mode
 
 _log = logging.getLogger(__name__)
@@ -180,8 +185,10 @@ def _dynamic_program(
         args, kwargs = doubled_batch(args, kwargs)
         program = _program(module, call, args, kwargs, dynamic=True)
         check_guards(program, bind(call, args, kwargs).arguments)
+    except UncheckableSizesError as error:
+        return None, str(error)
     except Exception as error:  # noqa: BLE001  whatever fails dynamically is retried statically
-        return None, f"{type(error).__name__}: {first_line(error)}"
+        return None, refusal_of(error).reason
     return program, ""
 
 

@@ -23,6 +23,7 @@ from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.random_state import preserved_rng, rng_state
 from amp_convert.core.tensor_errors import larger
+from amp_convert.core.tree_paths import leaves_by_path
 
 
 class FidelityStatus(StrEnum):
@@ -176,7 +177,7 @@ def _trace(
 ) -> _Trace:
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
     # Before the call, which may put other things into a dict or list that it is given.
-    given = pytree.tree_flatten_with_path((args, kwargs))[0]
+    given = leaves_by_path((args, kwargs))
     with (
         in_mode(module, training=mode == Mode.TRAIN),
         preserved_rng(device),
@@ -190,14 +191,15 @@ def _trace(
         custom = _custom_backwards(result) if backward else []
         drawn = before.drawn_outside_torch(rng_state(device))
         gradients = _gradients(module, result) if backward else {}
-        leaves = pytree.tree_flatten_with_path(result)[0]
         outputs = {
-            pytree.keystr(k): t.detach().clone() for k, t in leaves if isinstance(t, torch.Tensor)
+            path: leaf.detach().clone()
+            for path, leaf in leaves_by_path(result)
+            if isinstance(leaf, torch.Tensor)
         }
         buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
-        for keys, leaf in given:
+        for path, leaf in given:
             if isinstance(leaf, torch.Tensor):  # the model may write to what it is given
-                outputs[f"input {pytree.keystr(keys)}"] = leaf.detach()
+                outputs[f"input {path}"] = leaf.detach()
     return _Trace(outputs, gradients, buffers, drawn, custom)
 
 

@@ -33,7 +33,7 @@ class GradientProbe:
     """
 
     def __init__(self, captured: Captured) -> None:
-        self._captured = captured
+        self._captured = captured.in_mode(Mode.TRAIN)
         self.seen: dict[str, tuple[NodeInfo, Exponents]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

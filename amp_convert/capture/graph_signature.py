@@ -15,6 +15,8 @@ from torch import fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from amp_convert.core.tree_paths import leaves_by_path
+
 _T = TypeVar("_T")
 
 
@@ -101,15 +103,19 @@ def _guards(program: torch.export.ExportedProgram) -> tuple[SizeGuard, ...]:
     )
 
 
+class UncheckableSizesError(Exception):
+    """What tracing assumed of sizes cannot be checked at a call; the message says why."""
+
+
 def check_guards(program: torch.export.ExportedProgram, arguments: Mapping[str, Any]) -> None:
-    """Raises NotImplementedError where this PyTorch does not tell what tracing assumed of sizes, or
-    in words that are not known: a graph whose conditions nobody can check could be wrong for other
-    sizes, so it may take none."""
+    """Raises UncheckableSizesError where this PyTorch does not tell what tracing assumed of sizes,
+    or in words that are not known: a graph whose conditions nobody can check could be wrong for
+    other sizes, so it may take none."""
     if not hasattr(program, "_guards_code"):
-        raise NotImplementedError("this PyTorch does not tell what tracing assumed of sizes")
+        raise UncheckableSizesError("this PyTorch does not tell what tracing assumed of sizes")
     for guard in _guards(program):
         if not guard.holds(arguments):
-            raise NotImplementedError(f"the example inputs themselves break {guard.text}")
+            raise UncheckableSizesError(f"the example inputs themselves break {guard.text}")
 
 
 class _Condition:
@@ -149,6 +155,7 @@ def signature_of(
     declared = program.graph_signature
     owned = {n for n, _ in [*module.named_parameters(remove_duplicate=False),
                             *module.named_buffers(remove_duplicate=False)]}  # fmt: skip
+    held = _held_tensors(module)
     mutated = set(declared.buffers_to_mutate.values())
     inputs = []
     for spec in declared.input_specs:
@@ -157,6 +164,8 @@ def signature_of(
         source, target = _SOURCES[spec.kind], spec.target or ""
         if source is Source.BUFFER and target not in owned:
             source = Source.CONSTANT
+        if source is Source.CONSTANT:
+            source, target = held.get(_memory(program.constants.get(target)), (source, target))
         inputs.append(InputSpec(source, target, mutated=target in mutated))
     buffers, changed = [], []
     for output in declared.output_specs:
@@ -181,14 +190,27 @@ def signature_of(
     )
 
 
+def _held_tensors(module: nn.Module) -> dict[object, tuple[Source, str]]:
+    """The module's tensors by where they lie. A model may reach for its parameters elsewhere than
+    in its modules, as Keras does through its variables; export then takes them for constants."""
+    buffers = {_memory(t): (Source.BUFFER, name) for name, t in module.named_buffers()}
+    parameters = {_memory(t): (Source.PARAMETER, name) for name, t in module.named_parameters()}
+    return {key: found for key, found in {**buffers, **parameters}.items() if key is not None}
+
+
+def _memory(tensor: Any) -> object:
+    """Equal for tensors that are the same values in memory; None for what holds none."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        return None
+    if tensor.is_meta or not tensor.numel():
+        return None
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
 def _user_inputs(
     program: torch.export.ExportedProgram, arguments: Mapping[str, Any], leaves: Sequence[Any]
 ) -> tuple[UserInput, ...]:
-    paths = [
-        name + pytree.keystr(keys)
-        for name, value in arguments.items()
-        for keys, _ in pytree.tree_flatten_with_path(value)[0]
-    ]
+    paths = [name + path for name, value in arguments.items() for path, _ in leaves_by_path(value)]
     values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
     specs = [s for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
     found = []

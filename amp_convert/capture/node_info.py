@@ -80,6 +80,7 @@ def _class_path(cls: type) -> str:
 
 
 _LIBRARY = tuple(os.path.dirname(f) + os.sep for f in (torch.__file__, amp_convert.__file__))
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = sorted(
     {*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")},
     key=len,
@@ -97,8 +98,9 @@ def user_location(node: fx.Node) -> str:
 
 
 def is_library_frame(file: str) -> bool:
-    """Whether a stack frame's file is PyTorch's or ours, and so not what a user wants to read."""
-    return file.startswith((*_LIBRARY, "torch/", "<"))
+    """Whether a stack frame is of PyTorch, Python or ours, and so not what a user wants to read."""
+    python = file.startswith(_PYTHON) and not file.startswith(tuple(_PACKAGES))
+    return python or file.startswith((*_LIBRARY, "torch/", "<"))
 
 
 def short_path(file: str) -> str:

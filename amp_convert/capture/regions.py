@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from enum import Enum, auto
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ from amp_convert.capture.hooks import own_hooks_off
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.observed_calls import ModuleCall, observed_calls, user_line
 from amp_convert.capture.pytree_containers import register_containers
+from amp_convert.capture.refusals import Refusal, refusal_of
 from amp_convert.core import device as devices
 from amp_convert.core.errors import (
     ModelError,
@@ -64,32 +66,57 @@ def capture(
     """
     register_containers()
     args, kwargs = tuple(args), dict(kwargs)
+    wanted = _Wanted.BOTH if train else _Wanted.EVAL
     regions: tuple[Region, ...]
     uncaptured: tuple[Uncaptured, ...] = ()
     problem = None
     if apart:
-        problem = _CannotCaptureError("", _Hooked(f"a hook on {', '.join(sorted(apart))}"))
+        problem = _CannotCaptureError("", _hooked(apart))
     else:
         try:
-            regions = (_region(model, args, kwargs, "", train),)
+            regions = (_region(model, args, kwargs, "", wanted),)
         except _CannotCaptureError as error:
             problem = error
     if problem is not None:
         _log.info("the model cannot be captured whole (%s); its parts are tried", problem.reason)
-        regions, uncaptured = _by_submodule(model, args, kwargs, problem, train, apart)
+        regions, uncaptured = _by_submodule(model, args, kwargs, problem, wanted, apart)
         for part in uncaptured:
             _log.info("%s stays eager: %s", part.layer or "the top level", part.reason)
         if not regions:
             raise UnsupportedModelError(
                 f"no part of the model can be captured: {problem.reason}",
                 where=problem.location,
-                mend="Move control flow that depends on tensor values out of the model.",
+                mend=problem.mend,
             ) from problem.__cause__
+    training = None
+    if train and any(Mode.TRAIN not in region.graphs for region in regions):
+        training = _for_training(model, args, kwargs, regions, apart)
     checks = [(region.path, _fidelity(region, mode)) for region in regions for mode in Mode]
+    if training is not None:
+        checks = [(path, found) for path, found in checks if found.mode is Mode.EVAL]
+        checks += [(r.path, _fidelity(r, Mode.TRAIN)) for r in training.regions]
     untrainable = {path: found.untrainable for path, found in checks if found.untrainable}
     regions = tuple(_without_training(r, untrainable.get(r.path, "")) for r in regions)
     eager = _eager_macs(model, args, kwargs, regions) if uncaptured else 0
-    return Captured(model, args, kwargs, regions, uncaptured, _merged(checks), eager)
+    merged = _merged(checks, _how_trained(regions) if training is not None else "")
+    return Captured(model, args, kwargs, regions, uncaptured, merged, eager, training)
+
+
+def _for_training(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    regions: Sequence[Region],
+    apart: Collection[str],
+) -> Captured | None:
+    """The parts of a model that can be captured for training, where the model, or a part of it,
+    cannot: it may draw at random what it computes, as wav2vec 2.0 skips layers."""
+    failed = next(region for region in regions if Mode.TRAIN not in region.graphs)
+    problem = _CannotCaptureError("", _LeftEagerError(Refusal(failed.train_failure, "")))
+    found, left = _by_submodule(model, args, kwargs, problem, _Wanted.TRAIN, apart)
+    for part in left:
+        _log.info("%s stays eager in training: %s", part.layer or "the top level", part.reason)
+    return Captured(model, args, kwargs, found, left, ()) if found else None
 
 
 def _refuse_environment(cause: Exception) -> None:
@@ -98,29 +125,52 @@ def _refuse_environment(cause: Exception) -> None:
         raise problem from cause
 
 
-class _Hooked(Exception):  # noqa: N818  no error: a reason to leave a part eager
-    """A submodule inside has a hook that the graph does not hold."""
+class _Wanted(Enum):
+    """The graphs that a part is captured for: eval; train as well, where it can be had; or train
+    above all, so that a part without is none."""
+
+    EVAL = auto()
+    BOTH = auto()
+    TRAIN = auto()
+
+
+class _LeftEagerError(Exception):
+    """A reason of our own not to capture a part as a whole."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        self.refusal = refusal
+        super().__init__(refusal.reason)
+
+
+def _hooked(paths: Collection[str]) -> _LeftEagerError:
+    reason = f"a hook on {', '.join(sorted(paths))} has to run, which it does not in a graph"
+    return _LeftEagerError(Refusal(reason, "Take the hook off to have all of it converted."))
 
 
 class _CannotCaptureError(Exception):
     """One module could not be exported in eval mode."""
 
     def __init__(self, path: str, cause: Exception) -> None:
-        self.path = path
-        self.reason = f"{type(cause).__name__}: {first_line(cause)}"
+        refusal = cause.refusal if isinstance(cause, _LeftEagerError) else refusal_of(cause)
+        self.path, self.reason, self.mend = path, refusal.reason, refusal.mend
         self.location = user_line(cause)
         super().__init__(self.reason)
 
+    @property
+    def uncaptured(self) -> Uncaptured:
+        """The part as one that stays eager."""
+        return Uncaptured(self.path, self.reason, self.location, self.mend)
+
 
 def _region(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, train: bool
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: _Wanted
 ) -> Region:
     with own_hooks_off(module) if path else contextlib.nullcontext():
-        return _traced_region(module, args, kwargs, path, train)
+        return _traced_region(module, args, kwargs, path, wanted)
 
 
 def _traced_region(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, train: bool
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: _Wanted
 ) -> Region:
     try:
         graphs = {Mode.EVAL: _graph(module, args, kwargs, Mode.EVAL, path)}
@@ -129,12 +179,14 @@ def _traced_region(
     except Exception as cause:  # export fails in as many ways as user code does
         _refuse_environment(cause)
         raise _CannotCaptureError(path, cause) from cause
-    train_failure = "" if train else "training was not asked for"
+    train_failure = "" if wanted is not _Wanted.EVAL else "training was not asked for"
     try:
-        if train:
+        if wanted is not _Wanted.EVAL:
             graphs[Mode.TRAIN] = _graph(module, args, kwargs, Mode.TRAIN, path)
-    except Exception as cause:  # noqa: BLE001  the eval graph is worth having without; fidelity says so
+    except Exception as cause:  # the eval graph is worth having without; fidelity says so
         _refuse_environment(cause)
+        if wanted is _Wanted.TRAIN:
+            raise _CannotCaptureError(path, cause) from cause
         train_failure = _CannotCaptureError(path, cause).reason
         _log.warning("%s: no train graph: %s", path or "the model", train_failure)
     try:
@@ -220,7 +272,7 @@ def _by_submodule(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     error: _CannotCaptureError,
-    train: bool,
+    wanted: _Wanted,
     apart: Collection[str],
 ) -> tuple[tuple[Region, ...], tuple[Uncaptured, ...]]:
     """Capture the outermost children that can be; list what stays eager."""
@@ -228,7 +280,7 @@ def _by_submodule(
     for path, call in observed_calls(model, args, kwargs):
         calls.setdefault(path, []).append(call)
     regions: list[Region] = []
-    uncaptured = [Uncaptured(error.path, error.reason, error.location)]
+    uncaptured = [error.uncaptured]
     seen: set[int] = set()
 
     def visit(module: nn.Module, path: str) -> None:
@@ -241,22 +293,24 @@ def _by_submodule(
                 visit(child, inner)  # a container, or a part that the example inputs do not reach
                 continue
             if any(path.startswith(f"{inner}.") for path in apart):
-                uncaptured.append(Uncaptured(inner, error.reason, ""))
+                uncaptured.append(Uncaptured(inner, error.reason, "", error.mend))
                 visit(child, inner)
                 continue
             try:
-                regions.append(_fitting_region(child, calls[inner], inner, train))
+                regions.append(_fitting_region(child, calls[inner], inner, wanted))
             except _CannotCaptureError as failure:
-                uncaptured.append(Uncaptured(inner, failure.reason, failure.location))
+                uncaptured.append(failure.uncaptured)
                 visit(child, inner)
 
     visit(model, "")
     return tuple(regions), tuple(uncaptured)
 
 
-def _fitting_region(module: nn.Module, calls: list[ModuleCall], path: str, train: bool) -> Region:
+def _fitting_region(
+    module: nn.Module, calls: list[ModuleCall], path: str, wanted: _Wanted
+) -> Region:
     """A region captured for the first call that also takes every other call's inputs."""
-    region = _region(module, *calls[0], path, train)
+    region = _region(module, *calls[0], path, wanted)
     runner = region.runner(Mode.EVAL)
     for args, kwargs in calls[1:]:
         try:
@@ -285,7 +339,13 @@ def _without_training(region: Region, why: str) -> Region:
     return dataclasses.replace(region, graphs=graphs, traces=traces, train_failure=why)  # type: ignore[arg-type]
 
 
-def _merged(region: Sequence[tuple[str, Fidelity]]) -> tuple[Fidelity, ...]:
+def _how_trained(regions: Sequence[Region]) -> str:
+    """Why a model is captured in parts for training, as a clause."""
+    failed = next(region for region in regions if Mode.TRAIN not in region.graphs)
+    return f"; captured in parts for training, since in training {failed.train_failure}"
+
+
+def _merged(region: Sequence[tuple[str, Fidelity]], how_trained: str) -> tuple[Fidelity, ...]:
     """One result a mode: the worst over all regions, which it names when there are several."""
     rank = [FidelityStatus.IDENTICAL, FidelityStatus.UNCHECKED, FidelityStatus.DIFFERENT]
     merged = []
@@ -293,5 +353,6 @@ def _merged(region: Sequence[tuple[str, Fidelity]]) -> tuple[Fidelity, ...]:
         found = [(path, f) for path, f in region if f.mode == mode]
         path, worst = max(found, key=lambda item: (rank.index(item[1].status), item[1].max_rel_l2))
         reason = f"{path}: {worst.reason}" if len(found) > 1 else worst.reason
+        reason += how_trained if mode is Mode.TRAIN else ""
         merged.append(dataclasses.replace(worst, reason=reason))
     return tuple(merged)

@@ -259,6 +259,9 @@ _PASSES_MASKS = _words("add dropout masked_fill where")
 _KEEPS_FACTORS = _words("abs expand flip leaky_relu narrow relu repeat select slice")
 """Of one input, in families that do not all: c times the input gives c times the result."""
 
+_CHECKS_VALUES = _words("bernoulli binary_cross_entropy multinomial poisson")
+"""They refuse values outside of their domain, which on a GPU ends the process."""
+
 _STATISTICS = frozenset({"weight", "bias", "running_mean", "running_var"})
 _AFFINE = frozenset({"weight", "bias"})
 
@@ -283,6 +286,7 @@ class OpFacts:
     meets_numbers: bool = False
     passes_masks: bool = False
     keeps_factors: bool = False
+    checks_values: bool = False
 
     def is_a(self, *families: Family) -> bool:
         """Whether it is of one of these families."""
@@ -400,7 +404,14 @@ def _all_facts() -> dict[str, OpFacts]:
     for family, names in _FAMILIES.items():
         for name in names.split():
             families.setdefault(name, set()).add(family)
-    known = {*families, *_SINGULAR, *_LOWER_BOUND, *_MEETS_NUMBERS, *_KEEPS_FACTORS}
+    known = {
+        *families,
+        *_SINGULAR,
+        *_LOWER_BOUND,
+        *_MEETS_NUMBERS,
+        *_KEEPS_FACTORS,
+        *_CHECKS_VALUES,
+    }
     return {name: _facts(name, frozenset(families.get(name, ()))) for name in known}
 
 
@@ -417,6 +428,7 @@ def _facts(name: str, families: frozenset[Family]) -> OpFacts:
         meets_numbers=name in _MEETS_NUMBERS,
         passes_masks=name in _PASSES_MASKS,
         keeps_factors=name in _KEEPS_FACTORS or not families.isdisjoint(whole),
+        checks_values=name in _CHECKS_VALUES,
     )
 
 

@@ -21,18 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import (
-    keystr,
-    tree_flatten_with_path,
-    tree_is_leaf,
-    tree_map,
-    tree_map_only,
-)
+from torch.utils._pytree import tree_is_leaf, tree_map, tree_map_only
 
 from amp_convert.core import digests
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.module_state import Attributes
 from amp_convert.core.number_formats import name_of
+from amp_convert.core.tree_paths import leaves_by_path
 from amp_convert.loading.source import split_source
 from amp_convert.loading.user_code import run_file, run_module, user_code
 
@@ -173,9 +168,7 @@ def named_leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
     elif isinstance(value, tuple | list):
         children = [(f"{name}[{index}]", v) for index, v in enumerate(value)]
     elif not tree_is_leaf(value):  # a class that is registered with torch's pytree
-        children = [
-            (f"{name or 'output'}{keystr(k)}", v) for k, v in tree_flatten_with_path(value)[0]
-        ]
+        children = [(f"{name or 'output'}{path}", v) for path, v in leaves_by_path(value)]
     else:
         return [(name or "output", value)]
     return [leaf for key, child in children for leaf in named_leaves(child, key)]

@@ -20,7 +20,7 @@ from amp_convert.capture.graph_signature import Source
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import Family, facts_of, facts_of_target
-from amp_convert.profile.calibrate import Range, RangeStats, input_key
+from amp_convert.profile.calibrate import Range, RangeStats
 from amp_convert.profile.growth import Growth
 
 _T = TypeVar("_T")
@@ -40,7 +40,7 @@ class Evidence:
         self._weights: dict[str, str] = {}
         placeholders = captured.signature.placeholders(captured.graph_module.graph)
         for given, node in captured.signature.users(placeholders):
-            self._given[node.name] = input_key(region, given.path)
+            self._given[node.name] = region.input_key(given.path)
         for node, spec in placeholders.items():
             if spec.source is not Source.USER:
                 self._given[node.name] = self._weights[node.name] = region.qualified(spec.target)

@@ -62,13 +62,12 @@ def make_plan(
     """
     decisions: dict[Mode, list[Decision]] = {mode: [] for mode in Mode}
     casts = {mode: Casts() for mode in Mode}
-    for region in captured.regions:
-        for mode in region.graphs:
-            device = captured.device.type
-            planner = _GraphPlanner(region, mode, rules, stats, dtype, device, refused)
-            found, count = planner.plan()
-            decisions[mode] += found
-            casts[mode] += count
+    for region, mode in captured.graphs():
+        device = captured.device.type
+        planner = _GraphPlanner(region, mode, rules, stats, dtype, device, refused)
+        found, count = planner.plan()
+        decisions[mode] += found
+        casts[mode] += count
     return Plan(
         dtype=name_of(dtype),
         device=captured.device.type,

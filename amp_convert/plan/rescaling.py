@@ -47,7 +47,8 @@ TINY_SHARE = 0.5
 SCORE_ERROR = 0.01
 """How far the largest scaled score may be rounded: larger ones are better kept in FP32."""
 NEEDED, HEADROOM = 2.0, 8.0
-"""A result whose maximum times `NEEDED` leaves the range gets a factor that leaves this `HEADROOM`.
+"""A result whose maximum times `NEEDED` leaves the range gets a factor that leaves this `HEADROOM`,
+and one that leaves it on inputs unlike those of calibration a factor that just brings it back.
 Fixed, whatever a rules file asks of its guards: a saved plan, which has none, scales alike."""
 
 
@@ -126,8 +127,11 @@ class Rescaler:
         seen = self._evidence.range(node)
         if seen is None or not math.isfinite(seen.abs_max):
             return 1.0
-        excess = seen.abs_max / torch.finfo(dtype).max
-        return 2.0 ** -math.ceil(math.log2(excess * HEADROOM)) if excess * NEEDED > 1 else 1.0
+        largest = torch.finfo(dtype).max
+        excess = seen.abs_max * HEADROOM if seen.abs_max * NEEDED > largest else 0.0
+        if seen.probed is not None:
+            excess = max(excess, seen.probed.abs_max)
+        return 2.0 ** -math.ceil(math.log2(excess / largest)) if excess > largest else 1.0
 
     def _region(self, source: fx.Node, kind: RewriteKind) -> list[fx.Node] | None:
         """The nodes whose values are held scaled; None where a reader cannot take it."""

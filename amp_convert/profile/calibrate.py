@@ -3,14 +3,15 @@
 The captured graphs run over calibration batches in FP32, and each value is reduced to its range as
 soon as it exists. A NaN or infinity is counted, never dropped: a range that was seen with one
 cannot be called safe. In passing it is tried how far rounding the values would throw the next ones
-off (see `rounding_trials`), for which a bounded number of activations is kept.
+off (see `rounding_trials`), for which a bounded number of activations is kept. Where inputs are
+larger than any that calibration saw, the values are as large as `range_probes` find them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -25,6 +26,7 @@ from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES, is_float_tensor
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.profile.growth import Growth
+from amp_convert.profile.range_probes import Extremes, probed_extremes
 from amp_convert.profile.rounding_trials import Trials, keep_window
 
 _SPAN = 24
@@ -43,6 +45,8 @@ class Range:
     whether it counts: it was made from integers or ranges alone, or is a buffer, and every value
     was an integer. `lowest_row` is the smallest maximum of a row (last axis), measured where there
     are values below -1e3, as in masks: a mask of -1e9 in a row without any other value counts.
+    `probed` is the range of its finite values on inputs unlike those of calibration, where such
+    were tried.
     """
 
     abs_max: float
@@ -51,6 +55,7 @@ class Range:
     integral: bool = False
     lowest_row: float = math.inf
     under: tuple[float, ...] = ()
+    probed: Range | None = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor, *, is_weight: bool = False, may_count: bool = False) -> Range:
@@ -88,12 +93,16 @@ class Range:
             shift = min(max(round(math.log2(factor)), -_SPAN), _SPAN)
             tiny_share = self.under[_SPAN - shift]
         size, maximum = self.abs_max * factor, self.maximum * factor
-        return Range(size, maximum, tiny_share, lowest_row=self.lowest_row * factor)
+        probed = self.probed.scaled(factor) if self.probed is not None else None
+        return Range(size, maximum, tiny_share, lowest_row=self.lowest_row * factor, probed=probed)
 
     def merged(self, other: Range) -> Range:
         """The range of both; NaN wins over everything."""
+        probed = self.probed or other.probed
+        if self.probed is not None and other.probed is not None:
+            probed = self.probed.merged(other.probed)
         if math.isnan(self.abs_max) or math.isnan(other.abs_max):
-            return Range(math.nan, math.nan, self.tiny_share, under=self.under)
+            return Range(math.nan, math.nan, self.tiny_share, under=self.under, probed=probed)
         return Range(
             max(self.abs_max, other.abs_max),
             max(self.maximum, other.maximum),
@@ -101,6 +110,7 @@ class Range:
             self.integral and other.integral,
             min(self.lowest_row, other.lowest_row),
             self.under,
+            probed,
         )
 
 
@@ -126,20 +136,28 @@ def profile(
     captured: Captured,
     batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
     dtypes: Sequence[torch.dtype] = LOW_DTYPES,
+    *,
+    probes: bool = True,
 ) -> RangeStats:
     """Run the eval graphs in FP32 over `batches` of (args, kwargs); keep ranges, and how errors
-    grow that come of rounding to each of `dtypes`."""
+    grow that come of rounding to each of `dtypes`. With `probes` the first batch is also tried with
+    larger values than it has."""
     if not devices.has_values(captured.model):
         return no_evidence()
     ranges: dict[str, Range] = {}
     growths: Growths = {dtype: {} for dtype in dtypes}
+    extremes: Extremes = {}
     count = 0
     device = captured.device
     with torch.no_grad(), devices.exact_fp32(device), preserved_rng(device):
         for args, kwargs in batches:
             count += 1
+            if probes and count == 1:
+                extremes = probed_extremes(captured, args, kwargs)
             for region, call in captured.calls(args, kwargs):
                 _profile_call(region, call, ranges, growths)
+    for name in extremes.keys() & ranges.keys():
+        ranges[name] = replace(ranges[name], probed=Range(*extremes[name]))
     return RangeStats(count, ranges, growths)
 
 
@@ -159,7 +177,7 @@ def _profile_call(
             ranges[name] = Range.of(value, is_weight=True, may_count=may_count)
     for given, value in runner.signature.users(inputs):
         if _measurable(value):
-            _merge(ranges, input_key(region, given.path), Range.of(value))
+            _merge(ranges, region.input_key(given.path), Range.of(value))
     counting = {
         node
         for node, spec in runner.signature.placeholders(runner.graph_module.graph).items()
@@ -223,11 +241,6 @@ class _Profiler(fx.Interpreter):
 
 def _has_float(value: Any) -> bool:
     return any(is_float_tensor(leaf) for leaf in pytree.tree_leaves(value))
-
-
-def input_key(region: Region, path: str) -> str:
-    """The name under which the range of one of a region's inputs is kept."""
-    return f"{region.path} input {path}"
 
 
 def _merge(ranges: dict[str, Range], name: str, seen: Range) -> None:

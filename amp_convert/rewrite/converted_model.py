@@ -32,7 +32,7 @@ from amp_convert.core.random_state import preserved_rng
 from amp_convert.plan.plan import Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
-from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel
+from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_other_dtypes
 from amp_convert.rewrite.graph_execution import KernelError, runner_of, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rules.rule_set import Rules, rules_of_text
@@ -88,12 +88,14 @@ class ConvertedModel(nn.Module):
         """Rewrite what was captured as planned. Not through nn.Module: none of this is a
         submodule."""
         self.__dict__["captured"], self.__dict__["plan"] = captured, plan
-        self.__dict__["rewritten"] = {
-            region.path: {mode: rewrite(region, mode, plan) for mode in region.graphs}
-            for region in captured.regions
-        }
+        rewritten: dict[str, dict[Mode, Rewritten]] = {}
+        for region, mode in captured.graphs():
+            rewritten.setdefault(region.path, {})[mode] = rewrite(region, mode, plan)
+        self.__dict__["rewritten"] = rewritten
         self.__dict__["_parts"] = {
-            region.path: _Part(region, self.rewritten[region.path]) for region in captured.regions
+            region.path: _Part(region, rewritten[region.path])
+            for mode in Mode
+            for region in captured.in_mode(mode).regions
         }
 
     def _watch(self, hooks: Mapping[str, frozenset[int]], apart: frozenset[str]) -> None:
@@ -113,23 +115,30 @@ class ConvertedModel(nn.Module):
             anew = capture(
                 captured.model, captured.args, captured.kwargs, train=self._has_train, apart=hooked
             )
-            stats = profile(anew, [(captured.args, captured.kwargs)], [])
-        rules = rules_of_text(plan.to_toml(), "the plan")
+            rules = rules_of_text(plan.to_toml(), "the plan")
+            call = (captured.args, captured.kwargs)
+            stats = profile(anew, [call], [], probes=rules.uses_probes)
         self._hold(anew, make_plan(anew, rules, stats, from_name(plan.dtype)))
         self.__dict__["_apart"] = hooked
 
     @property
     def _has_train(self) -> bool:
-        return all(Mode.TRAIN in region.graphs for region in self.captured.regions)
+        regions = self.captured.in_mode(Mode.TRAIN).regions
+        return all(Mode.TRAIN in region.graphs for region in regions)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the original does, in the original's dtypes."""
         if not torch.compiler.is_compiling():
             self.heed_hooks()
-        if self.captured.is_whole:
-            return self.__dict__["_parts"][""](self.training, args, kwargs)
-        with self._replaced():
+        mode = Mode.of(self.training)
+        if self.captured.in_mode(mode).is_whole:
+            return self.__dict__["_parts"][""](mode, args, kwargs)
+        with self._replaced(mode):
             return self.captured.model(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        refuse_other_dtypes(self, fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> ConvertedModel:
         """Switch to the train graph, or to the eval graph; the original follows."""
@@ -160,22 +169,23 @@ class ConvertedModel(nn.Module):
         that refuses its dtypes."""
         device = self.captured.device
         with torch.no_grad(), preserved_rng(device):
-            for region in self.captured.regions:
-                for rewritten in self.rewritten[region.path].values():
-                    runner = runner_of(rewritten, region.module)
-                    try_kernels(rewritten, runner.inputs(region.args, region.kwargs))
+            for region, mode in self.captured.graphs():
+                rewritten = self.rewritten[region.path][mode]
+                runner = runner_of(rewritten, region.module)
+                try_kernels(rewritten, runner.inputs(region.args, region.kwargs))
 
     def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
         """What each region receives when this model is called with these inputs, in eval mode."""
-        with self._replaced():
+        with self._replaced(Mode.EVAL):
             return self.captured.calls(args, kwargs)
 
     @contextlib.contextmanager
-    def _replaced(self) -> Iterator[None]:
-        """The original with converted parts, in this model's mode, while this is open."""
+    def _replaced(self, mode: Mode) -> Iterator[None]:
+        """The original with the converted parts of a mode, itself in this model's, while this is
+        open."""
         model = self.captured.model
         was_training, model.training = model.training, self.training
-        regions = self.captured.regions
+        regions = self.captured.in_mode(mode).regions
         try:
             for region in regions:
                 part = self.__dict__["_parts"][region.path]
@@ -226,12 +236,12 @@ def _unheard(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
 class _Part:
     """The rewritten graphs of one captured part."""
 
-    def __init__(self, region: Region, rewritten: Mapping[str, Rewritten]) -> None:
+    def __init__(self, region: Region, rewritten: Mapping[Mode, Rewritten]) -> None:
         self._runners = {mode: runner_of(r, region.module) for mode, r in rewritten.items()}
         self._why_no_train = region.train_failure
 
-    def __call__(self, training: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        runner = self._runners.get(Mode.of(training))
+    def __call__(self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        runner = self._runners.get(mode)
         if runner is None:
             raise UnsupportedModelError(
                 f"this model was captured for inference only: {self._why_no_train}",
@@ -240,5 +250,14 @@ class _Part:
         return runner(*args, **kwargs)
 
     def as_forward(self, module: nn.Module) -> Callable[..., Any]:
-        """A `forward` for the part's module, which follows that module's mode."""
-        return lambda *args, **kwargs: self(module.training, args, kwargs)
+        """A `forward` for the part's module, which follows that module's mode: a part that was
+        captured for training alone is the original where it is put in eval mode."""
+        forward = module.forward
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            mode = Mode.of(module.training)
+            if mode is Mode.EVAL and mode not in self._runners:
+                return forward(*args, **kwargs)
+            return self(mode, args, kwargs)
+
+        return called

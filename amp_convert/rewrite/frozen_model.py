@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 
 from amp_convert.capture.captured import Region
 from amp_convert.capture.graph_call import GraphRunner
-from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.mode import Mode
+from amp_convert.core.number_formats import name_of
 from amp_convert.plan.plan import Plan
 from amp_convert.rewrite.fold_constants import Folded, fold
 from amp_convert.rewrite.graph_execution import runner_of
@@ -65,6 +67,10 @@ class FrozenModel(nn.Module):
         with torch.no_grad():
             return self.__dict__["_callee"](*args, **kwargs)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        refuse_other_dtypes(self, fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def train(self, mode: bool = True) -> FrozenModel:
         """Refuse training mode: raises UnsupportedModelError when `mode` is true."""
         if mode:
@@ -73,6 +79,18 @@ class FrozenModel(nn.Module):
             )
         super().train(False)
         return self
+
+
+def refuse_other_dtypes(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Raise UsageError where `change`, which `.to()`, `.half()` and such apply to every tensor of
+    `module`, would give its weights another dtype than the plan's."""
+    for dtype in {tensor.dtype for tensor in chain(module.parameters(), module.buffers())}:
+        if dtype.is_floating_point and (made := change(torch.empty(0, dtype=dtype)).dtype) != dtype:
+            raise UsageError(
+                f"the weights of a converted model keep the dtypes of its plan: {name_of(dtype)} "
+                f"would become {name_of(made)}",
+                mend="Convert to another dtype, or take .freeze() for weights in low precision.",
+            )
 
 
 def hold(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

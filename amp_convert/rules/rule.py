@@ -49,11 +49,12 @@ class GuardLimits:
     """Limits on measured values, the `[guards]` table.
 
     activation_headroom: the calibrated absolute maximum times this must stay under the largest
-    finite value of the low dtype. weight_headroom: the same for a weight. The next four concern
-    FP16 alone. activation_floor: a value must somewhere be as large as this. weight_tiny_share:
-    above this share (0 to 1) of nonzero values that would become subnormal or zero, a weight stays
-    FP32. smallest_constant, smallest_eps: a constant, or one that keeps a denominator from zero,
-    must be as large as this.
+    finite value of the low dtype. probe_headroom: the same for the largest finite value on inputs
+    unlike those of calibration (see `range_probes`). weight_headroom: the same for a weight. The
+    next four concern FP16 alone. activation_floor: a value must somewhere be as large as this.
+    weight_tiny_share: above this share (0 to 1) of nonzero values that would become subnormal or
+    zero, a weight stays FP32. smallest_constant, smallest_eps: a constant, or one that keeps a
+    denominator from zero, must be as large as this.
 
     The next four bound a rounding, as the largest magnitude times the dtype's unit roundoff.
     position_error: of an integer position, in steps. angle_error: of an angle, in radians.
@@ -71,6 +72,7 @@ class GuardLimits:
     """
 
     activation_headroom: Limit = 2.0
+    probe_headroom: Limit = 1.0
     activation_floor: Limit = 2.0**-14
     weight_headroom: Limit = 1.0
     weight_tiny_share: Limit = 0.5

@@ -74,6 +74,12 @@ class Rules:
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     @property
+    def uses_probes(self) -> bool:
+        """Whether anything asks how large values become on other inputs (see `range_probes`)."""
+        scales = self.rewrites.scale_scores or self.rewrites.rescale_layers
+        return self.guards.probe_headroom is not False or scales
+
+    @property
     def uses_trials(self) -> bool:
         """Whether anything asks how far rounding a value throws others off (see
         `rounding_trials`)."""

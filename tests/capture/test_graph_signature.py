@@ -35,7 +35,7 @@ def test_conditions_that_nobody_can_check_fix_the_sizes(
 
     monkeypatch.setattr(export, "_program", changed)
     graph = export.export_graph(nn.Linear(4, 2), (torch.ones(3, 4),), {}, Mode.EVAL)
-    assert graph.fixed_sizes.startswith(f"NotImplementedError: {why}")
+    assert graph.fixed_sizes.startswith(why)
     assert graph.signature.user_inputs[0].shape == (3, 4)
 
 

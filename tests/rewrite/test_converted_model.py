@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import amp_convert as amp
-from amp_convert.core.errors import ModelError, UnsupportedModelError
+from amp_convert.core.errors import ModelError, UnsupportedModelError, UsageError
 from tests.zoo import (
     DTYPES,
     Example,
@@ -197,17 +198,65 @@ def test_the_original_follows_the_mode() -> None:
 
 
 class EvalOnly(nn.Module):
-    """Cannot be exported in training mode."""
+    """Cannot be exported in training mode, and has no parts that could be."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.randn(4, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
+        y = x @ self.weight
         if self.training and y.sum() > 0:
             return y * 2
         return y
+
+
+class DropsLayers(nn.Module):
+    """Draws in training which layers it runs, as wav2vec 2.0 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if not self.training or torch.rand(()) > 0.3:
+                x = x + layer(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("rules", ["fp32", "autocast"])
+def test_a_model_that_cannot_be_captured_whole_for_training_trains_in_parts(rules: str) -> None:
+    torch.manual_seed(0)
+    model, x = DropsLayers(), torch.randn(16, 8)
+    mixed = amp.convert(model, x, rules=rules, dtype=torch.bfloat16)
+    assert mixed.captured.is_whole
+    assert mixed.captured.training is not None
+    parts = [region.path for region in mixed.captured.training.regions]
+    assert parts == ["layers.0", "layers.1", "layers.2", "head"]
+    (train,) = [found for found in mixed.captured.fidelity if found.mode == "train"]
+    assert train.status == "identical"
+    assert "captured in parts for training, since in training its control flow" in train.reason
+    assert {d.low for d in mixed.plan.train if "linear" in d.node} == {rules == "autocast"}
+
+    def step(of: nn.Module, *, autocast: bool = False) -> Any:
+        of.train().zero_grad()
+        torch.manual_seed(1)  # which layers run
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = of(x)
+        result.float().square().sum().backward()
+        return result.detach().float(), {name: p.grad for name, p in model.named_parameters()}
+
+    want = copy.deepcopy(step(model, autocast=rules == "autocast"))
+    assert_same_bits(want, step(mixed))
+    # One part in eval mode, as where a backbone is frozen, is then the original.
+    model.layers[0].eval()
+    mixed(x)
+    whole = copy.deepcopy(mixed)
+    assert whole.captured.training is not None
+    with torch.no_grad():
+        assert_same_bits(mixed.eval()(x), mixed.freeze()(x))
 
 
 def test_a_model_captured_for_inference_only_refuses_to_train() -> None:
@@ -380,6 +429,28 @@ def test_defaults_may_be_given_or_left_out() -> None:
 
 
 # --- the original's other face -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.half(),
+        lambda model: model.double(),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to("cpu", torch.float64),
+    ],
+    ids=["half", "double", "to", "to with a device"],
+)
+def test_weights_keep_their_dtypes(change: Callable[[nn.Module], nn.Module]) -> None:
+    """They are the original's, which would change as well, and the plan would no longer hold."""
+    model, args, kwargs = build("cnn")
+    mixed = amp.convert(model, args, kwargs)
+    before = copy.deepcopy(model.state_dict())
+    for of in (mixed, mixed.freeze()):
+        with pytest.raises(UsageError, match="keep the dtypes of its plan: float32 would become"):
+            change(of)
+    assert_same_bits(before, model.state_dict())
+    assert mixed.float().to("cpu").train() is mixed
 
 
 def test_attributes_are_the_originals() -> None:

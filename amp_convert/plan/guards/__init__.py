@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from amp_convert.plan.guards.activation_range import ActivationFloor, ActivationRange
+from amp_convert.plan.guards.activation_range import (
+    ActivationFloor,
+    ActivationRange,
+    ProbedRange,
+)
 from amp_convert.plan.guards.cancellation import Cancellation
 from amp_convert.plan.guards.choices import ChoiceError
 from amp_convert.plan.guards.constants import Constants
@@ -30,6 +34,7 @@ __all__ = ["ALL", "Consumer", "GuardFinding", "Guard", "Operand", "Site", "first
 
 ALL: tuple[Guard, ...] = (
     ActivationRange(),
+    ProbedRange(),
     WeightRange(),
     WeightTiny(),
     ActivationFloor(),

@@ -7,6 +7,7 @@ import torch
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.op_facts import Family
 from amp_convert.plan.guards.site import GuardFinding, Site
+from amp_convert.profile.range_probes import LARGER, SPIKE
 from amp_convert.rules.rule_set import GuardLimits
 
 
@@ -43,6 +44,32 @@ class ActivationRange:
                 return GuardFinding(
                     self.name, reason, site.measured(range_), size, largest / headroom
                 )
+        return None
+
+
+class ProbedRange:
+    """The largest finite magnitude on inputs unlike those of calibration (see
+    `profile.range_probes`), times head room, must stay under the dtype's largest number."""
+
+    name = "probed-range"
+
+    def find(self, site: Site, limits: GuardLimits, dtype: torch.dtype) -> GuardFinding | None:
+        if limits.probe_headroom is False:
+            return None
+        limit = torch.finfo(dtype).max / limits.probe_headroom
+        seen = [("its result", site.result, site.masked)]
+        seen += [("an input", operand.range, operand.mask) for operand in site.activations]
+        for what, range_, mask in seen:
+            if range_ is None or range_.probed is None:
+                continue
+            size = range_.probed.maximum if mask else range_.probed.abs_max
+            if not size <= limit:
+                reason = (
+                    f"on inputs {LARGER:g} times larger than those of calibration, or with a value "
+                    f"of {SPIKE:g}, {what} passes the largest {name_of(dtype)} number"
+                )
+                evidence = f"abs max {size:.5g} there, {site.measured(range_)}"
+                return GuardFinding(self.name, reason, evidence, size, limit)
         return None
 
 

@@ -286,7 +286,8 @@ def coverage_gaps(
     ]
     for part in uncaptured:
         place = f" ({part.location})" if part.location else ""
-        why = f"not captured, stays eager float32: {part.reason}{place}"
+        mend = f". {part.mend}" if part.mend else ""
+        why = f"not captured, stays eager float32: {part.reason}{place}{mend}"
         found.append(Gap(layer_name(part.layer), why, ("capture.whole",)))
     found += [
         Gap(f"rule {rule}", "it matches nothing in this model, so it decided nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,9 @@ class Stream:
         return digests.of_tensors(("", leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
+_NUMBER = re.compile(r"_\d+(?=[./]|$)")
+
+
 def initial_weights(
     weights: Weights, data: Data, path: str, device: torch.device, seed: int
 ) -> dict[str, torch.Tensor]:
@@ -94,12 +98,21 @@ def initial_weights(
         if not isinstance(made, nn.Module):
             mend = "Let it return the model that training starts from."
             raise ModelError(f"initial_model() gives {kind_of(made)}", where=where, mend=mend)
-        found = Weights(made.to(device)).get()
+        found = _renumbered(Weights(made.to(device)).get(), held)
     if difference := _difference(found, held):
         what = f"initial_model() gives another model than the one to convert: {difference}"
         mend = "Let it build the same model with other weights."
         raise ModelError(what, where=where, mend=mend)
     return {name: found[name].detach().clone() for name in held}
+
+
+def _renumbered(
+    found: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """`found` under the names of `held`, where the names differ in numbers alone: Keras calls the
+    layers of a second model `dense_3`, where the first one's were `dense`."""
+    names = [[_NUMBER.sub("", name) for name in tensors] for tensors in (found, held)]
+    return dict(zip(held, found.values(), strict=True)) if names[0] == names[1] else found
 
 
 def _difference(found: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> str:

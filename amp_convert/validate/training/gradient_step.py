@@ -66,7 +66,7 @@ class TrainStep:
     def eager(self) -> StepTrace:
         """The step of the original itself. Whatever is wrong with the batch, the loss, or the FP32
         gradients (one that is not finite can be compared with nothing) ends as a ModelError."""
-        captured = self._converted.captured
+        captured = self._converted.captured.in_mode(Mode.TRAIN)
         if captured.is_whole:  # its own words on inputs that do not fit come first
             args, kwargs, _ = self._batch
             mode_runner(captured.regions[0], Mode.TRAIN).inputs(args, kwargs)

@@ -18,6 +18,7 @@ from amp_convert.capture.captured import Captured
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch
 from amp_convert.core.errors import AmpConvertError, UnsupportedModelError, UsageError
+from amp_convert.core.mode import Mode
 from amp_convert.loading.model_file import Case
 from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import score, user_batches
@@ -39,7 +40,8 @@ def why_not(case: Case, settings: Settings, captured: Captured | None = None) ->
     if settings.train is False:
         return "training is switched off (--no-train)"
     missing = [name for name in ("train_batches", "loss") if getattr(case, name) is None]
-    failures = [r.train_failure for r in captured.regions if r.train_failure] if captured else []
+    regions = captured.in_mode(Mode.TRAIN).regions if captured is not None else ()
+    failures = [region.train_failure for region in regions if region.train_failure]
     what, mend = "", ""
     error: type[AmpConvertError] = UsageError
     if missing:

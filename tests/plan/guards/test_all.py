@@ -27,6 +27,10 @@ OFF = GuardLimits(**{field.name: False for field in fields(GuardLimits)})
 # Each guard: its name, its limit, and a site on which it fires alone, or is not the only one.
 FIRING: dict[str, tuple[str, Site]] = {
     "activation-range": ("activation_headroom", site("tanh", result=INF)),
+    "probed-range": (
+        "probe_headroom",
+        site("tanh", result=Range(1.0, 1.0, probed=Range(1e5, 1e5))),
+    ),
     "weight-range": ("weight_headroom", site("linear", operands=(weight(1e6),))),
     "weight-tiny": ("weight_tiny_share", site("linear", operands=(weight(1e-6, 1.0),))),
     "activation-floor": ("activation_floor", site("tanh", result=1e-6)),
@@ -180,7 +184,8 @@ def test_the_first_finding_is_that_of_the_first_guard(
     at: Site, limits: GuardLimits, dtype: torch.dtype
 ) -> None:
     found = [guard.find(at, limits, dtype) for guard in ALL]
-    assert first_finding(at, limits, dtype) == next((f for f in found if f is not None), None)
+    first = next((f for f in found if f is not None), None)
+    assert repr(first_finding(at, limits, dtype)) == repr(first)  # NaN is not equal to itself
     assert all(f is None or f.guard == g.name for f, g in zip(found, ALL, strict=True))
 
 
