@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 
 from amp_convert.capture.export import CapturedGraph
 from amp_convert.capture.fidelity import Fidelity
@@ -133,6 +134,16 @@ class Captured:
             for region in self.regions
             for mode, graph in region.graphs.items()
             if graph.fixed_sizes
+        )
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether a graph has a higher-order operator, such as torch.cond. PyTorch compiles that
+        anew where it runs, and not at all where something watches the operators inside."""
+        return any(
+            isinstance(node.target, HigherOrderOperator)
+            for region, mode in self.graphs()
+            for node in region.graphs[mode].graph_module.graph.nodes
         )
 
     @property

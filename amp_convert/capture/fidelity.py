@@ -111,6 +111,54 @@ def check(
     return _compared(mode, eager, graph, without)
 
 
+def carried_state(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of the attributes in which `module` keeps what its next call, in eval mode, goes on
+    from. A graph has the values of one call in it for ever.
+
+    Attributes that it writes and never reads, such as a count of calls, are none of these: what a
+    call gives is compared with what it gives after a call with other inputs.
+    """
+    device = devices.of_model(module)
+    inputs = (tuple(args), dict(kwargs))
+
+    def called(change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        given = pytree.tree_map_only(torch.Tensor, change, inputs)
+        torch.manual_seed(0)
+        with devices.exact_fp32(device), devices.plain_mode(device):
+            result = module(*given[0], **given[1])
+        leaves = leaves_by_path(result)
+        return {path: leaf.clone() for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+    with in_mode(module, training=False) as attributes, torch.no_grad(), preserved_rng(device):
+        fresh = called(torch.clone)
+        changed = attributes.changed()
+        if not changed:
+            return []
+        attributes.restore()
+        called(_other)
+        after = called(torch.clone)
+    if fresh.keys() == after.keys() and all(_alike(fresh[n], after[n]) for n in fresh):
+        return []
+    return list(changed)
+
+
+def _other(tensor: torch.Tensor) -> torch.Tensor:
+    """Other inputs of the same kind: in another order of samples, and half as large."""
+    if tensor.layout is not torch.strided:
+        return tensor.clone()
+    flipped = tensor.flip(0) if tensor.dim() else tensor.clone()
+    return flipped * 0.5 if tensor.is_floating_point() else flipped
+
+
+_REPEATABLE = 1e-6
+"""A relative L2 difference that two calls of one model may have: some kernels of a GPU add up in
+another order each time."""
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return _identical(a, b) or (a.shape == b.shape and _rel_l2(a, b) <= _REPEATABLE)
+
+
 def _graph_trace(
     module: nn.Module,
     captured: Callable[..., Any],

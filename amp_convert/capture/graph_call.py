@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source, UserInput
-from amp_convert.core.errors import ModelError
+from amp_convert.core.errors import ModelError, UnsupportedModelError
 from amp_convert.core.module_state import Attributes
 
 
@@ -200,7 +200,8 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[Attributes]:
     they were. Gives those attributes.
 
     A module that is in training mode already keeps the flags of its parts: a BatchNorm that the
-    user froze stays frozen.
+    user froze stays frozen. Parameters are too large to be kept: raises UnsupportedModelError where
+    one is written to in eval mode.
     """
     children = list(module.modules())
     flags = [child.training for child in children]
@@ -211,10 +212,13 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[Attributes]:
     ]
     kept = {id(b): b.detach().clone() for table in tables for b in table.values() if b is not None}
     attributes = Attributes(module)
+    versions = {name: p._version for name, p in module.named_parameters() if not p.is_inference()}
     if not (training and module.training):
         module.train(training)
     try:
         yield attributes
+        if not training:
+            _refuse_written(module, versions)
     finally:
         attributes.restore()
         with torch.no_grad():
@@ -225,6 +229,17 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[Attributes]:
                 for buffer in table.values():
                     if buffer is not None:
                         _restore(buffer, kept[id(buffer)])
+
+
+def _refuse_written(module: nn.Module, versions: Mapping[str, int]) -> None:
+    parameters = dict(module.named_parameters())
+    written = [n for n, v in versions.items() if n in parameters and parameters[n]._version != v]
+    if written:
+        raise UnsupportedModelError(
+            f"the model writes to its parameter {written[0]} in inference, so every call gives "
+            "another model",
+            mend="Register what it writes to as a buffer.",
+        )
 
 
 def _restore(buffer: torch.Tensor, kept: torch.Tensor) -> None:

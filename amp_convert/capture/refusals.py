@@ -56,9 +56,19 @@ _KINDS = (
         "torch.utils._pytree.register_pytree_node or torch.export.register_dataclass.",
     ),
     _kind(
-        "no fake impl|register_fake|UnsupportedOperatorException",
-        "it uses an operator that PyTorch cannot trace, since nothing says what it returns",
-        "Register that with torch.library.register_fake, if the operator is yours.",
+        "no fake impl|register_fake",
+        "it uses a custom operator that PyTorch cannot trace, since nothing says what it returns",
+        "Register that with torch.library.register_fake.",
+    ),
+    _kind(
+        "SparseCsr|Sparse[CB]s[rc]|sparse",
+        "it holds a sparse tensor in a format that PyTorch cannot trace",
+        "Use a dense one, or the COO format, to have it converted.",
+    ),
+    _kind(
+        "UnsupportedOperatorException",
+        "it uses an operator that PyTorch cannot trace, on a sparse or nested tensor as a rule",
+        "Use dense tensors there to have it converted.",
     ),
     _kind(
         "__obj_flatten__|ScriptObject|custom_obj|CustomObjArgument",

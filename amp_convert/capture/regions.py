@@ -173,8 +173,9 @@ def _traced_region(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: _Wanted
 ) -> Region:
     try:
+        _refuse_state(module, args, kwargs)
         graphs = {Mode.EVAL: _graph(module, args, kwargs, Mode.EVAL, path)}
-    except ModelError:
+    except (ModelError, UnsupportedModelError):
         raise
     except Exception as cause:  # export fails in as many ways as user code does
         _refuse_environment(cause)
@@ -198,6 +199,25 @@ def _traced_region(
             mend="Give example inputs that the model takes.",
         ) from error
     return Region(path, module, args, kwargs, graphs, traces, train_failure)
+
+
+def _refuse_state(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises where a module goes on from what the call before left in its attributes. What it
+    raises itself comes from the export as well, which says more of it."""
+    try:
+        state = fidelity.carried_state(module, args, kwargs)
+    except UnsupportedModelError:
+        raise
+    except Exception:  # noqa: BLE001  see above
+        return
+    if state:
+        reason = f"what it keeps in its attribute {state[0]} changes what the next call gives"
+        raise _LeftEagerError(
+            Refusal(
+                f"{reason}, and a graph holds one call for ever",
+                "Register it as a buffer, or pass it in and return it.",
+            )
+        )
 
 
 def _graph(
@@ -238,7 +258,8 @@ class _Recorder(fx.Interpreter):
 def _value(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf if isinstance(leaf, int | float | bool) else None
-    return Value(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
+    stride = leaf.stride() if leaf.layout is torch.strided else ()
+    return Value(tuple(leaf.shape), stride, leaf.dtype, leaf.device)
 
 
 def _record(

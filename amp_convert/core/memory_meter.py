@@ -67,6 +67,10 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.sparse_coo:
             found += [leaf._indices(), leaf._values()]
+        elif isinstance(leaf, torch.Tensor) and leaf.layout in (torch.sparse_csr, torch.sparse_bsr):
+            found += [leaf.crow_indices(), leaf.col_indices(), leaf.values()]
+        elif isinstance(leaf, torch.Tensor) and leaf.layout in (torch.sparse_csc, torch.sparse_bsc):
+            found += [leaf.ccol_indices(), leaf.row_indices(), leaf.values()]
         elif isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             found.append(leaf)
     return found

@@ -124,25 +124,18 @@ def check_forward(case: Case) -> Any:
     Raises ModelError when the model refuses its inputs, returns no tensor, or returns NaN;
     infinities are let through, since masks use them. Tensors without values are not examined.
     """
-    flags = [(module, module.training) for module in case.model.modules()]
-    held = [t for t in (*case.model.parameters(), *case.model.buffers()) if t.is_cuda]
-    devices = {t.get_device() for t in held if not isinstance(t, FakeTensor)}
-    attributes = Attributes(case.model)
-    mend = "Make example_inputs match the model's forward(); --debug shows the traceback."
     try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices=devices),
-            user_code("the model, called with example_inputs,", case.path, mend),
-        ):
-            inputs = tree_map_only(torch.Tensor, torch.clone, (case.args, case.kwargs))
-            buffers = {name: buffer.clone() for name, buffer in case.model.named_buffers()}
-            case.model.eval()
-            outputs = torch.func.functional_call(case.model, buffers, *inputs)
-    finally:
-        attributes.restore()
-        for module, training in flags:
-            module.training = training
+        outputs = _eager_outputs(case)
+    except ModelError as error:
+        try:
+            _eager_outputs(case, gradients=True)
+        except ModelError:
+            raise error from error.__cause__
+        raise ModelError(
+            "the model computes gradients in its forward pass, and inference runs without them",
+            where=error.where,
+            mend="Put that part of it under torch.enable_grad().",
+        ) from error
     tensors = [(n, t) for n, t in named_leaves(outputs) if isinstance(t, torch.Tensor)]
     if not tensors:
         mend = "Let forward() return a tensor, or a tuple, list or dict of tensors."
@@ -153,6 +146,29 @@ def check_forward(case: Case) -> Any:
         what = f"the FP32 model itself gives NaN in its output ({'; '.join(spoilt[:5])})"
         raise ModelError(what, where=os.path.basename(case.path), mend=mend)
     return outputs
+
+
+def _eager_outputs(case: Case, *, gradients: bool = False) -> Any:
+    """What the model returns for the example inputs in eval mode; nothing of it is changed."""
+    flags = [(module, module.training) for module in case.model.modules()]
+    held = [t for t in (*case.model.parameters(), *case.model.buffers()) if t.is_cuda]
+    devices = {t.get_device() for t in held if not isinstance(t, FakeTensor)}
+    attributes = Attributes(case.model)
+    mend = "Make example_inputs match the model's forward(); --debug shows the traceback."
+    try:
+        with (
+            torch.set_grad_enabled(gradients),
+            torch.random.fork_rng(devices=devices),
+            user_code("the model, called with example_inputs,", case.path, mend),
+        ):
+            inputs = tree_map_only(torch.Tensor, torch.clone, (case.args, case.kwargs))
+            buffers = {name: buffer.clone() for name, buffer in case.model.named_buffers()}
+            case.model.eval()
+            return torch.func.functional_call(case.model, buffers, *inputs)
+    finally:
+        attributes.restore()
+        for module, training in flags:
+            module.training = training
 
 
 def named_leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:

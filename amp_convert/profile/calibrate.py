@@ -248,7 +248,7 @@ def _merge(ranges: dict[str, Range], name: str, seen: Range) -> None:
 
 
 def _measurable(value: object) -> TypeGuard[torch.Tensor]:
-    return is_float_tensor(value) and value.numel() > 0
+    return is_float_tensor(value) and value.layout is torch.strided and value.numel() > 0
 
 
 def _shares_under(tensor: torch.Tensor) -> tuple[float, ...]:

@@ -105,7 +105,7 @@ class _Probe(fx.Interpreter):
 
 def _may_grow(value: Any) -> bool:
     """Whether an input holds more than zeros and ones."""
-    if not is_float_tensor(value) or not value.numel():
+    if not is_float_tensor(value) or value.layout is not torch.strided or not value.numel():
         return False
     flags = (value == 0) | (value == 1)
     return not bool(flags.all()) or not bool((value == 1).any())
@@ -125,7 +125,7 @@ def _with_spikes(value: torch.Tensor) -> torch.Tensor:
 
 
 def _record(found: Extremes, name: str, value: Any) -> None:
-    if not is_float_tensor(value) or not value.numel():
+    if not is_float_tensor(value) or value.layout is not torch.strided or not value.numel():
         return
     finite = torch.where(value.isfinite(), value, 0.0)
     low, high = map(float, torch.aminmax(finite))

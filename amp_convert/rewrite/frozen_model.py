@@ -49,7 +49,7 @@ class FrozenModel(nn.Module):
             self.__dict__["_callee"] = runner
         else:
             # What was not captured runs as it is, on a copy of its own.
-            model = copy.deepcopy(captured.model)
+            model = _copied(captured.model)
             for path, part in folded.items():
                 module = model.get_submodule(path)
                 hold(module, part.tensors)
@@ -79,6 +79,16 @@ class FrozenModel(nn.Module):
             )
         super().train(False)
         return self
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy. PyTorch copies no tensors in compressed sparse formats, so they are cloned."""
+    tensors = chain(model.parameters(), model.buffers())
+    compressed = {id(t): t.clone() for t in tensors if t.layout not in _COPIED_LAYOUTS}
+    return copy.deepcopy(model, memo=compressed)
+
+
+_COPIED_LAYOUTS = (torch.strided, torch.sparse_coo)
 
 
 def refuse_other_dtypes(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

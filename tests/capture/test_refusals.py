@@ -91,10 +91,10 @@ def top(model: nn.Module) -> Uncaptured:
         (Loop, "its control flow, or a size, depends on the values", "torch.cond"),
         (Numpy, "it takes a tensor out of PyTorch", "PyTorch's own functions"),
         (Object, "it takes or returns an object that PyTorch cannot take apart", "dataclasses"),
-        (Custom, "it uses an operator that PyTorch cannot trace", "register_fake"),
+        (Custom, "it uses a custom operator that PyTorch cannot trace", "register_fake"),
         (Generator, "it holds or makes an object of TorchScript", "outside"),
         (Forces, "such as torch.autograd.grad inside of the forward pass", "Move that out"),
-        (Nested, "it uses an operator that PyTorch cannot trace", "register_fake"),
+        (Nested, "on a sparse or nested tensor", "dense tensors"),
     ],
 )
 def test_what_pytorch_says_is_explained_first(

@@ -10,14 +10,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
-from amp_convert.core.batches import anew
 from amp_convert.core.errors import first_line
 from amp_convert.core.memory_meter import held_bytes, peak_bytes
 from amp_convert.core.number_formats import from_name
@@ -40,7 +41,7 @@ def measure(
     frozen = converted.freeze()
     original = converted.captured.model
     models = {"fp32": original, "autocast": original, "mixed": converted, "frozen": frozen}
-    arms = _arms(models, converted, args, kwargs)
+    arms = _arms(models, converted)
     notes = dict.fromkeys(arms, "")
     peaks: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in arms}
@@ -55,17 +56,21 @@ def measure(
                 # This also warms the arm up.
                 model = models[name]
                 held = held_bytes((*model.parameters(), *model.buffers()))
-                peaks[name] = held + peak_bytes(run)
+                given = _copied(args, kwargs)
+                if not converted.captured.has_branches:
+                    peaks[name] = held + peak_bytes(partial(run, *given))
                 attributes.restore()  # a state kept in one would be of the arm's precision
             except Exception as error:  # noqa: BLE001  autocast breaks some models: a result
-                notes[name] = f"failed: {first_line(error)}"
+                notes[name] = f"it does not run, so it has no time: {first_line(error)}"
                 del arms[name]
         begin = time.perf_counter()
         for turn in range(TURNS):
             if turn and time.perf_counter() - begin > BUDGET_SECONDS:
                 break
             for name, run in arms.items():
-                times[name].append(devices.milliseconds(run, device))
+                given = _copied(args, kwargs)
+                taken = devices.milliseconds(partial(run, *given), device)
+                times[name].append(taken)
                 attributes.restore()
     return tuple(
         ArmCost(
@@ -78,30 +83,34 @@ def measure(
     )
 
 
-def _arms(
-    models: Mapping[str, nn.Module],
-    converted: ConvertedModel,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> dict[str, Callable[[], Any]]:
+def _copied(
+    args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs for one call, which may write to them."""
+    copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        torch.Tensor, torch.clone, (tuple(args), dict(kwargs))
+    )
+    return copied
+
+
+_Arm = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _arms(models: Mapping[str, nn.Module], converted: ConvertedModel) -> dict[str, _Arm]:
     original = models["fp32"]
     device, low = converted.captured.device, from_name(converted.plan.dtype)
 
-    def called(model: nn.Module) -> Any:
-        given = anew((tuple(args), dict(kwargs)))
-        return model(*given[0], **given[1])
-
-    def fp32() -> None:
+    def fp32(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with devices.exact_fp32(device):
-            called(original)
+            original(*args, **kwargs)
 
-    def autocast() -> None:
+    def autocast(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.autocast(device.type, dtype=low):
-            called(original)
+            original(*args, **kwargs)
 
     return {
         "fp32": fp32,
         "autocast": autocast,
-        "mixed": lambda: called(models["mixed"]),
-        "frozen": lambda: called(models["frozen"]),
+        "mixed": lambda args, kwargs: models["mixed"](*args, **kwargs),
+        "frozen": lambda args, kwargs: models["frozen"](*args, **kwargs),
     }

@@ -32,6 +32,7 @@ from amp_convert.core import digests
 from amp_convert.core.batches import Batch
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.memory_meter import StorageMeter, held_bytes
+from amp_convert.core.module_state import Attributes
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.random_state import RngState, rng_state, set_rng_state
 from amp_convert.loading.model_file import kind_of
@@ -89,6 +90,7 @@ class Arm:
         self.skipped: list[int] = []
         self.peak_bytes: int | None = None
         self.note = ""
+        self._state: Attributes | None = None
         self._weights, self._recipe, self._device = weights, recipe, device
         self.scaler = recipe.scaling.scaler(device.type)
         self._where = defined_at(recipe.optimizer, recipe.path)
@@ -138,14 +140,20 @@ class Arm:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """The module has this arm's tensors, and PyTorch its random state, while this is open."""
+        """The module has this arm's tensors and attributes, and PyTorch its random state, while
+        this is open."""
         outer, before = rng_state(self._device), self._weights.get()
+        state = Attributes(self._weights.model)
         self._weights.put(self.tensors)
+        if self._state is not None:
+            self._state.restore()
         set_rng_state(self._device, self.rng)
         try:
             yield
         finally:
             self.tensors, self.rng = self._weights.get(), rng_state(self._device)
+            self._state = Attributes(self._weights.model)
+            state.restore()
             self._weights.put(before)
             set_rng_state(self._device, outer)
 

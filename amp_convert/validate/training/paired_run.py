@@ -72,6 +72,7 @@ class Race:
         self.initial = initial_weights(self.weights, data, recipe.path, self.device, seed)
         self._stream = Stream(data, seed, self.rng, self.device, recipe.accumulate)
         self._at_most = at_most
+        self._branches = converted is not None and converted.captured.has_branches
         self.arms = {spec.name: self._arm(spec) for spec in specs}
 
     def _arm(self, spec: ArmSpec) -> Arm:
@@ -104,7 +105,7 @@ class Race:
         if batches is None:
             return False
         self.steps += 1
-        meter = self.steps == min(2, self._at_most)
+        meter = self.steps == min(2, self._at_most) and not self._branches
         for arm in list(self.arms.values()):
             if arm.note:
                 continue

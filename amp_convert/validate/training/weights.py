@@ -14,11 +14,12 @@ from amp_convert.core.number_formats import name_of
 class Weights:
     """The parameters and buffers of a module: a place for each, and what to put there.
 
-    Shared tensors count once. `names` has their dotted names, in the module's order. Raises
-    ModelError for two parameters on the same memory, which would come apart.
+    `model` is the module. Shared tensors count once. `names` has their dotted names, in the
+    module's order. Raises ModelError for two parameters on the same memory, which would come apart.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self._parameters = dict(model.named_parameters())
         places: dict[int, str] = {}
         for name, parameter in self._parameters.items():
