@@ -72,7 +72,8 @@ def providers() -> tuple[str, ...]:
 
 def why_not(path: str, disabled: Sequence[str] = ()) -> str:
     """Open the file in a process of its own, optimised; what goes wrong there, or ""."""
-    command = [sys.executable, "-c", _PROBE, path, ",".join(providers()), ",".join(disabled)]
+    # -P: or a file called onnxruntime.py in the current folder would run.
+    command = [sys.executable, "-P", "-c", _PROBE, path, *map(",".join, (providers(), disabled))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)  # noqa: S603
     except subprocess.TimeoutExpired:
