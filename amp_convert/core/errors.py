@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import errno
 
+from amp_convert.core.printable import one_line
+
 FAULT = 5
 """The exit code of a fault in amp-convert itself."""
+
+
+_LINE = 400
+"""Characters of each part of a message. Longer ones are pages of somebody else's."""
 
 
 def first_line(error: BaseException) -> str:
     """What an exception says, cut to its first line that is not blank; its type where it says
     nothing. For errors of others, which may be pages long."""
     lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
+    return one_line(next(filter(None, lines), type(error).__name__), _LINE)
 
 
 class AmpConvertError(Exception):
     """Base of every error that amp-convert raises on purpose.
 
     `what` is a clause without a full stop, `where` the layer or the user's file and line,
-    `mend` a sentence saying what to do.
+    `mend` a sentence saying what to do. As text it is one line of bounded length, whatever names
+    and values of others are in it.
     """
 
     exit_code = 2
@@ -33,8 +40,8 @@ class AmpConvertError(Exception):
         super().__init__(what, where, mend)
 
     def __str__(self) -> str:
-        place = f" (at {self.where})" if self.where else ""
-        return f"{self.what}{place}." + (f" {self.mend}" if self.mend else "")
+        what, where, mend = (one_line(part, _LINE) for part in (self.what, self.where, self.mend))
+        return f"{what}{f' (at {where})' if where else ''}." + (f" {mend}" if mend else "")
 
 
 class UsageError(AmpConvertError):

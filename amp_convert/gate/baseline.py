@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 
 from amp_convert.core.atomic_files import write_file
 from amp_convert.core.errors import UsageError
+from amp_convert.core.reading import parse_json, read_file
 from amp_convert.report import SCHEMA_VERSION, RunReport, Unchecked
 from amp_convert.report.model import Section
 from amp_convert.verdict.verdict import CheckStatus
@@ -188,7 +189,7 @@ def write_baseline(report: RunReport, path: Path) -> Baseline:
     if report.verdict.status != "pass":
         what = f"a report whose verdict is {report.verdict.status} cannot become a baseline"
         raise UsageError(what, mend="Mend what it found, run again, then update.")
-    if path.exists() and _document(path, "baseline").get("kind") != "baseline":
+    if os.path.lexists(path) and _document(path, "baseline").get("kind") != "baseline":
         mend = "Choose another path, or remove that file."
         raise UsageError(f"{path} is not a baseline, so it is not overwritten", mend=mend)
     baseline = baseline_of(report)
@@ -202,31 +203,18 @@ def write_baseline(report: RunReport, path: Path) -> Baseline:
 def _document(path: Path, what: str) -> Mapping[str, Any]:
     """The JSON object in `path`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        document = parse_json(read_file(path))
     except FileNotFoundError:
         mend = "Run with --update to write it." if what == "baseline" else ""
         raise UsageError(f"there is no {what} at {path}", mend=mend) from None
     except OSError as error:
         raise UsageError(f"cannot read the {what} {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UsageError(f"{path} is not a {what}: it is not UTF-8 text") from error
-    try:
-        document = json.loads(text, object_pairs_hook=_unrepeated)
-    except (ValueError, RecursionError) as error:
         mend = "It may be truncated: restore it, or remove it and write it anew."
         raise UsageError(f"{path} is not a {what}: {error}", mend=mend) from error
     if not isinstance(document, dict):
         raise UsageError(f"{path} is not a {what}: it holds no JSON object")
     return document
-
-
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a repeated key, a reader would see one value and the gate the other."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is repeated")
-    return found
 
 
 def _versioned(path: Path, what: str) -> Mapping[str, Any]:

@@ -9,28 +9,10 @@ from __future__ import annotations
 import math
 import re
 
-_UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufdd0-\ufdef\ufeff"
-    "\ufff9-\uffff\ud800-\udfff\U000e0000-\U000e007f]"
-)
+from amp_convert.core.printable import clip as clip
+from amp_convert.core.printable import printable as printable
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def printable(text: str) -> str:
-    """`text` with control, invisible and text-direction characters shown as escapes.
-
-    Layer names come from the model, so they could drive a terminal, break XML or reorder a line.
-    """
-    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
-
-
-def clip(text: str, width: int) -> str:
-    """`text` in at most `width` characters, the middle left out: both ends of a name matter."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1) * 3 // 5
-    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def tail(text: str, width: int) -> str:

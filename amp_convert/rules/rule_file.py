@@ -6,9 +6,9 @@ come from the text with strings and comments blanked out, where what looks like 
 
 from __future__ import annotations
 
-import math
 import operator
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from amp_convert.core.errors import UsageError
+from amp_convert.core.reading import parse_toml
 from amp_convert.rules.rule import Category, GuardLimits, Limit, Painting, Rewrites, Rule, Target
 
 
@@ -134,13 +135,14 @@ class _Source:
 
 def _toml(source: _Source) -> dict[str, Any]:
     try:
-        return tomllib.loads(source.text)
+        return parse_toml(source.text)
     except tomllib.TOMLDecodeError as error:
         what, _, place = str(error).partition(" (at ")
         found = re.search(r"line (\d+)", place)
-        where = source.at(int(found[1]) if found else len(source.lines))
-    except RecursionError:
-        what, where = "Too deeply nested", source.shown
+        # `lines` would take time without end: what is not TOML may have strings without one.
+        where = source.at(int(found[1]) if found else source.text.count("\n") + 1)
+    except ValueError as error:
+        what, where = str(error), source.shown
     raise UsageError(f"not TOML: {what.lower()}", where=where, mend="Mend the text there.")
 
 
@@ -165,7 +167,7 @@ def _guards(source: _Source, table: Any) -> dict[str, Limit]:
     )
     for key, value in table.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not False and not (is_number and 0 < value < math.inf):
+        if value is not False and not (is_number and 0 < value <= sys.float_info.max):
             raise UsageError(
                 f"guard `{key}` has the value {value!r}",
                 where=source.at_key(key, start),
@@ -208,10 +210,10 @@ def _rules(source: _Source, table: dict[str, Any], line: int, *, preset: bool) -
             mend = f"Add a line `{key} = ...`."
             raise UsageError(f"a rule has no `{key}`", where=source.at(line), mend=mend)
     key = targets[0]
-    target = Target.OP if key == _OPS else Target(key)
+    target, place = Target.OP if key == _OPS else Target(key), where(targets[0])
     for pattern in table[key] if key == _OPS else [table[key]]:
         if target is Target.OP and not preset:
-            _check_op(pattern, where(key))
+            _check_op(pattern, place)
         yield Rule(
             target=target,
             pattern=pattern,

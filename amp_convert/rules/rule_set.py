@@ -31,6 +31,7 @@ from typing import Any
 from amp_convert.core.errors import UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import canonical, short_name, with_overload
+from amp_convert.core.reading import LARGEST_TOML, read_file
 from amp_convert.rules.rule import Category, GuardLimits, Painting, Rewrites, Rule, Target
 from amp_convert.rules.rule_file import RuleFile, is_glob, parse_rule_file, unknown
 
@@ -46,6 +47,9 @@ __all__ = [
     "load_rules",
     "preset_names",
 ]
+
+
+_LONGEST_CHAIN = 50
 
 
 @dataclass(frozen=True)
@@ -284,6 +288,9 @@ def _load(place: _FilePlace, below: tuple[_FilePlace, ...], loaded: dict[str, Ru
     """Add a file after all that it extends. `below` are the files that led here."""
     file = parse_rule_file(_text(place, below), place.shown, preset=place.preset)
     chain = (*below, place)
+    if len(chain) > _LONGEST_CHAIN:
+        what = f"more than {_LONGEST_CHAIN} rules files extend one another in a row"
+        raise UsageError(what, where=below[-1].shown, mend="Write them as fewer files.")
     for name in file.extends:
         parent = _find(name, place.folder, file.extends_at)
         if parent.key in [p.key for p in chain]:
@@ -302,9 +309,15 @@ def _load(place: _FilePlace, below: tuple[_FilePlace, ...], loaded: dict[str, Ru
 
 def _text(place: _FilePlace, below: tuple[_FilePlace, ...]) -> str:
     try:
-        return place.file.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
+        file = place.file
+        data = read_file(file, LARGEST_TOML) if isinstance(file, Path) else file.read_bytes()
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, ValueError) as error:
-        why = str(error.strerror).lower() if isinstance(error, OSError) else "not UTF-8 text"
+        why = str(error)
+        if isinstance(error, OSError):
+            why = str(error.strerror).lower()
+        elif isinstance(error, UnicodeDecodeError):
+            why = "not UTF-8 text"
         raise UsageError(
             f"cannot read rules file {place.shown!r}: {why}",
             where=below[-1].shown if below else "",

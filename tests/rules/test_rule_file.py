@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from amp_convert.core.errors import UsageError
+from amp_convert.rules.rule_file import parse_rule_file
 from amp_convert.rules.rule_set import Place, load_rules, preset_names
 
 RULE = '[[rule]]\nop = "aten.linear"\ncategory = "allow"\nreason = "r"\n'
@@ -144,3 +146,42 @@ def test_deep_nesting_is_refused_not_a_crash(tmp_path: Path) -> None:
     file = write(tmp_path / "deep.toml", "a = " + "[" * 100_000)
     with pytest.raises(UsageError, match=r"^not TOML: "):
         load_rules([file])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[guards]\nactivation_headroom = " + "9" * 4_000, "guard `activation_headroom` has the"),
+        ("[guards]\nactivation_headroom = " + "9" * 5_000, "a number of thousands of digits"),
+        ("a = " + "{b." * 100_000, "not TOML: "),
+        (".".join("a" * 20_000) + " = 1", "line 1 has a key of more than 16 parts"),
+        ("a" * 100_000 + " = 1", "unknown top-level key"),
+        ('"\\u001b[2J\\n::error::" = 1', r"unknown top-level key '\x1b[2J\n::error::'"),
+    ],
+    ids=range(6),
+)
+def test_hostile_text_is_one_short_line(text: str, said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_rule_file(text, "mine.toml")
+    assert said in str(refused.value)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 900
+
+
+def test_a_text_of_unfinished_strings_takes_no_time() -> None:
+    """Each of them could reach to the end of the text."""
+    begin = time.process_time()
+    with pytest.raises(UsageError, match=r"not TOML: .* \(at mine\.toml:2\)"):
+        parse_rule_file('# why\na = """' + '"""\\' * 100_000, "mine.toml")
+    with pytest.raises(UsageError, match=r"not TOML: .* \(at mine\.toml:3\)"):
+        parse_rule_file('# why\na = """\n' + '\\"""' * 100_000, "mine.toml")
+    assert time.process_time() - begin < 5
+
+
+def test_many_operators_under_a_long_comment_take_no_time() -> None:
+    ops = ", ".join(["'aten.linear'"] * 20_000)
+    text = f"[[rule]]\n{'# why' + chr(10)}" + "# more\n" * 20_000 + f"ops = [{ops}]\n"
+    begin = time.process_time()
+    file = parse_rule_file(text + "category = 'allow'\nreason = 'fast'\n", "mine.toml")
+    assert len(file.rules) == 20_000
+    assert time.process_time() - begin < 5

@@ -27,6 +27,7 @@ from amp_convert import __version__
 from amp_convert.core.atomic_files import try_to_write, write_file
 from amp_convert.core.batches import LOSS, TRAIN_LOSS
 from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.core.reading import parse_json, read_file
 from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import FP32
 from amp_convert.validate.training.data import Data
@@ -138,7 +139,7 @@ def check_writable(path: Path) -> None:
 def load_seed_spread(path: Path) -> SeedSpread:
     """What such a file holds. Raises UsageError for one that is not there, or another file."""
     try:
-        return SeedSpread.model_validate_json(path.read_bytes())
+        return SeedSpread.model_validate_json(json.dumps(parse_json(read_file(path))))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", mend=_MAKE_ANEW) from error
     except ValidationError as error:
@@ -146,6 +147,8 @@ def load_seed_spread(path: Path) -> SeedSpread:
         place = ".".join(map(str, first["loc"])) or "the file"
         what = f"{path} is no file of FP32 seeds: {place}: {first['msg']}"
         raise UsageError(what, mend=_MAKE_ANEW) from error
+    except ValueError as error:
+        raise UsageError(f"{path} is no file of FP32 seeds: {error}", mend=_MAKE_ANEW) from error
 
 
 def make_seed_spread(
@@ -229,10 +232,12 @@ def _refuse_other(name: str, there: Any, here: Any) -> None:
 
 def _refuse_foreign(path: Path) -> None:
     try:
-        document: Any = json.loads(path.read_bytes())
+        document: Any = parse_json(read_file(path))
     except FileNotFoundError:
-        return
-    except (ValueError, RecursionError):
+        if not path.is_symlink():
+            return
+        document = None
+    except ValueError:
         document = None
     if not isinstance(document, dict) or document.get("kind") != _KIND:
         what = f"{path} is no file of FP32 seeds, so it is not overwritten"

@@ -274,7 +274,7 @@ def test_a_damaged_baseline_of_ours_may_be_made_anew(made: SeedSpread, tmp_path:
         ({"schema_version": 2}, "schema_version: Input should be 1"),
         ({"note": "x"}, "note: Extra inputs are not permitted"),
         ({"values": "1 2 3"}, "values: Input should be a valid array"),
-        ({"values": [float("nan")] * 8}, "values.0: Input should be a finite number"),
+        ({"values": [float("nan")] * 8}, "NaN is not JSON"),
         ({"values": ["1.0"] * 8}, "values.0: Input should be a valid number"),
         ({"values": [1.0, 2.0]}, "the file: Value error, there is not one value for each seed"),
         ({"seeds": [1000] * 8}, "the file: Value error, there is not one value for each seed"),
@@ -308,7 +308,7 @@ def test_a_truncated_file_is_refused(made: SeedSpread, tmp_path: Path) -> None:
     path = tmp_path / "b.json"
     for length in range(0, len(made.text) - 2, 40):
         path.write_text(made.text[:length], encoding="utf-8")
-        with pytest.raises(UsageError, match="is no file of FP32 seeds: the file: Invalid JSON: "):
+        with pytest.raises(UsageError, match=r"is no file of FP32 seeds: \w.* line \d"):
             load_seed_spread(path)
 
 
