@@ -7,6 +7,7 @@ how far it is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,8 +108,25 @@ def check(
     UnsupportedModelError where no part of the model can be captured.
     """
     _check_settings(settings)
-    expected = _expected(settings, devices.choose(settings.device), case)
+    device = devices.choose(settings.device)
+    expected = _expected(settings, device, case)
     progress = Logged(progress or Silent())
+    with contextlib.ExitStack() as stack:
+        if not training_setup.why_not(case, settings):
+            # What is wrong with these settings is said now, and not after minutes of work.
+            training_setup.make_options(case, settings, device.device)
+            if settings.checkpoint:
+                stack.enter_context(checkpoint.alone(Path(settings.checkpoint)))
+        return _checked(case, settings, expected, progress, work)
+
+
+def _checked(
+    case: Case,
+    settings: Settings,
+    expected: Baseline | None,
+    progress: Progress,
+    work: Path | None,
+) -> Run:
     prepared = _prepare(case, settings, progress, trains=True)
     case, captured = prepared.case, prepared.captured
     progress.stage("plan and rewrite")
@@ -288,11 +306,6 @@ def _prepare(
     rules = load_rules(settings.rules)
     device = devices.choose(settings.device)
     case = _on_device(case, device.device)
-    if trains and not training_setup.why_not(case, settings):
-        # What is wrong with these settings is said now, and not after minutes of work.
-        training_setup.make_options(case, settings, device.device)
-        if settings.checkpoint:
-            checkpoint.check(Path(settings.checkpoint))
     check_forward(case)
     progress.stage("capture and check against eager FP32")
     captured = capture(case.model, case.args, case.kwargs)

@@ -3,7 +3,8 @@
 What is new is written in a fresh hidden folder beside the file, synced, and renamed into its place
 in one step. So whatever a library writes on its way (safetensors writes a file of its own first)
 is in that folder too, which is deleted at the end. A run that is killed leaves the folder behind,
-and the file as it was; `is_leftover` recognises such a folder by its name.
+and the file as it was; the next one that writes the file deletes the folder (see
+`hidden_folders`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-_SUFFIX = ".amp-convert-part"
+from amp_convert.core import hidden_folders
+from amp_convert.core.hidden_folders import Kind
 
 
 @contextlib.contextmanager
@@ -24,15 +24,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives where to write what becomes `path`, whose folder is made if need be. It takes the place
     of `path` when this is left without an error. Raises OSError where that cannot be done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = _fresh(path)
-    try:
+    with hidden_folders.fresh(path, Kind.PART) as folder:
         draft = folder / path.name
         yield draft
         sync_file(draft)
         os.replace(draft, path)
         sync_folder(path.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    hidden_folders.sweep(path.parent, re.compile(re.escape(path.name)))
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -44,17 +42,16 @@ def write_file(path: Path, content: str | bytes) -> None:
 def try_to_write(path: Path) -> None:
     """Find out whether `path` could be written now. Trying is the only test that root, read-only
     mounts and access lists all agree with. Raises OSError where it could not."""
-    ancestor = path.absolute().parent
-    while not ancestor.exists():
+    with hidden_folders.fresh(existing_folder(path.absolute()) / path.name, Kind.PART):
+        pass
+
+
+def existing_folder(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    ancestor = path.parent
+    while not os.path.lexists(ancestor):
         ancestor = ancestor.parent
-    _fresh(ancestor / path.name).rmdir()
-
-
-def is_leftover(entry: Path, of: re.Pattern[str]) -> bool:
-    """Whether an entry of a folder is what a killed run left of writing a file whose name matches
-    `of`."""
-    found = re.fullmatch(rf"\.(.*)\.[^.]+{re.escape(_SUFFIX)}", entry.name)
-    return found is not None and of.fullmatch(found[1]) is not None
+    return ancestor
 
 
 def sync_file(path: Path) -> None:
@@ -74,7 +71,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _fresh(path: Path) -> Path:
-    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX))

@@ -55,7 +55,9 @@ def rng_state(device: torch.device) -> RngState:
 
 
 def set_rng_state(device: torch.device, state: RngState) -> None:
-    """Go back to a state that `rng_state` returned."""
+    """Go back to a state that `rng_state` returned. Raises whatever comes of anything else."""
+    if not 0 <= state.numpy[2] <= len(state.numpy[1]) == 624:
+        raise ValueError("no state of NumPy's generator")  # which would read beyond its end
     torch.set_rng_state(state.cpu)
     if state.device is not None:
         torch.cuda.set_rng_state(state.device, device)

@@ -5,8 +5,10 @@
    moment is the target missing or incomplete. Elsewhere it takes two renames, the old folder aside
    and the new one in; a run killed between them leaves no target, but the old folder whole beside
    it, and the next `check_writable` or `write_folder` puts it back.
-3. The old folder is deleted. A killed run's hidden folders are deleted by the next run an hour
-   later, when no run can still be writing them.
+3. The old folder is deleted. What killed runs left is deleted by the next run (`hidden_folders`).
+
+Only what proves to be a report of amp-convert's is replaced: its report.json or audit.json is read,
+and says so. While a run is at work on a folder, a second one is refused before it begins.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import secrets
+import re
 import shutil
+import stat
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from amp_convert.core.atomic_files import sync_file, sync_folder
+from amp_convert.core import hidden_folders
+from amp_convert.core.atomic_files import existing_folder, sync_file, sync_folder
 from amp_convert.core.errors import UsageError
+from amp_convert.core.hidden_folders import Kind
+from amp_convert.core.reading import parse_json, read_file
 
 # Every file a report folder may hold: a folder with any other is not replaced. The last three are
 # left behind by file browsers.
@@ -31,10 +36,9 @@ REPORT_FILES = frozenset(
     | {"audit.json", "audit.csv", "audit.md", "model.onnx", "model.onnx.data"}
     | {".DS_Store", "Thumbs.db", "desktop.ini"}
 )
-_MARKS = ("report.json", "audit.json")
-# Hidden folders, and the seconds after which no run can still be using them. Files wait in a
-# workspace for as long as a training takes.
-_STALE_SECONDS = {"new": 3600, "work": 30 * 24 * 3600}
+_MARKS = {"report.json": "verdict", "audit.json": "totals"}
+"""What shows whose a folder is, and a key that it has besides those of `_KEYS`."""
+_KEYS = frozenset({"schema_version", "amp_convert", "model"})
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -45,35 +49,46 @@ def check_writable(out: Path) -> None:
     Raises UsageError when `out` holds something else than a report or its place is not writable.
     """
     with _usage_errors(out):
-        target = out.resolve()
-        _refuse_foreign(target, out)
+        target = _target(out)
         if target.is_mount():
             raise _unwritable(out, "it is a mount point")
-        _restore(target)
         # Trying is the only test that root, read-only mounts and access lists all agree with.
-        _fresh(_existing_parent(target) / target.name).rmdir()
-
-
-def _existing_parent(target: Path) -> Path:
-    ancestor = target.parent
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    return ancestor
+        with hidden_folders.fresh(existing_folder(target) / target.name, Kind.NEW):
+            pass
 
 
 @contextlib.contextmanager
 def workspace(out: Path) -> Iterator[Path]:
-    """A fresh folder near `out`, for files that are too large to hold; gone afterwards.
+    """A fresh folder near `out`, for files that are too large to hold; gone afterwards. While it is
+    there, no other run of this machine gets one for `out`.
 
-    Raises UsageError where there is no room for it.
+    Raises UsageError where another one has, and where there is no room for it.
     """
-    target = out.resolve()
-    with _usage_errors(out):
-        folder = _fresh(_existing_parent(target) / target.name, "work")
-    try:
+    with contextlib.ExitStack() as stack:
+        with _usage_errors(out):
+            target = _target(out)
+            stack.enter_context(_made_for_now(target.parent))
+            hidden_folders.sweep(target.parent, _named(target))
+            folder = stack.enter_context(hidden_folders.fresh(target, Kind.WORK))
+            if hidden_folders.is_used(target, Kind.WORK, besides=folder):
+                raise UsageError(
+                    f"another run of amp-convert is at work on the report folder {out}",
+                    mend="Wait for its end, or give another folder with --out.",
+                )
         yield folder
+
+
+@contextlib.contextmanager
+def _made_for_now(folder: Path) -> Iterator[None]:
+    """`folder` is there while this is open, and as it was before where nothing is written to it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def write_folder(out: Path, files: Mapping[str, str | bytes | Path]) -> None:
@@ -83,17 +98,17 @@ def write_folder(out: Path, files: Mapping[str, str | bytes | Path]) -> None:
     Raises UsageError as `check_writable` does; then `out` is as it was and nothing is left beside.
     """
     with _usage_errors(out):
-        target = out.resolve()
-        _refuse_foreign(target, out)
+        target = _target(out)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _restore(target)
-        _clean(target)
-        with _staging(target) as staged:
-            for name, content in files.items():
-                _write(staged / name, content)
-            sync_folder(staged)
-            _exchange(staged, target)
-            sync_folder(target.parent)
+        with hidden_folders.in_turn(target.parent):
+            target = _target(out)  # once more: whoever was waited for may have written
+            with hidden_folders.fresh(target, Kind.NEW, 0o777) as staged:
+                for name, content in files.items():
+                    _write(staged / name, content)
+                sync_folder(staged)
+                _exchange(staged, target)
+                sync_folder(target.parent)
+            hidden_folders.sweep(target.parent, _named(target))
 
 
 @contextlib.contextmanager
@@ -102,6 +117,23 @@ def _usage_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as problem:
         raise _unwritable(out, problem.strerror or str(problem)) from problem
+    except ValueError as problem:  # a character that no path may have
+        raise _unwritable(out, str(problem)) from problem
+
+
+def _target(out: Path) -> Path:
+    """Where `out` leads, put back if a killed run left it aside. Raises UsageError where something
+    is there that is not to be replaced."""
+    target = Path(os.path.realpath(out))
+    if target.is_symlink():
+        raise _unwritable(out, "its links lead round in a circle")
+    if out.is_symlink() and hasattr(os, "geteuid"):
+        owner = out.lstat().st_uid
+        if owner not in (0, os.geteuid()):  # who else would lead us where only we may write?
+            raise _unwritable(out, "it is a link that another user made")
+    _restore(target)
+    _refuse_foreign(target, out)
+    return target
 
 
 def _refuse_foreign(target: Path, shown: Path) -> None:
@@ -110,14 +142,32 @@ def _refuse_foreign(target: Path, shown: Path) -> None:
     if not target.is_dir():
         raise UsageError(f"{shown} is a file, not a folder", mend="Give another folder with --out.")
     names = sorted(entry.name for entry in target.iterdir())
-    foreign = [name for name in names if name not in REPORT_FILES or (target / name).is_dir()]
-    if not names or (not foreign and any(mark in names for mark in _MARKS)):
+    foreign = [name for name in names if name not in REPORT_FILES or not _is_file(target / name)]
+    marks = [name for name in _MARKS if name in names]
+    if not names or (not foreign and any(_is_ours(target / mark) for mark in marks)):
         return
     found = f" (it holds {foreign[0]})" if foreign else ""
+    if marks and not foreign:
+        found = f" (its {marks[0]} does not say so)"
     raise UsageError(
         f"{shown} is not an amp-convert report folder{found}, so it is not replaced",
         mend="Give a new or empty folder with --out, or move what is in this one elsewhere.",
     )
+
+
+def _is_file(path: Path) -> bool:
+    return stat.S_ISREG(path.lstat().st_mode)
+
+
+def _is_ours(mark: Path) -> bool:
+    """Whether a report.json or audit.json is what amp-convert writes, of whatever version."""
+    try:
+        document = parse_json(read_file(mark, follow=False))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(document, dict) or not isinstance(document.get("schema_version"), int):
+        return False
+    return {*_KEYS, _MARKS[mark.name]} <= document.keys()
 
 
 def _unwritable(out: Path, problem: str) -> UsageError:
@@ -128,24 +178,12 @@ def _unwritable(out: Path, problem: str) -> UsageError:
     )
 
 
-def _hidden(target: Path, kind: str) -> str:
-    return f".{target.name}.amp-convert-{kind}"
+def _named(target: Path) -> re.Pattern[str]:
+    return re.compile(re.escape(target.name))
 
 
-def _fresh(target: Path, kind: str = "new") -> Path:
-    folder = target.with_name(f"{_hidden(target, kind)}-{secrets.token_hex(4)}")
-    folder.mkdir()
-    return folder
-
-
-@contextlib.contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A fresh folder beside `target`, gone afterwards whatever happens."""
-    folder = _fresh(target)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.amp-convert-old")
 
 
 def _write(path: Path, content: str | bytes | Path) -> None:
@@ -161,7 +199,7 @@ def _exchange(staged: Path, target: Path) -> None:
     if not target.exists():
         staged.rename(target)
     elif not _exchange_in_one_step(staged, target):
-        aside = target.with_name(_hidden(target, "old"))
+        aside = _aside(target)
         target.rename(aside)
         try:
             staged.rename(target)
@@ -181,22 +219,12 @@ def _exchange_in_one_step(staged: Path, target: Path) -> bool:
 
 
 def _restore(target: Path) -> None:
-    """Put back the old folder of a run that was killed between its two renames."""
-    aside = target.with_name(_hidden(target, "old"))
-    if aside.is_dir() and not target.exists():
+    """Put back, or delete, the old folder of a run that was killed after the first rename."""
+    aside = _aside(target)
+    if aside.is_symlink() or not aside.is_dir():
+        return
+    _refuse_foreign(aside, aside)
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
         aside.rename(target)
-
-
-def _clean(target: Path) -> None:
-    """Delete what killed runs left beside `target`."""
-    shutil.rmtree(target.with_name(_hidden(target, "old")), ignore_errors=True)
-    for left in target.parent.iterdir():
-        # Another run may be deleting its own folder at this very moment.
-        with contextlib.suppress(FileNotFoundError):
-            for kind, seconds in _STALE_SECONDS.items():
-                if left.name.startswith(_hidden(target, kind)) and _age(left) > seconds:
-                    shutil.rmtree(left, ignore_errors=True)
-
-
-def _age(path: Path) -> float:
-    return time.time() - path.stat().st_mtime

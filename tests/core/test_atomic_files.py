@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from amp_convert.core.atomic_files import is_leftover, replacing, try_to_write, write_file
+from amp_convert.core.atomic_files import replacing, try_to_write, write_file
+from amp_convert.core.hidden_folders import is_hidden
 
 
 def test_text_and_bytes_are_written_as_they_are(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_what_a_killed_run_leaves_is_known_by_its_name(tmp_path: Path) -> None:
+def test_what_a_killed_run_leaves_is_deleted_by_the_next(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
@@ -60,9 +61,14 @@ with replacing(Path({str(tmp_path / "a.txt")!r})) as draft:
     killed = subprocess.run([sys.executable, "-c", code], check=False)
     assert killed.returncode == -signal.SIGKILL
     (entry,) = tmp_path.iterdir()
-    assert is_leftover(entry, re.compile(r"a\.txt"))
-    assert not is_leftover(entry, re.compile(r"b\.txt"))
-    assert not is_leftover(tmp_path / ".a.txt.swp", re.compile(r"a\.txt"))
+    assert is_hidden(entry, re.compile(r"a\.txt"))
+    assert not is_hidden(entry, re.compile(r"b\.txt"))
+    (tmp_path / ".a.txt.swp").touch()
+    assert not is_hidden(tmp_path / ".a.txt.swp", re.compile(r"a\.txt"))
+    write_file(tmp_path / "b.txt", "mine")
+    assert entry.exists()
+    write_file(tmp_path / "a.txt", "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.txt.swp", "a.txt", "b.txt"]
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 import sys
 import time
@@ -15,12 +14,14 @@ from typing import Any
 
 import pytest
 
+from amp_convert.core import hidden_folders
 from amp_convert.core.errors import UsageError
 from amp_convert.report import folder
-from amp_convert.report.folder import check_writable, write_folder
+from amp_convert.report.folder import check_writable, workspace, write_folder
 
-OLD = {"report.json": "old", "layers.csv": "old", "junit.xml": "old"}
-NEW = {"report.json": "new", "layers.csv": "new", "report.md": "neü"}
+REPORT = '{"schema_version": 1, "amp_convert": "0.1", "model": {}, "verdict": "%s"}'
+OLD = {"report.json": REPORT % "old", "layers.csv": "old", "junit.xml": "old"}
+NEW = {"report.json": REPORT % "new", "layers.csv": "new", "report.md": "neü"}
 
 
 def _content(out: Path) -> dict[str, str]:
@@ -91,6 +92,11 @@ def test_the_folder_has_the_permissions_of_any_new_folder(out: Path, tmp_path: P
         {"thesis.tex": "years of work"},
         {"report.json": "{}", "thesis.tex": "years of work"},
         {"layers.csv": "no report.json or audit.json beside it"},
+        {"report.json": "{}"},
+        {"report.json": "of another tool", "audit.json": '{"schema_version": 1}'},
+        {"report.json": REPORT.replace("1", '"1"')},
+        {"audit.json": REPORT % "an audit has totals"},
+        {"report.json": "[" * 100_000},
     ],
 )
 def test_a_folder_of_something_else_is_not_replaced(
@@ -237,10 +243,7 @@ def test_a_run_killed_at_any_line_leaves_a_whole_report(out: Path) -> None:
             check_writable(out)
         assert _content(out) in (OLD, NEW), line
         write_folder(out, OLD)
-        # What this kill left would otherwise give the next run more lines to be killed at.
-        for left in out.parent.iterdir():
-            if left != out:
-                shutil.rmtree(left)
+        assert os.listdir(out.parent) == [out.name], line
         line += 1
         assert line < 500
     assert line > 40
@@ -249,14 +252,90 @@ def test_a_run_killed_at_any_line_leaves_a_whole_report(out: Path) -> None:
     assert in_one_step or restored > 0
 
 
-def test_what_killed_runs_left_is_deleted_an_hour_later(out: Path) -> None:
-    write_folder(out, OLD)
-    left = out.with_name(f".{out.name}.amp-convert-new-0123")
+def _left(out: Path, host: str) -> Path:
+    left = out.with_name(f".{out.name}.amp-convert-new-{host}-0123456789abcdef")
     left.mkdir()
     (left / "report.json").write_text("half")
+    return left
+
+
+def test_what_killed_runs_left_is_deleted_at_once(out: Path) -> None:
+    write_folder(out, OLD)
+    _left(out, hidden_folders._HERE)
+    write_folder(out, NEW)
+    assert os.listdir(out.parent) == [out.name]
+
+
+def test_what_another_machines_run_left_is_deleted_an_hour_later(out: Path) -> None:
+    write_folder(out, OLD)
+    left = _left(out, "01234567")
     write_folder(out, NEW)
     assert left.exists()
     long_ago = time.time() - 4_000
     os.utime(left, (long_ago, long_ago))
     write_folder(out, NEW)
     assert os.listdir(out.parent) == [out.name]
+
+
+def test_a_second_run_is_refused_and_the_first_one_goes_on(out: Path) -> None:
+    write_folder(out, OLD)
+    with workspace(out) as work:
+        (work / "model.onnx").write_text("large")
+        with pytest.raises(UsageError, match="another run of amp-convert is at work on"):
+            workspace(out).__enter__()
+        with workspace(out.with_name("other")):
+            pass
+        write_folder(out, NEW | {"model.onnx": work / "model.onnx"})
+    assert _content(out) == NEW | {"model.onnx": "large"}
+    assert os.listdir(out.parent) == [out.name]
+    with workspace(out):
+        pass
+
+
+def test_a_workspace_leaves_nothing_where_nothing_was(out: Path, tmp_path: Path) -> None:
+    with workspace(out) as work:
+        assert work.is_dir()
+    assert os.listdir(tmp_path) == []
+
+
+def test_links_that_lead_nowhere_or_are_another_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, theirs, mine = tmp_path / "loop", tmp_path / "link", tmp_path / "mine"
+    loop.symlink_to(loop)
+    with pytest.raises(UsageError, match="its links lead round in a circle"):
+        check_writable(loop)
+    with pytest.raises(UsageError, match="cannot be written"):
+        check_writable(loop / "below")
+    with pytest.raises(UsageError, match="cannot be written: embedded null"):
+        check_writable(tmp_path / "a\0b")
+    write_folder(mine, OLD)
+    theirs.symlink_to(mine)
+    real = os.geteuid()
+    if real == 0:
+        os.lchown(theirs, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: real + 1)
+    with pytest.raises(UsageError, match="it is a link that another user made"):
+        write_folder(theirs, NEW)
+    monkeypatch.undo()
+    assert _content(mine) == OLD
+
+
+def test_a_report_that_is_a_link_proves_nothing(tmp_path: Path) -> None:
+    real, out = tmp_path / "real", tmp_path / "out"
+    write_folder(real, OLD)
+    out.mkdir()
+    (out / "report.json").symlink_to(real / "report.json")
+    with pytest.raises(UsageError, match=r"it holds report\.json"):
+        write_folder(out, NEW)
+    assert (_content(real), _content(out)) == (OLD, {"report.json": OLD["report.json"]})
+
+
+def test_a_folder_in_the_place_of_the_old_one_is_not_deleted(out: Path) -> None:
+    aside = out.with_name(f".{out.name}.amp-convert-old")
+    aside.mkdir(parents=True)
+    (aside / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"it holds thesis\.tex"):
+        write_folder(out, NEW)
+    assert (aside / "thesis.tex").exists()

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from amp_convert.capture.gradient_probe import real_gradient
@@ -34,7 +35,7 @@ from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.memory_meter import StorageMeter, held_bytes
 from amp_convert.core.module_state import Attributes
 from amp_convert.core.number_formats import name_of
-from amp_convert.core.random_state import RngState, rng_state, set_rng_state
+from amp_convert.core.random_state import RngState, preserved_rng, rng_state, set_rng_state
 from amp_convert.loading.model_file import kind_of
 from amp_convert.loading.user_code import defined_at, placed, user_code
 from amp_convert.validate.training.arm_specs import FP32, ArmSpec
@@ -290,19 +291,31 @@ class Arm:
                     held[key] = value.to(held[key].device, copy=True)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned. Raises whatever comes of anything else."""
         for name, tensor in self.tensors.items():
-            tensor.copy_(state["tensors"][name])
+            stored = state["tensors"][name]
+            if (stored.shape, stored.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(name)
+            tensor.copy_(stored)
         self.optimizer.load_state_dict(state["optimizer"])
         self._restore_dtypes(state["optimizer"]["state"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
+            if not all(value >= 0 for value in state["scaler"].values()):
+                raise ValueError("scaler")
             self.scaler.load_state_dict(state["scaler"])
         self.rng = RngState(**state["rng"])
-        for name in _RECORDS:
-            setattr(self, name, state[name])
+        with preserved_rng(self._device):  # now, and not at the first step
+            set_rng_state(self._device, self.rng)
+        for name, kind in _RECORDS.items():
+            setattr(self, name, TypeAdapter(kind).validate_python(state[name], strict=True))
 
 
 _RNG = ("cpu", "device", "python", "numpy")
-_RECORDS = ("losses", "norms", "scales", "times", "skipped", "peak_bytes", "note")
+_RECORDS: dict[str, Any] = {
+    **dict.fromkeys(("losses", "norms", "scales", "times"), list[float]),
+    "skipped": list[int],
+    "peak_bytes": int | None,
+    "note": str,
+}

@@ -9,7 +9,8 @@ safetensors file, everything else to checkpoint.json, which names that file:
 3. What no longer belongs to the state is deleted.
 
 A run that is killed at any moment therefore leaves the old state or the new one. Nothing in the
-folder can run code when it is read: it holds no pickles.
+folder can run code when it is read: it holds no pickles. No link is followed, since the folder may
+lie where others write, and both files carry a digest, so that no bit of a state is another's.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import json
 import math
 import re
 import secrets
-import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from amp_convert.core import digests
-from amp_convert.core.atomic_files import is_leftover, replacing, try_to_write, write_file
-from amp_convert.core.errors import UsageError
+from amp_convert.core import digests, hidden_folders
+from amp_convert.core.atomic_files import replacing, try_to_write, write_file
+from amp_convert.core.errors import AmpConvertError, UsageError, environment_problem
+from amp_convert.core.reading import parse_json, read_file
 
 INDEX = "checkpoint.json"
-_VERSION = 1
+_VERSION = 2
+_DIGITS = 1000
+"""Of a whole number: those of random states have up to 40."""
 _KIND = "amp-convert checkpoint"
 _STATE = re.compile(r"state-\d+-[0-9a-f]{8}\.safetensors")
 _OURS = re.compile(rf"{_STATE.pattern}|{re.escape(INDEX)}")
@@ -47,14 +51,33 @@ def check(folder: Path) -> None:
     Raises UsageError where it cannot, and where the folder holds something else.
     """
     try:
+        if folder.is_symlink():
+            what = f"the checkpoint {folder} is a link"
+            raise UsageError(what, mend="Give the folder itself that it leads to.")
         folder.mkdir(parents=True, exist_ok=True)
         foreign = sorted(entry.name for entry in folder.iterdir() if not _is_ours(entry))
         if foreign:
             what = f"the folder {folder} is no checkpoint: it holds {foreign[0]}"
             raise UsageError(what, mend="Give a new or empty folder.")
         try_to_write(folder / INDEX)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot write the checkpoint {folder}: {_said(error)}") from error
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep `folder` for this run, which is made and checked. Raises UsageError as `check` does, and
+    where another run of this machine goes on from it: each would delete what the other saves."""
+    check(folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hidden_folders.locked(folder))
+        except BlockingIOError as error:
+            what = f"another run of amp-convert is using the checkpoint {folder}"
+            raise UsageError(what, mend="Wait for its end, or give another folder.") from error
+        except OSError as error:
+            raise UsageError(f"cannot write the checkpoint {folder}: {_said(error)}") from error
+        yield
 
 
 def save(folder: Path, state: Mapping[str, Any], *, fingerprint: Mapping[str, Any]) -> None:
@@ -64,7 +87,7 @@ def save(folder: Path, state: Mapping[str, Any], *, fingerprint: Mapping[str, An
     written, as on a full disk, or holds something else; then the old one is as it was.
     """
     tensors: dict[str, torch.Tensor] = {}
-    content = _packed(state, tensors, "state")
+    content = _readable(state, tensors)
     file = folder / f"state-{len(tensors)}-{secrets.token_hex(4)}.safetensors"
     try:
         with replacing(file) as draft:
@@ -75,6 +98,7 @@ def save(folder: Path, state: Mapping[str, Any], *, fingerprint: Mapping[str, An
             "fingerprint": dict(fingerprint),
             "tensors": file.name,
             "sha256": digests.of_file(file),
+            "state_sha256": digests.of_text(json.dumps(content)),
             "state": content,
         }
         write_file(folder / INDEX, json.dumps(index, allow_nan=False))
@@ -92,40 +116,65 @@ def load(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
     and for one that is damaged.
     """
     path = folder / INDEX
-    try:
-        index: Any = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    index = _index(path)
+    if index is None:
         return None
-    except OSError as error:
-        raise UsageError(f"cannot read the checkpoint {path}: {_said(error)}") from error
-    except ValueError as error:
-        raise _damaged(path, "it is not JSON") from error
-    if not isinstance(index, dict) or index.get("kind") != _KIND:
-        raise _damaged(path, "it is no checkpoint")
-    if index.get("version") != _VERSION:
-        what = f"{path} has version {index.get('version')}; this amp-convert reads {_VERSION}"
-        raise UsageError(what, mend=_ELSEWHERE)
     try:
         stored, name, digest = index["fingerprint"], index["tensors"], index["sha256"]
         _refuse_other_run(folder, stored, json.loads(json.dumps(dict(fingerprint))))
         if not _STATE.fullmatch(name):  # or a crafted file could name any path
             raise _damaged(path, f"it names {name!r}")
         file = folder / name
-        if digests.of_file(file) != digest:
+        if not stat.S_ISREG(file.lstat().st_mode) or digests.of_file(file) != digest:
             raise _damaged(path, f"{name} is not what was written")
+        if digests.of_text(json.dumps(index["state"])) != index["state_sha256"]:
+            raise _damaged(path, "its state is not what was written")
         found: dict[str, Any] = _unpacked(index["state"], load_file(file))
     except (OSError, SafetensorError) as error:
         raise _damaged(path, _said(error)) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise _damaged(path, "an entry is missing or of the wrong kind") from error
     return found
 
 
+def _index(path: Path) -> dict[str, Any] | None:
+    """What checkpoint.json holds, of this kind and version; None where there is none."""
+    try:
+        index: Any = parse_json(read_file(path, follow=False), _DIGITS)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {_said(error)}") from error
+    except ValueError as error:
+        raise _damaged(path, f"it is not JSON: {error}") from error
+    if not isinstance(index, dict) or index.get("kind") != _KIND:
+        raise _damaged(path, "it is no checkpoint")
+    if index.get("version") != _VERSION:
+        what = f"{path} has version {index.get('version')}; this amp-convert reads {_VERSION}"
+        raise UsageError(what, mend=_ELSEWHERE)
+    return index
+
+
+@contextlib.contextmanager
+def applied(folder: Path) -> Iterator[None]:
+    """Go on from a state inside this: what does not fit the run is a UsageError. A state is whole
+    when it was loaded, but may be that of a file which somebody made."""
+    try:
+        yield
+    except AmpConvertError:
+        raise
+    except Exception as error:
+        if problem := environment_problem(error):
+            raise problem from error
+        raise _damaged(folder / INDEX, "its state is not one of this run") from error
+
+
 def remove(folder: Path) -> None:
-    """Delete the state in `folder`, and the folder where nothing else is in it."""
-    _remove(folder / INDEX)  # first: what is left without it counts for nothing
-    _remove_others(folder, "")
-    with contextlib.suppress(OSError):
+    """Delete the state in `folder`, and the folder where nothing else is in it; not where another
+    run has begun to use it."""
+    with contextlib.suppress(OSError), hidden_folders.locked(folder):
+        _remove(folder / INDEX)  # first: what is left without it counts for nothing
+        _remove_others(folder, "")
         folder.rmdir()
 
 
@@ -135,6 +184,17 @@ def _refuse_other_run(folder: Path, stored: Mapping[str, Any], mine: Mapping[str
         if there != here:
             what = f"the checkpoint {folder} is of another run: {name} was {there}, is {here}"
             raise UsageError(what, mend=_ELSEWHERE)
+
+
+def _readable(state: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    """The state for checkpoint.json. Raises UsageError for one that could not be read again."""
+    try:
+        content = _packed(state, tensors, "state")
+        parse_json(json.dumps({"state": content}).encode(), _DIGITS)
+    except (ValueError, RecursionError) as error:
+        what = f"the state of the training cannot be kept in a checkpoint: {error}"
+        raise UsageError(what, mend=_WITHOUT) from error
+    return content
 
 
 # --- state to JSON and tensors, and back. A dict with the one key "$..." is one of ours. ---
@@ -198,16 +258,18 @@ def _remove(path: Path) -> None:
 
 
 def _remove_others(folder: Path, keep: str) -> None:
+    hidden_folders.sweep(folder, _OURS)
     with contextlib.suppress(OSError):
         for entry in folder.iterdir():
-            if is_leftover(entry, _OURS):
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name not in (keep, INDEX) and _is_ours(entry):
+            if entry.name not in (keep, INDEX) and _STATE.fullmatch(entry.name):
                 _remove(entry)
 
 
 def _is_ours(entry: Path) -> bool:
-    return bool(_OURS.fullmatch(entry.name)) or is_leftover(entry, _OURS)
+    """Whether it is what runs leave here: a file of ours, and no link, or a hidden folder."""
+    is_file = stat.S_ISREG(entry.lstat().st_mode)
+    named = bool(_OURS.fullmatch(entry.name))
+    return (named and is_file) or hidden_folders.is_hidden(entry, _OURS)
 
 
 def _damaged(path: Path, why: str) -> UsageError:

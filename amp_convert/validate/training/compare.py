@@ -23,6 +23,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from amp_convert.core.batches import LOSS, TRAIN_LOSS
 from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
 from amp_convert.loading.user_code import placed
@@ -42,7 +44,6 @@ from amp_convert.validate.training.results import (
     PairedRun,
     SeedPair,
     TrainingParity,
-    run_from,
 )
 from amp_convert.validate.training.training_mode import training
 
@@ -123,8 +124,9 @@ class _Comparison:
         if seed == 0:
             self._metric = race.name_metric(self._options.metric)
         self._words = self._words or _words(race.arms[FP32.name])
-        if resumed:
-            race.load(resumed["race"])
+        if resumed and self._options.checkpoint:
+            with checkpoint.applied(self._options.checkpoint):
+                race.load(resumed["race"])
         self._ended = self._train(race)
         if self._teaches_nothing(race):
             self._say(f"FP32 has learnt nothing in {race.steps} steps; up to {MOST_STEPS} are made")
@@ -274,18 +276,22 @@ class _Comparison:
     def _resume(self) -> dict[str, Any] | None:
         folder = self._options.checkpoint
         state = checkpoint.load(folder, self._fingerprint()) if folder is not None else None
-        if state is None:
+        if state is None or folder is None:
             return None
-        self._metric = state["metric"]
-        self._pairs = [SeedPair(**pair) for pair in state["pairs"]]
-        if state["first"]:
-            self._keep_first(run_from(state["first"]))
-        if self._pairs:
-            self._decided()
-        steps = state["race"]["steps"]
-        of_seed = f" of seed {state['seed']}" if state["seed"] else ""
+        with checkpoint.applied(folder):
+            seed, steps = state["seed"], state["race"]["steps"]
+            most = self._options.steps or MOST_STEPS
+            if seed not in range(self._options.seeds) or steps not in range(most + 1):
+                raise ValueError(f"{steps} steps of seed {seed}")
+            self._metric = str(state["metric"])
+            self._pairs = TypeAdapter(list[SeedPair]).validate_python(state["pairs"])
+            if seed:
+                self._keep_first(TypeAdapter(PairedRun).validate_python(state["first"]))
+            if self._pairs:
+                self._decided()
+        of_seed = f" of seed {seed}" if seed else ""
         self._say(f"going on after step {steps}{of_seed}, from the checkpoint {folder}")
-        for _ in range(state["seed"] * self._steps + steps):
+        for _ in range(seed * self._steps + steps):
             self._tick()
         return state
 

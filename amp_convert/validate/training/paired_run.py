@@ -257,7 +257,7 @@ class Race:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; the batches up to there are drawn again, and compared."""
         self.steps, self.random_parted = state["steps"], state["random_parted"]
-        self.drawn_outside = state["drawn_outside"]
+        self.drawn_outside = [str(name) for name in state["drawn_outside"]]
         for _ in range(self.steps):
             self._stream.draw(self._at_most)
         if self._stream.digest() != state["last_batch"]:

@@ -6,10 +6,9 @@ See `compare` for how it is measured, and `training_checks` for how it is judged
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 from amp_convert.core.batches import TRAIN_LOSS
 from amp_convert.validate.training.arm_specs import FP32, MIXED
@@ -215,13 +214,3 @@ def _first_worse(
 
 def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def run_from(stored: Mapping[str, Any]) -> PairedRun:
-    """A `PairedRun` from what `dataclasses.asdict` made of it."""
-
-    def tuples(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        return ((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())
-
-    arms = tuple(ArmRecord(**dict(tuples(arm))) for arm in stored["arms"])
-    return PairedRun(**{**dict(tuples(stored)), "arms": arms})

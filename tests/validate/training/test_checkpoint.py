@@ -18,7 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amp_convert.core.errors import UsageError
+from amp_convert.core import digests
+from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.validate.training import checkpoint
 from tests.zoo import assert_same_bits
 
@@ -139,6 +140,20 @@ def _edit(folder: Path, **entries: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
+def _text(folder: Path, text: str) -> None:
+    (folder / checkpoint.INDEX).write_text(text)
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _seal(folder: Path, state: Any) -> None:
+    """Give it a state that somebody made, with the digest that goes with it."""
+    _edit(folder, state=state, state_sha256=digests.of_text(json.dumps(state)))
+
+
 DAMAGES: dict[str, tuple[Any, str]] = {
     "cut": (lambda f: (f / checkpoint.INDEX).write_bytes(b'{"kind"'), "it is not JSON"),
     "list": (lambda f: (f / checkpoint.INDEX).write_text("[]"), "it is no checkpoint"),
@@ -146,8 +161,17 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "gone": (lambda f: _tensors(f).unlink(), "No such file or directory"),
     "short": (lambda f: _tensors(f).write_bytes(_tensors(f).read_bytes()[:-1]), "is not what was"),
     "path": (lambda f: _edit(f, tensors="../../etc/passwd"), "it names '../../etc/passwd'"),
-    "mark": (lambda f: _edit(f, state={"$pickle": ""}), "an entry is missing or of the wrong"),
-    "name": (lambda f: _edit(f, state={"$tensor": "99"}), "an entry is missing or of the wrong"),
+    "mark": (lambda f: _seal(f, {"$pickle": ""}), "an entry is missing or of the wrong"),
+    "name": (lambda f: _seal(f, {"$tensor": "99"}), "an entry is missing or of the wrong"),
+    "state": (lambda f: _edit(f, state={"$dict": []}), "its state is not what was written"),
+    "deep": (lambda f: _text(f, "[" * 100_000), "it is nested too deeply"),
+    "deep state": (lambda f: _text(f, "[" * 300 + "]" * 300), "it is nested too deeply"),
+    "digits": (lambda f: _text(f, "1" * 5_001), "has 5001 digits"),
+    "infinity": (lambda f: _text(f, "-1e999"), "the number -1e999 is too large"),
+    "nan": (lambda f: _text(f, "NaN"), "NaN is not JSON"),
+    "twice": (lambda f: _text(f, '{"kind": 1, "kind": 2}'), "the key 'kind' is repeated"),
+    "bytes": (lambda f: (f / checkpoint.INDEX).write_bytes(b"\xff"), "it is not UTF-8"),
+    "pipe": (lambda f: _fifo(_tensors(f)), "is not what was written"),
     "prints": (lambda f: _edit(f, fingerprint=[]), "an entry is missing or of the wrong kind"),
 }
 
@@ -164,8 +188,8 @@ def test_a_damaged_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, a_state(), fingerprint=MINE)
-    _edit(tmp_path, version=2)
-    with pytest.raises(UsageError, match=r"has version 2; this amp-convert reads 1\."):
+    _edit(tmp_path, version=1)
+    with pytest.raises(UsageError, match=r"has version 1; this amp-convert reads 2\."):
         checkpoint.load(tmp_path, MINE)
 
 
@@ -178,6 +202,57 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    """Not to the folder, nor to either file: not to read, to write or to delete."""
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+    checkpoint.save(theirs, a_state(), fingerprint=MINE)
+    before = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    mine.symlink_to(theirs)
+    with pytest.raises(UsageError, match="mine is a link"):
+        checkpoint.check(mine)
+    checkpoint.remove(mine)
+    mine.unlink()
+    mine.mkdir()
+    for path in (theirs / checkpoint.INDEX, _tensors(theirs)):
+        link = mine / path.name
+        link.symlink_to(path)
+        with pytest.raises(UsageError, match=f"it holds {path.name}"):
+            checkpoint.check(mine)
+        with pytest.raises(UsageError, match=r"cannot read the checkpoint|is not what was"):
+            checkpoint.load(mine, MINE)
+        link.unlink()
+        (mine / checkpoint.INDEX).write_bytes((theirs / checkpoint.INDEX).read_bytes())
+    (mine / _tensors(theirs).name).symlink_to(_tensors(theirs))
+    checkpoint.save(mine, a_state(1), fingerprint=MINE)
+    assert_same(a_state(1), checkpoint.load(mine, MINE))
+    assert {path.name: path.read_bytes() for path in theirs.iterdir()} == before
+
+
+def test_a_second_run_is_refused_and_deletes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    with checkpoint.alone(folder):
+        checkpoint.save(folder, a_state(), fingerprint=MINE)
+        with pytest.raises(UsageError, match="another run of amp-convert is using the checkpoint"):
+            checkpoint.alone(folder).__enter__()
+        checkpoint.remove(folder)  # by a run that has come to its end
+        assert_same(a_state(), checkpoint.load(folder, MINE))
+    with checkpoint.alone(folder):
+        pass
+    checkpoint.remove(folder)
+    assert not folder.exists()
+
+
+def test_what_does_not_fit_the_run_is_one_line(tmp_path: Path) -> None:
+    def apply(error: Exception) -> None:
+        with checkpoint.applied(tmp_path):
+            raise error
+
+    with pytest.raises(UsageError, match="is damaged: its state is not one of this run"):
+        apply(KeyError("race"))
+    with pytest.raises(ModelError, match="other batches"):
+        apply(ModelError("other batches"))
+
+
 def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for call in (
@@ -186,6 +261,17 @@ def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=r"checkpoint .*file"):
             call()
+
+
+@pytest.mark.parametrize("value", [10**1_001, "deep"])
+def test_what_could_not_be_read_again_is_not_written(value: Any, tmp_path: Path) -> None:
+    if value == "deep":
+        value = []
+        for _ in range(500):
+            value = [value]
+    with pytest.raises(UsageError, match="cannot be kept in a checkpoint"):
+        checkpoint.save(tmp_path, {"a": value}, fingerprint=MINE)
+    assert list(tmp_path.iterdir()) == []
 
 
 UNHOLDABLE = {"object": object(), "set": {1, 2}, "function": {"f": len}, "key": {(1, 2): 3}}
