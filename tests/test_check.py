@@ -145,7 +145,7 @@ def test_the_command_is_a_thin_caller(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ({"dtype": torch.float32}, "dtype is 'float32' (at settings). Give float16 or bfloat16."),
         ({"stps": 3}, "unknown setting stps (at settings). Did you mean steps?"),
-        ({"steps": 0}, "steps is 0 (at settings). Give a whole number of at least 1."),
+        ({"steps": 0}, "steps is 0 (at settings). Give a whole number from 1 to 10**9."),
         ({"eval_batches": batches()}, "eval_batches can be gone through only once. Give a list"),
         ({"onnx": True}, "there is no folder for the ONNX file. Give one."),
     ],

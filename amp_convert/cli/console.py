@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -106,13 +107,29 @@ class _Steps(ProgressColumn):
         return Text("" if task.total is None else f"{task.completed:g}/{task.total:g}")
 
 
+class _Kept:
+    """A stream that the user's code cannot close: what we say next goes there, too."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def close(self) -> None:
+        """Nothing is closed."""
+        self._stream.flush()
+
+
 @contextlib.contextmanager
 def running(debug: bool) -> Iterator[tuple[Console, Bar]]:
     """The console for the result, and the progress bar, while the user's prints go to stderr. With
     `debug`, so does what amp-convert tells its log."""
     result = Console(file=sys.stdout, highlight=False)
+    kept = cast(TextIO, _Kept(sys.stderr))
     with (
-        contextlib.redirect_stdout(sys.stderr),
+        contextlib.redirect_stderr(kept),
+        contextlib.redirect_stdout(kept),
         _logged() if debug else _quiet(),
         Bar(Console(stderr=True, highlight=False)) as bar,
     ):
@@ -163,8 +180,16 @@ def reserve_stdout() -> None:
     """Give `sys.stdout` a descriptor of its own, and let descriptor 1 lead to stderr.
 
     For a whole process only: what C code and child processes write to stdout then cannot get into
-    the result either. Characters that the terminal's encoding lacks are written as "?".
+    the result either. Characters that the terminal's encoding lacks are written as "?". A stream
+    that was closed before the start leads nowhere.
     """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free: this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     result = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")  # noqa: SIM115
     sys.stdout.flush()
     os.dup2(2, 1)

@@ -7,6 +7,7 @@ amp-convert foresaw is one line; `--debug` adds the traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -27,29 +28,40 @@ from amp_convert.cli.console import reserve_stdout, say_renamed
 from amp_convert.core.errors import (
     FAULT,
     AmpConvertError,
+    ModelError,
     UsageError,
     environment_problem,
     first_line,
 )
+from amp_convert.core.printable import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script: run the command and exit with its code."""
     reserve_stdout()
-    code = run(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_flushed(run(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _flushed(code: int) -> int:
+    """Write out the result; the exit code, once that could not be done another one."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _READER_GONE
-    if code == _READER_GONE:
-        # Or Python would try once more at its end, and say that it could not.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    except OSError as error:
+        problem = environment_problem(error) or UsageError(f"no output: {error.strerror}")
+        _show(_errors(), str(problem), debug=False)
+    else:
+        if code != _READER_GONE:
+            return code
+    # Or Python would try once more at its end, and say that it could not.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code if code == _READER_GONE else UsageError.exit_code
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command for these arguments and return its exit code."""
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = _errors()
     if not arguments:
         run(["--help"])
         return UsageError.exit_code
@@ -66,9 +78,14 @@ def run(arguments: Sequence[str]) -> int:
         return UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    except (BrokenPipeError, SystemExit):  # the latter is what typer makes of the former
+    except BrokenPipeError:
         return _READER_GONE
-    except Exception as error:  # noqa: BLE001  the last line of defence: no bare traceback for users
+    except BaseException as error:  # noqa: BLE001  the last line of defence: no bare traceback for users
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+            return _READER_GONE  # what typer makes of it
+        if not isinstance(error, Exception):
+            _show(errors, str(_left(error)), debug=debug)
+            return ModelError.exit_code
         if problem := environment_problem(error):
             _show(errors, str(problem), debug=debug)
             return problem.exit_code
@@ -81,8 +98,25 @@ def run(arguments: Sequence[str]) -> int:
     return int(code or 0)
 
 
+def _errors() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _left(error: BaseException) -> ModelError:
+    """The error for what is neither an exception of ours nor of a library's: the user's own code
+    wanted to end the process."""
+    what = f"the model's code raised {type(error).__name__}"
+    said = first_line(error)
+    return ModelError(
+        what if said == type(error).__name__ else f"{what}: {said}",
+        mend="Let it raise an Exception instead; --debug shows the traceback.",
+    )
+
+
 # What a shell reports of a process that these signals end: 128 + SIGINT, 128 + SIGPIPE.
 _INTERRUPTED, _READER_GONE = 130, 141
+_LINE = 1200
+"""Characters of a message: three parts of those of `core.errors`."""
 _COMMANDS = ("convert", "fp32-seeds", "audit", "gate")
 """In the order of the help; each has a module of its name, which adds it to `app`."""
 _FORMER_COMMANDS = ("baseline",)
@@ -138,9 +172,10 @@ def _refuse_unknown_command(word: str) -> None:
 
 
 def _show(console: Console, message: str, *, debug: bool) -> None:
-    if debug:
-        console.print(Text(traceback.format_exc().rstrip(), style="dim"))
-    console.print(Text.assemble(("error: ", "bold red"), message))
+    with contextlib.suppress(OSError, ValueError):  # where stderr is closed, the exit code says it
+        if debug:
+            console.print(Text(traceback.format_exc().rstrip(), style="dim"))
+        console.print(Text.assemble(("error: ", "bold red"), one_line(message, _LINE)))
 
 
 def _usage_message(error: TyperException) -> str:

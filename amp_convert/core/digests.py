@@ -17,14 +17,15 @@ def of_file(path: Path) -> str:
 
 def of_text(text: str) -> str:
     """The digest of a text as UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """The digest of tensors in order: of their names, dtypes, shapes and bits."""
     digest = hashlib.sha256()
     for name, tensor in named:
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        head = f"{name}:{tensor.dtype}:{tuple(tensor.shape)}"
+        digest.update(head.encode(errors="surrogatepass"))
         tensor = tensor.detach().cpu()
         if tensor.is_quantized:
             tensor = tensor.dequantize()

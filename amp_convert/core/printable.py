@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def is_text(text: str) -> bool:
+    """Whether `text` can be a path and be written to a file: no NUL, and no half of a character."""
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def clip(text: str, width: int) -> str:
     """`text` in at most `width` characters, the middle left out: both ends of a name matter."""
     if len(text) <= width:

@@ -166,10 +166,10 @@ def replaced(
     that a new torch calls by another name, would slip through. In a layer that is still partly low,
     only a new node with multiply-adds counts: the rest may be an edit of the model.
     """
-    by_layer: dict[str, list[NodeRecord]] = {}
+    by_layer: dict[str, dict[str, NodeRecord]] = {}
     for name, decision in decisions.items():
         if name in now.nodes:
-            by_layer.setdefault(decision.layer, []).append(decision)
+            by_layer.setdefault(decision.layer, {})[name] = decision
     gone = {
         node.layer: node.dtype
         for name, node in sorted(before.nodes.items())
@@ -177,18 +177,14 @@ def replaced(
     }
     for layer, dtype in gone.items():
         eager = [part for part in report.plan.uncaptured if _covers(part.layer, layer)]
-        here = by_layer.get(layer, [])
-        new = [
-            d
-            for name, d in decisions.items()
-            if d.layer == layer and name in now.nodes and not d.low and name not in before.nodes
-        ]
+        here = by_layer.get(layer, {})
+        new = [d for name, d in here.items() if not d.low and name not in before.nodes]
         if eager and not here:
             reason = f"no longer captured, stays eager FP32: {eager[0].reason}"
             yield Regression(RegressionKind.NEWLY_FP32, layer, layer, dtype, "float32", reason)
         elif new:
             heaviest = max(new, key=lambda decision: decision.macs)
-            if heaviest.macs > 0 or not any(decision.low for decision in here):
+            if heaviest.macs > 0 or not any(decision.low for decision in here.values()):
                 yield _in_fp32(heaviest.node, dtype, heaviest)
 
 

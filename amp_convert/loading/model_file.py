@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from amp_convert.core import digests
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.module_state import Attributes
 from amp_convert.core.number_formats import name_of
+from amp_convert.core.printable import is_text
 from amp_convert.core.tree_paths import leaves_by_path
 from amp_convert.loading.source import split_source
 from amp_convert.loading.user_code import run_file, run_module, user_code
@@ -124,6 +126,7 @@ def check_forward(case: Case) -> Any:
     Raises ModelError when the model refuses its inputs, returns no tensor, or returns NaN;
     infinities are let through, since masks use them. Tensors without values are not examined.
     """
+    _check_names(case)
     try:
         outputs = _eager_outputs(case)
     except ModelError as error:
@@ -141,6 +144,7 @@ def check_forward(case: Case) -> Any:
         mend = "Let forward() return a tensor, or a tuple, list or dict of tensors."
         what = f"the model returns {kind_of(outputs)} without a tensor"
         raise ModelError(what, where=os.path.basename(case.path), mend=mend)
+    refuse_unwritable((name for name, _ in tensors), "an output", os.path.basename(case.path))
     if spoilt := [f"{n}: {c} of {t.numel()} values" for n, t in tensors if (c := _nans(t))]:
         mend = "Correct the model or example_inputs first: NaN cannot be compared with anything."
         what = f"the FP32 model itself gives NaN in its output ({'; '.join(spoilt[:5])})"
@@ -207,6 +211,26 @@ def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
         lambda leaf: map_tensors(change, leaf), value,
         is_leaf=lambda leaf: leaf is not value and dataclasses.is_dataclass(leaf),
     )  # fmt: skip
+
+
+def _check_names(case: Case) -> None:
+    """Refuse names that no report could hold, before there is anything to report."""
+    where = os.path.basename(case.path)
+    kinds = {type(module) for module in case.model.modules()}
+    refuse_unwritable([case.name, *(kind.__qualname__ for kind in kinds)], "a class", where)
+    refuse_unwritable((name for name, _ in case.model.named_modules()), "a submodule", where)
+    tensors = itertools.chain(case.model.named_parameters(), case.model.named_buffers())
+    refuse_unwritable((name for name, _ in tensors), "a tensor of the model", where)
+    refuse_unwritable(case.kwargs, "an input", where)
+
+
+def refuse_unwritable(names: Iterable[str], what: str, where: str) -> None:
+    """Raises ModelError for the first name that cannot be written as UTF-8, `what` being called
+    so."""
+    for name in names:
+        if not is_text(name):
+            mend = "Give it a name that can be written as UTF-8."
+            raise ModelError(f"{what} is called {name!r}", where=where, mend=mend)
 
 
 def _nans(tensor: torch.Tensor) -> int:

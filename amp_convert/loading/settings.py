@@ -16,7 +16,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -34,6 +33,8 @@ from pydantic import (
 )
 
 from amp_convert.core.errors import UsageError
+from amp_convert.core.printable import is_text
+from amp_convert.core.reading import LARGEST_TOML, parse_toml, read_file
 from amp_convert.loading.source import model_folder
 
 _TABLE = "pyproject.toml [tool.amp-convert]"
@@ -97,7 +98,7 @@ SEEDS = "5 to 12"
 
 Finite = Field(strict=True, allow_inf_nan=False)
 Text = Annotated[str, Field(strict=True, min_length=1)]
-Count = Annotated[int, Field(strict=True, ge=1), Wanted("a whole number of at least 1")]
+Count = Annotated[int, Field(strict=True, ge=1, le=10**9), Wanted("a whole number from 1 to 10**9")]
 Amount = Annotated[float, Finite, Field(ge=0), Wanted("a finite number of at least 0")]
 Positive = Annotated[float, Finite, Field(gt=0), Wanted("a finite number above 0")]
 Growth = Annotated[float, Finite, Field(gt=1), Wanted("a finite number above 1")]
@@ -251,6 +252,7 @@ def load_settings(model_source: str, flags: Mapping[str, object]) -> Settings:
 
     Raises UsageError for a pyproject.toml that is not TOML, an unknown key, or a wrong value.
     """
+    _refuse_unwritable("MODEL", model_source, "")
     values = _from_pyproject(model_folder(model_source))
     for name, value in flags.items():
         if value is not None and value != () and value != []:
@@ -284,7 +286,7 @@ def _from_pyproject(folder: Path) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        table: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+        table: Any = parse_toml(read_file(path, LARGEST_TOML))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -328,11 +330,27 @@ def _field(key: str, where: str) -> str:
 
 def _checked(field: str, value: object, where: str) -> Any:
     """The value in the setting's type."""
+    _refuse_unwritable(flag_of(field), value, where)
     try:
         return TypeAdapter(_hints()[field]).validate_python(value)
     except (ValidationError, ValueError, TypeError, OverflowError) as error:
         mend = f"Give {_wanted(_hints()[field])}."
-        raise UsageError(f"{flag_of(field)} is {value!r}", where=where, mend=mend) from error
+        raise UsageError(f"{flag_of(field)} is {_shown(value)}", where=where, mend=mend) from error
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python does not write out more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def _refuse_unwritable(name: str, value: object, where: str) -> None:
+    """Refuse text that can be no path, and that no report could hold."""
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(text, str) and not is_text(text):
+            what = f"{name} is {text!r}, which holds a NUL or is not Unicode"
+            raise UsageError(what, where=where, mend="Give it another name.")
 
 
 # --- what is declared ----------------------------------------------------------------------------

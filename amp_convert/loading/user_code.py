@@ -26,6 +26,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -51,18 +52,33 @@ def user_output_to_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _no_errors_of_warnings() -> Iterator[None]:
+    """Take back that warnings are errors, where the code inside made them so."""
+    before = list(warnings.filters)
+    try:
+        yield
+    finally:
+        kept = [entry for entry in warnings.filters if entry[0] != "error" or entry in before]
+        if len(kept) < len(warnings.filters):
+            warnings.resetwarnings()  # says that the list changes, too
+            warnings.filters[:] = kept  # type: ignore[index]
+
+
+@contextlib.contextmanager
 def user_code(what: str, path: str, mend: str = "") -> Iterator[None]:
     """Run code of the user's inside this: errors become ModelError, prints go to stderr.
 
+    Where the code makes errors of warnings, that holds for itself, and not for what we call later.
     `what` is the noun that the message starts with ("metrics()"), `path` the model file
     (`Case.path`), `mend` the advice for an exception that needs more than correcting its line.
     The place named is the deepest line in the model file, or else the deepest one that is
-    neither torch's nor amp-convert's. AmpConvertError and KeyboardInterrupt pass unchanged.
+    neither torch's nor amp-convert's. AmpConvertError and KeyboardInterrupt pass unchanged; a class
+    beside Exception of the user's own does not.
     """
     try:
-        with user_output_to_stderr():
+        with user_output_to_stderr(), _no_errors_of_warnings():
             yield
-    except AmpConvertError:
+    except (AmpConvertError, KeyboardInterrupt, GeneratorExit):
         raise
     except SystemExit as error:
         code = "" if error.code is None else repr(error.code)
@@ -83,7 +99,7 @@ def user_code(what: str, path: str, mend: str = "") -> Iterator[None]:
         said = f"is not valid Python: {error.msg}" if own else _raised(error)
         line = f"{os.path.basename(error.filename or path)}:{error.lineno or 1}"
         raise ModelError(f"{what} {said}", where=line, mend="Correct that line.") from error
-    except Exception as error:
+    except BaseException as error:
         if problem := environment_problem(error):
             raise problem from error
         mend = mend or "Correct it there; --debug shows the traceback."

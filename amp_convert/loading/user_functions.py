@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch.utils import _pytree as pytree
 
 from amp_convert.core.errors import ModelError
-from amp_convert.loading.model_file import Case, as_call, kind_of, map_tensors
+from amp_convert.loading.model_file import Case, as_call, kind_of, map_tensors, refuse_unwritable
 from amp_convert.loading.user_code import defined_at, placed, user_code
 
 _END = object()
@@ -63,8 +64,12 @@ def score(case: Case, outputs: Any, target: Any) -> dict[str, float]:
         return {}
     with user_code("metrics()", case.path):
         values: Any = case.metrics(*copied((outputs, target)))
+        found: dict[str, float] | None = None
         if isinstance(values, Mapping):
-            return {str(name): float(value) for name, value in values.items()}
+            found = {str(name): float(value) for name, value in values.items()}
+    if found is not None:
+        refuse_unwritable(found, "a metric", os.path.basename(case.path))
+        return found
     what, where = f"metrics() gives {kind_of(values)}", defined_at(case.metrics, case.path)
     mend = 'Return a dict of numbers, such as {"accuracy": 0.98}.'
     raise ModelError(f"{what}, not a dict", where=where, mend=mend)

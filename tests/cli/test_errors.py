@@ -124,7 +124,7 @@ def test_a_wrong_model_file(text: str, message: str, tmp_path: Path) -> None:
         ),
         (
             "model.py --batches 0",
-            "batches is 0 (at --batches). Give a whole number of at least 1.",
+            "batches is 0 (at --batches). Give a whole number from 1 to 10**9.",
         ),
         (
             "model.py --batches many",
@@ -147,7 +147,7 @@ def test_a_wrong_model_file(text: str, message: str, tmp_path: Path) -> None:
             "autocast, default, fp32, half, keras-mixed-float16.",
         ),
         ("model.py --io-types fp16", "io-types is 'fp16' (at --io-types). Give keep or low."),
-        ("model.py --opset 0", "opset is 0 (at --opset). Give a whole number of at least 1."),
+        ("model.py --opset 0", "opset is 0 (at --opset). Give a whole number from 1 to 10**9."),
         (
             "tune model.py",
             f"tune is not available in amp-convert {__version__}. "

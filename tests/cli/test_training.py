@@ -91,7 +91,7 @@ def checks(outcome: Outcome) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--steps 0", "steps is 0 (at --steps). Give a whole number of at least 1."),
+        ("--steps 0", "steps is 0 (at --steps). Give a whole number from 1 to 10**9."),
         ("--clip-norm 0", "clip-norm is 0.0 (at --clip-norm). Give a finite number above 0."),
         (
             "--loss-scale 0.5",

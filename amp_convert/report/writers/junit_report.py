@@ -14,14 +14,18 @@ def junit_text(report: RunReport) -> str:
     """The text of junit.xml. Names hold no character that XML forbids."""
     suite = TestSuite("amp-convert")
     suite.timestamp = report.created
-    for check in report.verdict.checks:
-        case = TestCase(fmt.printable(check.name), classname=fmt.printable(report.model.name))
-        case.result = _result(check)
-        suite.add_testcase(case)
+    # All at once: after each that is added singly, the whole suite is counted anew.
+    suite.add_testcases([_case(check, report.model.name) for check in report.verdict.checks])
     document = JUnitXml("amp-convert")
     document.add_testsuite(suite)
     text: bytes = document.tostring()  # type: ignore[no-untyped-call]
     return text.decode() + "\n"
+
+
+def _case(check: Check, model: str) -> TestCase:
+    case = TestCase(fmt.printable(check.name), classname=fmt.printable(model))
+    case.result = _result(check)
+    return case
 
 
 def _result(check: Check) -> list[FinalResult]:

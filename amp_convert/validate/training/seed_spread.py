@@ -248,5 +248,6 @@ def _refuse_foreign(path: Path) -> None:
 def _usage_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot write {path}: {why}") from error
