@@ -13,7 +13,7 @@ NEIGHBOURS := .venv-neighbours/.stamp
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-onnx healthy hunt clean
+.PHONY: help demo test lint bench bench-onnx healthy hunt fuzz kill clean
 
 help: ## Say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -39,6 +39,12 @@ healthy: $(STAMP) ## Judge models with nothing wrong, trained on real data: they
 
 hunt: $(STAMP) ## Plant faults in converted models: none may pass
 	$(BIN)/python -m tests.benchmarks.hunt
+
+fuzz: $(STAMP) ## Feed mutated files to the readers: each is read, or refused in one line
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.fuzz
+
+kill: $(STAMP) ## Kill the command at random moments: nothing may be lost or left over
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.kill
 
 bench-onnx: $(STAMP) $(NEIGHBOURS) ## Hold FP16 ONNX files against those of other converters
 	$(BIN)/python -m tests.benchmarks.bench_onnx .venv-neighbours/bin/python

@@ -14,7 +14,7 @@ FAULT = 5
 """The exit code of a fault in amp-convert itself."""
 
 
-_LINE = 400
+_WHAT, _WHERE, _MEND = 400, 200, 400
 """Characters of each part of a message. Longer ones are pages of somebody else's."""
 
 
@@ -22,7 +22,7 @@ def first_line(error: BaseException) -> str:
     """What an exception says, cut to its first line that is not blank; its type where it says
     nothing. For errors of others, which may be pages long."""
     lines = (line.strip() for line in str(error).splitlines())
-    return one_line(next(filter(None, lines), type(error).__name__), _LINE)
+    return one_line(next(filter(None, lines), type(error).__name__), _WHAT)
 
 
 class AmpConvertError(Exception):
@@ -40,7 +40,8 @@ class AmpConvertError(Exception):
         super().__init__(what, where, mend)
 
     def __str__(self) -> str:
-        what, where, mend = (one_line(part, _LINE) for part in (self.what, self.where, self.mend))
+        what, where = one_line(self.what, _WHAT), one_line(self.where, _WHERE)
+        mend = one_line(self.mend, _MEND)
         return f"{what}{f' (at {where})' if where else ''}." + (f" {mend}" if mend else "")
 
 

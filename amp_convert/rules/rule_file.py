@@ -124,7 +124,7 @@ class _Source:
 
     def at_key(self, key: str, start: int = 0) -> str:
         """Where `key` or table `[key]` is written: in the table headed at line `start`, if any."""
-        sought = re.compile(rf"\s*\[*\s*{re.escape(key)}\s*[=.\]]")
+        sought = re.compile(rf"\s*+\[*+\s*+{re.escape(key)}\s*+[=.\]]")
         for number, line in enumerate(self.lines[start:], start + 1):
             if sought.match(line):
                 return self.at(number)

@@ -178,6 +178,14 @@ def test_a_text_of_unfinished_strings_takes_no_time() -> None:
     assert time.process_time() - begin < 5
 
 
+def test_a_line_without_an_end_takes_no_time() -> None:
+    begin = time.process_time()
+    for line in ("#" + "x" * 200_000, "a" * 200_000 + " = 1", " " * 200_000):
+        with pytest.raises(UsageError, match="unknown"):
+            parse_rule_file(f"{line}\nguards.more = 1\n", "mine.toml")
+    assert time.process_time() - begin < 2
+
+
 def test_many_operators_under_a_long_comment_take_no_time() -> None:
     ops = ", ".join(["'aten.linear'"] * 20_000)
     text = f"[[rule]]\n{'# why' + chr(10)}" + "# more\n" * 20_000 + f"ops = [{ops}]\n"
