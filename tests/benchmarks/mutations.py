@@ -106,7 +106,7 @@ def _change(document: Any, luck: random.Random) -> None:
         if luck.random() < 0.6 and held:
             held[at] = value
         else:
-            held[at:at] = [value] * luck.choice((1, 1, 2_000))
+            held[at:at] = [value] * luck.choice((1, 1, _many(value, 2_000)))
         return
     key = luck.choice(list(held)) if held else "a"
     kind = luck.randrange(10)
@@ -121,7 +121,13 @@ def _change(document: Any, luck: random.Random) -> None:
     elif kind == 8:
         held[key] = Raw(_repeated(held.get(key, value), key))
     else:
-        held.update((f"{_name(luck)}{index}"[:200], value) for index in range(300))
+        names = [f"{_name(luck)[:200]}{index}" for index in range(_many(value, 300))]
+        held.update(dict.fromkeys(names, value))
+
+
+def _many(value: Any, times: int) -> int:
+    """So many copies of a value, but no megabytes."""
+    return times if len(str(value)[:1_000]) < 1_000 else 1
 
 
 def _name(luck: random.Random) -> str:
