@@ -286,6 +286,10 @@ def _find(name: str, folder: Path, where: str) -> _FilePlace:
 
 def _load(place: _FilePlace, below: tuple[_FilePlace, ...], loaded: dict[str, RuleFile]) -> None:
     """Add a file after all that it extends. `below` are the files that led here."""
+    # Named again, a file moves to the end, so that it has the last word.
+    if place.key in loaded:
+        loaded[place.key] = loaded.pop(place.key)
+        return
     file = parse_rule_file(_text(place, below), place.shown, preset=place.preset)
     chain = (*below, place)
     if len(chain) > _LONGEST_CHAIN:
@@ -302,8 +306,6 @@ def _load(place: _FilePlace, below: tuple[_FilePlace, ...], loaded: dict[str, Ru
             )
         if parent.key not in loaded:
             _load(parent, chain, loaded)
-    # Named again, a file moves to the end, so that it has the last word.
-    loaded.pop(place.key, None)
     loaded[place.key] = file
 
 

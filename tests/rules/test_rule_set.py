@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from amp_convert.core.errors import UsageError
+from amp_convert.rules import rule_set
 from amp_convert.rules.rule_set import (
     GuardLimits,
     Painting,
@@ -330,3 +331,24 @@ def test_a_mode_is_eval_or_train(tmp_path: Path) -> None:
     text = rule("op", "aten.relu", "deny", "r", mode="training")
     with pytest.raises(UsageError, match="unknown mode 'training'"):
         load_rules([write(tmp_path / "my.toml", text)])
+
+
+def test_a_file_that_is_named_often_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+    parse = rule_set.parse_rule_file
+
+    def counted(text: str, shown: str, *, preset: bool) -> Any:
+        parsed.append(shown)
+        return parse(text, shown, preset=preset)
+
+    monkeypatch.setattr(rule_set, "parse_rule_file", counted)
+    rules = load_rules(["half", "default"] * 500 + ["half"])
+    assert sorted(parsed) == ["default.toml", "half.toml"]
+    assert rules.files == ("default.toml", "half.toml")
+
+
+def test_a_chain_of_files_has_an_end(tmp_path: Path) -> None:
+    for number in range(1_000):
+        (tmp_path / f"{number}.toml").write_text(f'extends = "{number + 1}.toml"\n')
+    with pytest.raises(UsageError, match="more than 50 rules files extend one another in a row"):
+        load_rules([str(tmp_path / "0.toml")])
