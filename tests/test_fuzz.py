@@ -17,11 +17,11 @@ from tests.benchmarks.mutations import mutated_json, mutated_toml
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_inputs(kind: str) -> None:
-    found = fuzz(kind, 40, seed=1)
+    found = fuzz(kind, 15, seed=1)
     assert [case for case in found if case.fault] == []
     # They are not all refused for one reason, and most are refused.
     assert len({case.refusal.partition(":")[0] for case in found}) >= 2
-    assert sum(bool(case.refusal) for case in found) > 20
+    assert sum(bool(case.refusal) for case in found) > 7
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -31,7 +31,7 @@ def test_what_is_not_mutated_is_read(kind: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(fuzz_kinds, name, lambda text, luck: text.encode())
     monkeypatch.setattr(fuzz_kinds, "mutated_bytes", lambda data, luck: data)
     [case] = fuzz(kind, 1)
-    assert (case.fault, case.refusal) == ("", "") or "--device cuda" in case.refusal
+    assert (case.fault, case.refusal) == ("", "")
 
 
 def test_faults_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +63,9 @@ def test_faults_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mutations_repeat_and_keep_what_can_be_read() -> None:
-    made = [mutated_toml(RULES, random.Random(number)) for number in range(200)]
-    assert made == [mutated_toml(RULES, random.Random(number)) for number in range(200)]
-    assert len(set(made)) > 150
+    made = [mutated_toml(RULES, random.Random(number)) for number in range(100)]
+    assert made == [mutated_toml(RULES, random.Random(number)) for number in range(100)]
+    assert len(set(made)) > 75
 
     def reads(data: bytes) -> bool:
         try:
@@ -73,6 +73,6 @@ def test_mutations_repeat_and_keep_what_can_be_read() -> None:
         except (ValueError, RecursionError):
             return False
 
-    assert 20 < sum(map(reads, made)) < 180
+    assert 10 < sum(map(reads, made)) < 90
     assert mutated_json('{"a": [1, 2]}', random.Random(0)) != b'{"a": [1, 2]}'
     assert reads(PYPROJECT.encode())

@@ -10,6 +10,7 @@ from tests.benchmarks import kill as program
 from tests.benchmarks.kill import Outcome, kill
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(program.os.name != "posix", reason="SIGKILL is POSIX")
 def test_a_killed_run_loses_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     outcome = kill(1, seed=3, folder=tmp_path)

@@ -45,7 +45,7 @@ from tests.training_evidence import parity
 ROOT = Path(__file__).parents[2]
 PYPROJECT = """\
 [tool.amp-convert]
-dtype = "bfloat16"
+dtype = "float16"
 rules = ["default", "mine.toml"]
 device = "cpu"
 out = "reports/it"
