@@ -31,6 +31,17 @@ from tests.command import TRAINED
 COUNT = 100
 FILES = {"report.json", "layers.csv", "plan.toml", "report.md", "report.html", "junit.xml"}
 FLAGS = "--device cpu --out r --checkpoint kept --checkpoint-every 1 --steps 6 --calibrate 1"
+START = "start"
+STAGES = {
+    START: 1,
+    "load the model": 1,
+    "capture and check against eager FP32": 1,
+    "compare with FP32": 1,
+    "train beside FP32": 5,
+    "judge": 4,
+}
+"""The stages after whose beginning a run is killed, and how often in how many: mostly while it
+writes a checkpoint at every step, or its report."""
 LEFT_BY_ONE = 3
 """Hidden folders that one killed run leaves at most: its work, a report, and a file of the
 checkpoint's."""
@@ -57,9 +68,8 @@ def kill(count: int, seed: int, folder: Path) -> Outcome:
         outcome.faults.append(f"the first run ended with {code}: {said[-300:]}")
         return outcome
     for number in range(count):
-        # The first third is Python's own start; the end is where files are put in place.
-        after = took * luck.choice((luck.uniform(0, 1.1), luck.uniform(0.35, 1.0), 0.9))
-        stage, said = _killed(folder, after)
+        stage = luck.choices(list(STAGES), list(STAGES.values()))[0]
+        stage, said = _killed(folder, stage, luck.uniform(0, 0.15 * took))
         outcome.ended[stage] += 1
         outcome.resumed += "going on after step" in said
         _check(outcome, number, whole, _report(folder))
@@ -93,18 +103,26 @@ def _finished(run: subprocess.Popen[str]) -> tuple[int, str]:
     return run.returncode, said
 
 
-def _killed(folder: Path, after: float) -> tuple[str, str]:
-    """A run that is killed `after` so many seconds: the stage that it was in, and what it said."""
+def _killed(folder: Path, wanted: str, after: float) -> tuple[str, str]:
+    """A run that is killed so many seconds after the stage `wanted` has begun, or from its start:
+    the stage that it was in then, and what it said."""
     with _started(folder) as run:
+        assert run.stderr is not None
+        said = ""
+        while wanted != START and not said.endswith(f"{wanted} ...\n"):
+            line = run.stderr.readline()
+            if not line:
+                break
+            said += line
         try:
-            said = run.communicate(timeout=after)[1]
+            run.wait(after)
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)
-            said = run.communicate()[1]
+        said += run.stderr.read()
     if run.returncode == 0:
         return "at its end", said
     stages = [line.removesuffix(" ...") for line in said.splitlines() if line.endswith(" ...")]
-    return (stages or ["start"])[-1], said
+    return (stages or [START])[-1], said
 
 
 def _report(folder: Path) -> dict[str, Any] | str:
