@@ -66,12 +66,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+BEFORE = '{"schema_version": 1, "amp_convert": "0.1", "model": {}, "verdict": {}}'
+
+
 def refused(folder: Path, text: str, *arguments: str, code: int = 2) -> Outcome:
     """The outcome of a run on this model file; the folder has a report, and must stay as it was."""
     write(folder, text)
     write(folder, "", "pyproject.toml")
     (folder / "reports/model").mkdir(parents=True)
-    write(folder, "of the run before", "reports/model/report.json")
+    write(folder, BEFORE, "reports/model/report.json")
     before = contents(folder)
     outcome = amp(folder, *(arguments or ("model.py",)))
     assert outcome.code == code, outcome
@@ -588,7 +591,7 @@ def test_a_baseline_of_another_model_file_is_refused(
         (None, "cannot read b.json: No such file or directory. "),
         (
             "{",
-            "b.json is no file of FP32 seeds: the file: Invalid JSON: EOF while parsing an object",
+            "b.json is no file of FP32 seeds: Expecting property name",
         ),
         (
             '{"kind": "baseline"}',

@@ -21,9 +21,9 @@ from pathlib import Path
 from amp_convert.core.hidden_folders import Kind, fresh
 with fresh(Path(sys.argv[1]), Kind.WORK) as folder:
     if os.fork() == 0:
+        print(folder.name, flush=True)
         time.sleep(60)
         os._exit(0)
-    print(folder.name, flush=True)
     time.sleep(60)
 """
 
