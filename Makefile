@@ -13,7 +13,7 @@ NEIGHBOURS := .venv-neighbours/.stamp
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-onnx healthy hunt fuzz kill clean
+.PHONY: help demo test lint bench bench-onnx healthy hunt kinds fuzz kill clean
 
 help: ## Say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ healthy: $(STAMP) ## Judge models with nothing wrong, trained on real data: they
 
 hunt: $(STAMP) ## Plant faults in converted models: none may pass
 	$(BIN)/python -m tests.benchmarks.hunt
+
+kinds: $(STAMP) ## Judge models of many kinds, and write the table in docs/models.md
+	$(BIN)/python -m tests.benchmarks.kinds --markdown docs/models.md
 
 fuzz: $(STAMP) ## Feed mutated files to the readers: each is read, or refused in one line
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.fuzz

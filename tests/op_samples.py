@@ -32,7 +32,7 @@ from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.export import CapturedGraph
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source, UserInput
 from amp_convert.capture.node_info import NodeInfo
-from amp_convert.capture.regions import _record
+from amp_convert.capture.traced_region import record
 from amp_convert.core.op_facts import op_name
 
 aten = torch.ops.aten
@@ -263,7 +263,7 @@ def captured(call: Call, reader: Any = None) -> Captured:
         constants={},
         nodes=_described(graph),
     )
-    trace = _record(captured_graph, module, replace(call).fresh().tensors(), {})
+    trace = record(captured_graph, module, replace(call).fresh().tensors(), {})
     region = Region("", module, tensors, {}, {"eval": captured_graph}, {"eval": trace})
     return Captured(module, tensors, {}, (region,), (), ())
 

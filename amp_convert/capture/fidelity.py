@@ -52,6 +52,7 @@ class Fidelity:
     max_rel_l2: float
     reason: str
     untrainable: str = ""
+    custom_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,10 @@ def check(
         module, captured, args, kwargs, mode, eager, backward=backward
     )
     if untrainable and mode is Mode.TRAIN:
-        return replace(unchecked(mode, untrainable), untrainable=untrainable)
+        custom = bool(eager.custom)
+        return replace(
+            unchecked(mode, untrainable), untrainable=untrainable, custom_backward=custom
+        )
     if graph is None:
         without = f"; gradients were not compared: {untrainable}"
         eager = _trace(module, module, args, kwargs, mode, device, backward=False)

@@ -141,8 +141,11 @@ def check_forward(case: Case) -> Any:
         ) from error
     tensors = [(n, t) for n, t in named_leaves(outputs) if isinstance(t, torch.Tensor)]
     if not tensors:
-        mend = "Let forward() return a tensor, or a tuple, list or dict of tensors."
-        what = f"the model returns {kind_of(outputs)} without a tensor"
+        mend = (
+            "Let forward() return a tensor, or tensors in a tuple, list, dict or dataclass, or "
+            "register the class with torch.utils._pytree.register_pytree_node."
+        )
+        what = f"the model returns {kind_of(outputs)}, in which no tensor can be found"
         raise ModelError(what, where=os.path.basename(case.path), mend=mend)
     refuse_unwritable((name for name, _ in tensors), "an output", os.path.basename(case.path))
     if spoilt := [f"{n}: {c} of {t.numel()} values" for n, t in tensors if (c := _nans(t))]:

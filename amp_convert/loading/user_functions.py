@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from amp_convert.core.errors import ModelError
@@ -26,12 +27,12 @@ def user_batches(
     """
     what, where = f"{what}()", defined_at(make, path)
     mend = "Let it give (inputs, target) pairs, anew at each call."
-    with user_code(what, path):
+    with user_code(what, path), torch.enable_grad():
         batches = iter(make())
     for index in itertools.count():
         if index == at_most:
             return
-        with user_code(what, path):
+        with user_code(what, path), torch.enable_grad():  # targets may be gradients
             batch: Any = next(batches, _END)
         if batch is _END and index:
             return

@@ -160,7 +160,11 @@ class _Walk:
         # A tensor without dimensions gives way to one with, whatever their dtypes.
         ranked = tuple(bool(self._values[producer.name].shape) for _, producer in arguments)
         constants = pytree.tree_map_only(fx.Node, lambda _: None, (node.args, node.kwargs))
-        key = (node.target, tuple(dtypes), ranked, repr(constants))
+        known = self._values[node.name]
+        results = (
+            len(known) if isinstance(known, list | tuple) else 0
+        )  # of a split, it depends on sizes
+        key = (node.target, tuple(dtypes), ranked, repr(constants), results)
         if key not in self._known:
             self._known[key] = self._ask(node, dtypes)
         result, original = self._known[key], _dtype_tree(self._values[node.name])

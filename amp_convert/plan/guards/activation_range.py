@@ -66,7 +66,8 @@ class ProbedRange:
             if not size <= limit:
                 reason = (
                     f"on inputs {LARGER:g} times larger than those of calibration, or with a value "
-                    f"of {SPIKE:g}, {what} passes the largest {name_of(dtype)} number"
+                    f"of {SPIKE:g}, {what} passes the largest {name_of(dtype)} number "
+                    "(probe_headroom = false in [guards] allows that)"
                 )
                 evidence = f"abs max {size:.5g} there, {site.measured(range_)}"
                 return GuardFinding(self.name, reason, evidence, size, limit)

@@ -27,6 +27,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.captured import Region
+from amp_convert.capture.export import CapturedGraph
+from amp_convert.capture.graph_signature import Source
 from amp_convert.core import choices
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import is_float_tensor
@@ -58,6 +60,7 @@ class NodeErrors:
         self._low, self._device = low, converted.captured.device
         self._sums: dict[str, _NodeSums] = defaultdict(_NodeSums)
         self.visited: set[str] = set()
+        self._constant = _constant(graph)
         values = region.traces[Mode.EVAL].values
         self._source = {
             node.name: source.name
@@ -77,7 +80,9 @@ class NodeErrors:
     def _visit(self, step: lockstep.NodeValues) -> None:
         name = step.node.name
         tensors = [t for t in pytree.tree_leaves(step.reference) if isinstance(t, torch.Tensor)]
-        if not tensors or any(tensor.numel() for tensor in tensors):
+        # The empty cache of a decoder has no element for any input: its length is 0.
+        empty = name in self._constant or all(0 in tensor.shape[1:] for tensor in tensors)
+        if empty or any(tensor.numel() for tensor in tensors):
             self.visited.add(self._decisions[name].node)
         if name in self._source or facts_of(self._decisions[name].op).is_a(Family.UNWRITTEN):
             return  # what was not written yet holds no value
@@ -127,6 +132,17 @@ class NodeErrors:
             underflow_fraction=(local.underflow_fraction if local else 0.0) if measured else None,
             choices_changed=sums.changed / sums.choices if sums.choices else None,
         )
+
+
+def _constant(graph: CapturedGraph) -> set[str]:
+    """The nodes that no input of the user's has a part in, by FX name."""
+    nodes = graph.graph_module.graph
+    specs = graph.signature.placeholders(nodes)
+    varying = {node for node, spec in specs.items() if spec.source is Source.USER}
+    for node in nodes.nodes:
+        if not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+    return {node.name for node in nodes.nodes if node not in varying}
 
 
 def _unchanged_source(

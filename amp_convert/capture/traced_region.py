@@ -1,0 +1,189 @@
+"""One module -> `Region`: its graphs for eval and train, or why there are none.
+
+A graph is run once on the inputs that the module really gets. That run records every value's shape
+and dtype and every node's multiply-adds, which planning needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from enum import Enum, auto
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture import fidelity
+from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
+from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
+from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.hooks import own_hooks_off
+from amp_convert.capture.mac_counter import MacCounter
+from amp_convert.capture.observed_calls import user_line
+from amp_convert.capture.refusals import Refusal, refusal_of
+from amp_convert.core import device as devices
+from amp_convert.core.errors import (
+    ModelError,
+    UnsupportedModelError,
+    environment_problem,
+    first_line,
+)
+from amp_convert.core.mode import Mode
+from amp_convert.core.random_state import preserved_rng
+
+_log = logging.getLogger(__name__)
+
+
+def _refuse_environment(cause: Exception) -> None:
+    """Raises what the environment lacks, if that is what came of it: that is no model's fault."""
+    if problem := environment_problem(cause):
+        raise problem from cause
+
+
+class Wanted(Enum):
+    """The graphs that a part is captured for: eval; train as well, where it can be had; or train
+    above all, so that a part without is none."""
+
+    EVAL = auto()
+    BOTH = auto()
+    TRAIN = auto()
+
+
+class LeftEagerError(Exception):
+    """A reason of our own not to capture a part as a whole."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        self.refusal = refusal
+        super().__init__(refusal.reason)
+
+
+def hooked(paths: Collection[str]) -> LeftEagerError:
+    reason = f"a hook on {', '.join(sorted(paths))} has to run, which it does not in a graph"
+    return LeftEagerError(Refusal(reason, "Take the hook off to have all of it converted."))
+
+
+class CannotCaptureError(Exception):
+    """One module could not be exported in eval mode."""
+
+    def __init__(self, path: str, cause: Exception) -> None:
+        refusal = cause.refusal if isinstance(cause, LeftEagerError) else refusal_of(cause)
+        self.path, self.reason, self.mend = path, refusal.reason, refusal.mend
+        self.location = user_line(cause)
+        super().__init__(self.reason)
+
+    @property
+    def uncaptured(self) -> Uncaptured:
+        """The part as one that stays eager."""
+        return Uncaptured(self.path, self.reason, self.location, self.mend)
+
+
+def traced_region(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: Wanted
+) -> Region:
+    with own_hooks_off(module) if path else contextlib.nullcontext():
+        return _traced(module, args, kwargs, path, wanted)
+
+
+def _traced(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: Wanted
+) -> Region:
+    try:
+        _refuse_state(module, args, kwargs)
+        graphs = {Mode.EVAL: _graph(module, args, kwargs, Mode.EVAL, path)}
+    except (ModelError, UnsupportedModelError):
+        raise
+    except Exception as cause:  # export fails in as many ways as user code does
+        _refuse_environment(cause)
+        raise CannotCaptureError(path, cause) from cause
+    train_failure = "" if wanted is not Wanted.EVAL else "training was not asked for"
+    try:
+        if wanted is not Wanted.EVAL:
+            graphs[Mode.TRAIN] = _graph(module, args, kwargs, Mode.TRAIN, path)
+    except Exception as cause:  # the eval graph is worth having without; fidelity says so
+        _refuse_environment(cause)
+        if wanted is Wanted.TRAIN:
+            raise CannotCaptureError(path, cause) from cause
+        train_failure = CannotCaptureError(path, cause).reason
+        _log.warning("%s: no train graph: %s", path or "the model", train_failure)
+    try:
+        traces = {mode: record(graph, module, args, kwargs) for mode, graph in graphs.items()}
+    except (RuntimeError, TypeError, ValueError) as error:
+        _refuse_environment(error)
+        raise ModelError(
+            f"the model refuses its inputs: {type(error).__name__}: {first_line(error)}",
+            mend="Give example inputs that the model takes.",
+        ) from error
+    return Region(path, module, args, kwargs, graphs, traces, train_failure)
+
+
+def _refuse_state(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises where a module goes on from what the call before left in its attributes. What it
+    raises itself comes from the export as well, which says more of it."""
+    try:
+        state = fidelity.carried_state(module, args, kwargs)
+    except UnsupportedModelError:
+        raise
+    except Exception:  # noqa: BLE001  see above
+        return
+    if state:
+        reason = f"what it keeps in its attribute {state[0]} changes what the next call gives"
+        raise LeftEagerError(
+            Refusal(
+                f"{reason}, and a graph holds one call for ever",
+                "Register it as a buffer, or pass it in and return it.",
+            )
+        )
+
+
+def _graph(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: Mode, path: str
+) -> CapturedGraph:
+    """The graph of one mode. A batch of one is traced as two, so that its size can vary; a model
+    to which one and two are different things is traced as it is."""
+    graph = export_graph(module, args, kwargs, mode, path)
+    traced_args, traced_kwargs = doubled_batch(args, kwargs)
+    if traced_args is args and traced_kwargs is kwargs:
+        return graph
+    runner = GraphRunner(graph.graph_module, graph.signature, graph.constants, module)
+    try:
+        same = fidelity.check(module, runner, args, kwargs, mode).status != "different"
+    except (RuntimeError, ModelError):
+        same = False
+    return graph if same else export_graph(module, args, kwargs, mode, path, dynamic=False)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps shapes, dtypes and multiply-adds, but no values."""
+
+    def __init__(self, graph_module: fx.GraphModule, counter: MacCounter) -> None:
+        super().__init__(graph_module)
+        self.values: dict[str, Any] = {}
+        self.macs: dict[str, int] = {}
+        self._counter = counter
+
+    def run_node(self, n: fx.Node) -> Any:
+        result, self.macs[n.name] = self._counter.run(partial(super().run_node, n), n.target)
+        self.values[n.name] = pytree.tree_map(_value, result) if n.op != "output" else None
+        return result
+
+
+def _value(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf if isinstance(leaf, int | float | bool) else None
+    stride = leaf.stride() if leaf.layout is torch.strided else ()
+    return Value(tuple(leaf.shape), stride, leaf.dtype, leaf.device)
+
+
+def record(
+    graph: CapturedGraph, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Trace:
+    runner = GraphRunner(graph.graph_module, graph.signature, graph.constants, module)
+    device = devices.of_model(module)
+    with torch.no_grad(), preserved_rng(device):
+        recorder = _Recorder(graph.graph_module, MacCounter())
+        recorder.run(*runner.inputs(args, kwargs), enable_io_processing=False)
+    return Trace(recorder.values, recorder.macs)

@@ -1,0 +1,198 @@
+"""`make kinds`: models of many kinds, and whether each ends in a verdict or in a clear refusal.
+
+Each model of `kinds_models` is converted to FP16 with default settings and judged end to end, its
+training included where it has a loss. No verdict is expected: the table is there to be read. An
+exception that amp-convert did not foresee is a fault, and so is a message that owns up to one; then
+the program ends with 1.
+
+`python -m tests.benchmarks.kinds [NAME ...] [--markdown FILE]` takes some of the models, and writes
+the table to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+import amp_convert as amp
+from amp_convert.capture.captured import Captured
+from amp_convert.core.errors import AmpConvertError, UnsupportedModelError, first_line
+from amp_convert.pipeline import Run
+from amp_convert.validate.inference.results import OutputError
+from amp_convert.validate.training.results import TrainingParity
+from tests.benchmarks.kinds_models import KINDS, Kind
+
+DTYPE = torch.float16
+FAULT = "FAULT"
+OWN_FAULT = "a fault in amp-convert"
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `why` stands below it where the verdict is no pass."""
+
+    model: str
+    field: str
+    captured: str = NOTHING
+    low: str = NOTHING
+    error: str = NOTHING
+    autocast: str = NOTHING
+    training: str = NOTHING
+    verdict: str = ""
+    why: str = ""
+
+    @property
+    def cells(self) -> list[str]:
+        return [getattr(self, field.name) for field in fields(self) if field.name != "why"]
+
+
+HEADS = (
+    "model", "field", "captured", "low multiply-adds", "worst output error", "autocast's",
+    "training", "verdict",
+)  # fmt: skip
+
+
+def judged(kind: Kind) -> Row:
+    """The row of one model, whatever comes of it."""
+    if kind.missing:
+        return Row(kind.name, kind.field, verdict="skipped", why=kind.missing)
+    model = kind.trained()
+    try:
+        run = amp.check(
+            model,
+            kind.example(),
+            dtype=DTYPE,
+            eval_batches=kind.evals,
+            train_batches=kind.train_batches if kind.loss else None,
+            loss=kind.loss,
+            optimizer=kind.optimizer,
+            initial_model=kind.initial,
+            name=kind.name,
+        )
+    except AmpConvertError as error:
+        refused = "refused" if isinstance(error, UnsupportedModelError) else "error"
+        verdict = FAULT if OWN_FAULT in str(error) else f"{refused} ({error.exit_code})"
+        return Row(kind.name, kind.field, verdict=verdict, why=str(error))
+    except Exception as error:  # noqa: BLE001  a fault, to be shown beside the others
+        why = f"{type(error).__name__}: {first_line(error)}"
+        return Row(kind.name, kind.field, verdict=FAULT, why=why)
+    return _row(kind, run)
+
+
+def _row(kind: Kind, run: Run) -> Row:
+    checks, inference = run.verdict.checks, run.report.inference
+    assert inference is not None
+    decisive = [c for c in checks if c.status == "fail"] or [
+        c for c in checks if c.required and c.status == "unchecked"
+    ]
+    passed = run.verdict.status == "pass"
+    why = "" if passed else "; ".join(f"{check.name}: {check.reason}" for check in decisive)
+    if not inference.autocast_outputs:
+        why += f" [autocast: {inference.autocast_reason}]"
+    return Row(
+        kind.name,
+        kind.field,
+        _how_captured(run.converted.captured),
+        f"{run.plan.share_macs_low():.0%}",
+        _worst(inference.outputs),
+        _worst(inference.autocast_outputs),
+        _training(kind, run),
+        FAULT if OWN_FAULT in why else str(run.verdict.status),
+        why,
+    )
+
+
+def _how_captured(captured: Captured) -> str:
+    if captured.is_whole:
+        return "whole"
+    eager = {part.reason.partition(" (")[0]: part.layer for part in captured.uncaptured}
+    left = "; ".join(f"{layer or 'top level'} eager: {why}" for why, layer in eager.items())
+    count = len(captured.regions)
+    return f"{count} part{'s' * (count > 1)}; {left}"
+
+
+def _worst(outputs: Iterable[OutputError]) -> str:
+    """The largest relative L2 error. Integers have none."""
+    errors = [output.rel_l2 for output in outputs if output.elements]
+    return f"{max(errors):.1e}" if errors else NOTHING
+
+
+def _training(kind: Kind, run: Run) -> str:
+    training = run.report.training
+    if isinstance(training, TrainingParity):
+        return f"compared, {training.run.steps} steps"
+    return f"unchecked: {training.reason}" if kind.loss else "none"
+
+
+def text(row: Row) -> str:
+    """A row for the terminal."""
+    line = f"{row.model:22} {row.verdict:13} {row.low:>5} {row.error:>8} {row.autocast:>8}"
+    line += f"  {row.captured} | {row.training}"
+    return f"{line}\n    {row.why}" if row.why else line
+
+
+def markdown(rows: Iterable[Row], command: str) -> str:
+    """The table as a page."""
+    lines = [
+        "# Models of many kinds",
+        "",
+        "What amp-convert says of small models whose code was written as their authors would write "
+        "it, with default settings. They stand in `tests/benchmarks/kinds_models/`.",
+        "",
+        f"Made on a CPU, to {str(DTYPE).removeprefix('torch.')}, with PyTorch {torch.__version__}, "
+        f"by `{command}`.",
+        "",
+        "Errors are relative L2 errors against FP32, of the worst output. `autocast's` is that of "
+        "native `torch.autocast`. What decided where the verdict is no pass stands below the "
+        "table.",
+        "",
+        _line(HEADS),
+        "|---" * len(HEADS) + "|",
+    ]
+    rows = list(rows)
+    lines += [_line(row.cells) for row in rows]
+    lines += ["", "## Why not", ""]
+    lines += [f"- **{row.model}**, {row.verdict}: {row.why.strip()}" for row in rows if row.why]
+    return "\n".join([*lines, ""])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def main() -> int:
+    """Print every row, write the page where one is asked for; 1 where there is a fault."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.kinds")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models; all unless given")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
+    given = parser.parse_args()
+    known = [kind.name for kind in KINDS]
+    if unknown := [name for name in given.names if name not in known]:
+        parser.error(f"no such model: {', '.join(unknown)}. There are {', '.join(known)}")
+    warnings.simplefilter("ignore")
+    rows = []
+    for kind in KINDS:
+        if given.names and kind.name not in given.names:
+            continue
+        begin = time.perf_counter()
+        rows.append(judged(kind))
+        print(text(rows[-1]), flush=True)
+        print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    if given.markdown:
+        command = " ".join(["python -m tests.benchmarks.kinds", *sys.argv[1:]])
+        given.markdown.write_text(markdown(rows, command))
+    faults = [row.model for row in rows if row.verdict == FAULT]
+    print(f"\n{len(rows)} models, {len(faults)} faults {' '.join(faults)}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
