@@ -16,8 +16,8 @@ from torch import nn
 from amp_convert import pipeline
 from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
-from amp_convert.core import digests
 from amp_convert.core.errors import UsageError
+from amp_convert.core.files import digests
 from amp_convert.core.number_formats import LOW_DTYPES, name_of
 from amp_convert.loading.model_file import Case, as_call
 from amp_convert.loading.settings import given_settings, make_settings

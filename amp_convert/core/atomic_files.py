@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from amp_convert.core import hidden_folders
-from amp_convert.core.hidden_folders import Kind
+from amp_convert.core.files import hidden_folders
+from amp_convert.core.files.hidden_folders import Kind
 
 
 @contextlib.contextmanager

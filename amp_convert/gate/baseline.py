@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from amp_convert.core.atomic_files import write_file
 from amp_convert.core.errors import UsageError
-from amp_convert.core.reading import parse_json, read_file
+from amp_convert.core.files.reading import parse_json, read_file
 from amp_convert.report import SCHEMA_VERSION, RunReport, Unchecked
 from amp_convert.report.model import Section
 from amp_convert.verdict.verdict import CheckStatus

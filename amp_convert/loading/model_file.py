@@ -24,8 +24,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_is_leaf, tree_map, tree_map_only
 
-from amp_convert.core import digests
 from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.core.files import digests
 from amp_convert.core.module_state import Attributes
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.printable import is_text

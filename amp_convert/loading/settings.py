@@ -33,8 +33,8 @@ from pydantic import (
 )
 
 from amp_convert.core.errors import UsageError
+from amp_convert.core.files.reading import LARGEST_TOML, parse_toml, read_file
 from amp_convert.core.printable import is_text
-from amp_convert.core.reading import LARGEST_TOML, parse_toml, read_file
 from amp_convert.loading.source import model_folder
 
 _TABLE = "pyproject.toml [tool.amp-convert]"

@@ -23,11 +23,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from amp_convert.core import hidden_folders
 from amp_convert.core.atomic_files import existing_folder, sync_file, sync_folder
 from amp_convert.core.errors import UsageError
-from amp_convert.core.hidden_folders import Kind
-from amp_convert.core.reading import parse_json, read_file
+from amp_convert.core.files import hidden_folders
+from amp_convert.core.files.hidden_folders import Kind
+from amp_convert.core.files.reading import parse_json, read_file
 
 # Every file a report folder may hold: a folder with any other is not replaced. The last three are
 # left behind by file browsers.

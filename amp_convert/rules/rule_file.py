@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from amp_convert.core.errors import UsageError
-from amp_convert.core.reading import parse_toml
+from amp_convert.core.files.reading import parse_toml
 from amp_convert.rules.rule import Category, GuardLimits, Limit, Painting, Rewrites, Rule, Target
 
 

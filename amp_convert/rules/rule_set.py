@@ -29,9 +29,9 @@ from types import ModuleType
 from typing import Any
 
 from amp_convert.core.errors import UsageError
+from amp_convert.core.files.reading import LARGEST_TOML, read_file
 from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import canonical, short_name, with_overload
-from amp_convert.core.reading import LARGEST_TOML, read_file
 from amp_convert.rules.rule import Category, GuardLimits, Painting, Rewrites, Rule, Target
 from amp_convert.rules.rule_file import RuleFile, is_glob, parse_rule_file, unknown
 

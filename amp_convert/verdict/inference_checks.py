@@ -18,7 +18,7 @@ from amp_convert.verdict.thresholds import LEAST_WORK, RESOLVED, Thresholds, met
 
 if TYPE_CHECKING:
     from amp_convert.capture.fidelity import Fidelity
-    from amp_convert.plan.plan import Plan
+    from amp_convert.plan.plan import Decision, Plan
     from amp_convert.validate.inference.results import Divergence, MetricPair, NodeDivergence
 
 
@@ -82,7 +82,7 @@ def low_precision_check(plan: Plan) -> Check:
             reason += (
                 f", but no more than {work:.2%} of the {what}: that is no conversion. See with "
                 "amp-convert audit what keeps the rest in FP32; where that is meant, use --rules "
-                "fp32"
+                f"fp32{_kept_for_large_inputs(floating)}"
             )
             return Check(name, CheckStatus.UNCHECKED, work, LEAST_WORK, reason)
         return Check(name, CheckStatus.PASS, float(low), 1.0, reason)
@@ -93,9 +93,22 @@ def low_precision_check(plan: Plan) -> Check:
     why = ", ".join(f"{rule} ({nodes})" for rule, nodes in kept) or "none"
     reason = (
         f"nothing computes in {plan.dtype}; floating point nodes by rule: {why}. "
-        "Where that is meant, use --rules fp32"
+        f"Where that is meant, use --rules fp32{_kept_for_large_inputs(floating)}"
     )
     return Check(name, CheckStatus.FAIL, 0.0, 1.0, reason)
+
+
+def _kept_for_large_inputs(decisions: Iterable[Decision]) -> str:
+    """What to do about nodes that only inputs unlike those of calibration keep in FP32."""
+    from amp_convert.plan.guards.activation_range import ProbedRange
+
+    kept = sum(decision.guard == ProbedRange.name for decision in decisions)
+    if not kept:
+        return ""
+    return (
+        f". {kept} node(s) stay FP32 for inputs far larger than those of calibration: where such "
+        "cannot come, set probe_headroom = false under [guards] in a rules file"
+    )
 
 
 def nothing_ran(plan: Plan, divergence: Divergence | None) -> str:

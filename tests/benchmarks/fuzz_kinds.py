@@ -21,8 +21,8 @@ from rich.console import Console
 
 from amp_convert import pipeline
 from amp_convert.cli.flags import convert_settings
-from amp_convert.core import digests
 from amp_convert.core.errors import UsageError
+from amp_convert.core.files import digests
 from amp_convert.core.progress import Silent
 from amp_convert.gate import baseline as baselines
 from amp_convert.gate import compare as gating

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from amp_convert.core.atomic_files import replacing, try_to_write, write_file
-from amp_convert.core.hidden_folders import is_hidden
+from amp_convert.core.files.hidden_folders import is_hidden
 
 
 def test_text_and_bytes_are_written_as_they_are(tmp_path: Path) -> None:

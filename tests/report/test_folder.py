@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from amp_convert.core import hidden_folders
 from amp_convert.core.errors import UsageError
+from amp_convert.core.files import hidden_folders
 from amp_convert.report import folder
 from amp_convert.report.folder import check_writable, workspace, write_folder
 

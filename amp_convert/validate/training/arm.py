@@ -29,9 +29,9 @@ from torch import nn
 
 from amp_convert.capture.gradient_probe import real_gradient
 from amp_convert.core import device as devices
-from amp_convert.core import digests
 from amp_convert.core.batches import Batch
 from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.core.files import digests
 from amp_convert.core.memory_meter import StorageMeter, held_bytes
 from amp_convert.core.module_state import Attributes
 from amp_convert.core.number_formats import name_of

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.core import digests
 from amp_convert.core.batches import Batch, Score
 from amp_convert.core.errors import ModelError
+from amp_convert.core.files import digests
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.random_state import (
     RngState,

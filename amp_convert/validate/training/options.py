@@ -12,7 +12,7 @@ import torch
 
 from amp_convert import __version__
 from amp_convert.core import device as devices
-from amp_convert.core import digests
+from amp_convert.core.files import digests
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.margin import Margin

@@ -27,7 +27,7 @@ from amp_convert import __version__
 from amp_convert.core.atomic_files import try_to_write, write_file
 from amp_convert.core.batches import LOSS, TRAIN_LOSS
 from amp_convert.core.errors import ModelError, UsageError
-from amp_convert.core.reading import parse_json, read_file
+from amp_convert.core.files.reading import parse_json, read_file
 from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import FP32
 from amp_convert.validate.training.data import Data

@@ -18,8 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amp_convert.core import digests
 from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.core.files import digests
 from amp_convert.validate.training import checkpoint
 from tests.zoo import assert_same_bits
 

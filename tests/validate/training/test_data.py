@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from amp_convert.core.batches import Batch
-from amp_convert.core.digests import of_tensors
 from amp_convert.core.errors import ModelError
+from amp_convert.core.files.digests import of_tensors
 from amp_convert.core.random_state import rng_state, set_rng_state
 from amp_convert.validate.training.data import Data, Stream, initial_weights, seeded_rng
 from amp_convert.validate.training.weights import Weights

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from amp_convert.core.reading import parse_json, parse_toml, read_file
+from amp_convert.core.files.reading import parse_json, parse_toml, read_file
 
 DEEP = "it is nested too deeply"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from amp_convert.core import digests
+from amp_convert.core.files import digests
 
 
 def test_a_file_and_a_text(tmp_path: Path) -> None:

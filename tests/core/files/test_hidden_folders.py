@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from amp_convert.core import hidden_folders
-from amp_convert.core.hidden_folders import Kind, fresh, in_turn, is_used, locked, sweep
+from amp_convert.core.files import hidden_folders
+from amp_convert.core.files.hidden_folders import Kind, fresh, in_turn, is_used, locked, sweep
 
 ANY = re.compile(r"a\.txt")
 USER = """
 import sys, os, time
 from pathlib import Path
-from amp_convert.core.hidden_folders import Kind, fresh
+from amp_convert.core.files.hidden_folders import Kind, fresh
 with fresh(Path(sys.argv[1]), Kind.WORK) as folder:
     if os.fork() == 0:
         print(folder.name, flush=True)

@@ -1,0 +1,1 @@
+"""Files: reading those of others, bounded; hidden folders that clean up; digests."""
