@@ -249,15 +249,19 @@ class _Spectral(nn.Module):
         return torch.fft.irfft(kept, n=8)
 
 
-@pytest.mark.parametrize(
-    ("model", "why"),
-    [
-        (_Adversarial, "torch.export drops the backward that _Reversed defines"),
-        (_Spectral, "the captured graph has no gradients: slice_scatter does not support"),
-    ],
-)
-def test_a_graph_without_the_models_gradients_is_for_inference_alone(model: Any, why: str) -> None:
-    made, x = model(), torch.randn(4, 8)
+def test_a_graph_without_a_derivative_is_trained_in_parts() -> None:
+    found = capture(_Spectral(), (torch.randn(4, 8),), {})
+    assert [list(region.graphs) for region in found.regions] == [["eval"]]
+    assert found.training is not None
+    assert [region.path for region in found.training.regions] == ["layer"]
+    (train,) = (row for row in found.fidelity if row.mode == "train")
+    assert train.status == "identical"
+    assert "the captured graph has no gradients: slice_scatter does not support" in train.reason
+
+
+def test_a_graph_without_the_models_gradients_is_for_inference_alone() -> None:
+    why = "torch.export drops the backward that _Reversed defines"
+    made, x = _Adversarial(), torch.randn(4, 8)
     found = capture(made, (x,), {})
     rows = {row.mode: row for row in found.fidelity}
     assert (rows["eval"].status, rows["eval"].outputs, rows["eval"].gradients) == (

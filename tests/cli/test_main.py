@@ -233,7 +233,7 @@ def test_a_model_that_cannot_be_captured_is_unsupported_with_4(tmp_path: Path) -
     assert outcome.code == 4
     assert outcome.error.startswith("no part of the model can be captured: ")
     assert outcome.error.endswith(
-        "(at model.py:10). Move control flow that depends on tensor values out of the model."
+        "(at model.py:10). Use torch.where or torch.cond there, or move that code out of the model."
     )
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.py"]
 

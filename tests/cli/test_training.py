@@ -192,12 +192,14 @@ def test_training_that_is_switched_off(tmp_path: Path) -> None:
 def test_a_model_without_a_train_graph(tmp_path: Path) -> None:
     """It can be used but not trained: unchecked, and with --train not supported."""
     branch = (
-        "y = self.a(x)\n        if self.training and y.sum() > 0:\n            y = y * 2\n"
+        "y = x @ self.a\n        if self.training and y.sum() > 0:\n            y = y * 2\n"
         "        return y"
     )
     training = "\ndef train_batches(seed):\n    yield torch.ones(4, 8), 0\n"
     training += "def loss(outputs, target):\n    return outputs.sum()\n"
-    write(tmp_path, net(branch, training))
+    text = net(branch, training)
+    text = text.replace("self.a = nn.Linear(8, 8)", "self.a = nn.Parameter(torch.randn(8, 8))")
+    write(tmp_path, text)
     outcome = amp(tmp_path, "model.py", "--json")
     reason = outcome.json["training"]["reason"]
     assert outcome.code == 3, "the file gives all that training takes"

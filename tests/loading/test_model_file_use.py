@@ -88,8 +88,12 @@ def test_nan_in_fp32_is_counted_by_output() -> None:
 
 
 def test_outputs_without_a_tensor_are_refused() -> None:
-    assert refusal(check_forward, case_of(Give(None))).startswith("the model returns None without")
-    assert "returns a dict without" in refusal(check_forward, case_of(Give({"a": 1})))
+    assert refusal(check_forward, case_of(Give(None))).startswith(
+        "the model returns None, in which"
+    )
+    assert "returns a dict, in which no tensor can be found" in refusal(
+        check_forward, case_of(Give({"a": 1}))
+    )
 
 
 def test_tensors_without_values_are_not_examined() -> None:

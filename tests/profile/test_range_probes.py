@@ -198,7 +198,7 @@ def test_the_plan_says_which_inputs_and_how_to_do_without() -> None:
     assert cubed.measured > 65504
     assert cubed.reason == (
         "on inputs 100 times larger than those of calibration, or with a value of 10000, its "
-        "result passes the largest float16 number"
+        "result passes the largest float16 number (probe_headroom = false in [guards] allows that)"
     )
     default = load_rules(["default"])
     rules = replace(default, guards=replace(default.guards, probe_headroom=False))

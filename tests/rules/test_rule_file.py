@@ -183,7 +183,7 @@ def test_a_line_without_an_end_takes_no_time() -> None:
     for line in ("#" + "x" * 200_000, "a" * 200_000 + " = 1", " " * 200_000):
         with pytest.raises(UsageError, match="unknown"):
             parse_rule_file(f"{line}\nguards.more = 1\n", "mine.toml")
-    assert time.process_time() - begin < 2
+    assert time.process_time() - begin < 8
 
 
 def test_many_operators_under_a_long_comment_take_no_time() -> None:

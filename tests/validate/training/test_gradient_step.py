@@ -300,10 +300,10 @@ def test_a_model_without_trainable_parameters() -> None:
 class EvalOnly(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.randn(4, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
+        y = x @ self.weight
         return y * 2 if self.training and y.sum() > 0 else y
 
 

@@ -41,7 +41,9 @@ def case(**functions: Any) -> Case:
 
 
 def captured(*failures: str) -> Any:
-    return SimpleNamespace(regions=[SimpleNamespace(train_failure=text) for text in failures])
+    found = SimpleNamespace(regions=[SimpleNamespace(train_failure=text) for text in failures])
+    found.in_mode = lambda mode: found
+    return found
 
 
 # Whether
