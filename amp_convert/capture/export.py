@@ -205,8 +205,12 @@ def _program(
     if dynamic:
         arguments = bind(call, args, kwargs).arguments
         shapes = pytree.tree_map(_first_dimension, dict(arguments))
-    # A failing export prints its half-made graph.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    # A failing export prints its half-made graph, and logs what its user cannot do anything about.
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        _unlogged("torch.fx.experimental.symbolic_shapes"),
+    ):
         program = torch.export.export(
             module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
         )
@@ -216,6 +220,17 @@ def _program(
         detach_no_grad(node)
     functional: torch.export.ExportedProgram = program.run_decompositions({})
     return functional
+
+
+@contextlib.contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """No messages of a library's logger, while this is open."""
+    logger = logging.getLogger(name)
+    was_off, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_off
 
 
 def _first_dimension(leaf: Any) -> Any:

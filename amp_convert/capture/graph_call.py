@@ -159,8 +159,8 @@ class GraphRunner:
             if problem:
                 raise ModelError(
                     f"input {want.path} {problem}",
-                    mend="Convert the model with example inputs like those you will pass; only the "
-                    "first dimension may vary.",
+                    mend="Pad it to that size, or convert the model with example inputs like those "
+                    "you will pass; only the first dimension may vary.",
                 )
 
 

@@ -21,8 +21,8 @@ DEFINE = "Define train_batches(seed) and loss(outputs, target) in the model file
 LOOK = "Correct it there; --debug shows the traceback."
 PAIRS = "Let it give (inputs, target) pairs, anew at each call."
 FIT = (
-    "Convert the model with example inputs like those you will pass; only the first dimension may "
-    "vary."
+    "Pad it to that size, or convert the model with example inputs like those you will pass; only "
+    "the first dimension may vary."
 )
 POWERS = "a power of two from 1 to 2**127."
 YIELD, LOSS = "yield batch(100 * seed + step + 2)", "return F.cross_entropy(outputs, target)"
