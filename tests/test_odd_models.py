@@ -360,3 +360,73 @@ def test_gradients_in_the_forward_pass_without_asking_for_them() -> None:
     """It runs in eager mode, and not under no_grad: the inputs are not to blame."""
     with pytest.raises(ModelError, match="computes gradients in its forward pass, and inference"):
         amp.check(NeedsGradients().eval(), torch.randn(16, 16))
+
+
+class Split(nn.Module):
+    """Two splits of one operator into other numbers of parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two, self.three = nn.Linear(16, 32), nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.two(x).chunk(2, 1)
+        q, k, v = self.three(a + b).chunk(3, 1)
+        return q + k + v  # type: ignore[no-any-return]
+
+
+def test_splits_into_other_numbers_of_parts() -> None:
+    torch.manual_seed(0)
+    assert amp.convert(Split().eval(), torch.randn(8, 16), train=False).plan.share_macs_low() == 1.0
+
+
+class Repeats(nn.Module):
+    """One part, called as often as its values ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(20):
+            if x.norm() < 1e-3:
+                break
+            x = x - 0.1 * self.step(x)
+        return x
+
+
+def test_the_work_of_a_part_is_that_of_all_its_calls() -> None:
+    torch.manual_seed(0)
+    plan = amp.convert(Repeats().eval(), torch.randn(16, 32), train=False).plan
+    assert plan.eager_macs == 0
+    assert plan.share_macs_low() == 1.0
+    assert plan.total_macs() == 20 * 16 * 32 * 32
+
+
+def test_targets_may_be_gradients() -> None:
+    def batches() -> Iterator[Any]:
+        for _ in range(2):
+            x = torch.randn(16, 16, requires_grad=True)
+            yield x.detach(), torch.autograd.grad(x.square().sum(), x)[0]
+
+    torch.manual_seed(0)
+    run = amp.check(nn.Linear(16, 16).eval(), torch.randn(16, 16), eval_batches=batches)
+    assert run.verdict.status == "pass"
+
+
+class EmptyCache(nn.Module):
+    """A decoder that joins its input to a cache, which is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache = torch.tensor([])
+        return self.last(torch.cat([cache, self.layer(x)]))  # type: ignore[no-any-return]
+
+
+def test_nodes_that_are_empty_for_any_input_are_no_gap() -> None:
+    torch.manual_seed(0)
+    run = amp.check(EmptyCache().eval(), torch.randn(16, 16))
+    assert run.verdict.status == "pass"
