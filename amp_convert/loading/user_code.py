@@ -44,6 +44,10 @@ _names: dict[str, str] = {}
 """The name in sys.modules of each model file loaded so far, by absolute path."""
 
 
+_folders: dict[tuple[str, str], str] = {}
+"""The current folder of a model file's code, where it has moved, by the file and by ours."""
+
+
 @contextlib.contextmanager
 def user_output_to_stderr() -> Iterator[None]:
     """While this is open, what Python code prints to stdout goes to stderr."""
@@ -65,10 +69,27 @@ def _no_errors_of_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _own_folder(path: str) -> Iterator[None]:
+    """Let the user's code have a current folder of its own: where it moves to holds for itself, and
+    not for the paths of ours, which are relative to where the command was given."""
+    ours = os.getcwd()
+    if (theirs := _folders.get((path, ours))) is not None:
+        os.chdir(theirs)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it may have deleted the folder
+            if (now := os.getcwd()) != ours:
+                _folders[path, ours] = now
+        os.chdir(ours)
+
+
+@contextlib.contextmanager
 def user_code(what: str, path: str, mend: str = "") -> Iterator[None]:
     """Run code of the user's inside this: errors become ModelError, prints go to stderr.
 
-    Where the code makes errors of warnings, that holds for itself, and not for what we call later.
+    Where the code makes errors of warnings, or moves to another folder, that holds for itself, and
+    not for what we call later.
     `what` is the noun that the message starts with ("metrics()"), `path` the model file
     (`Case.path`), `mend` the advice for an exception that needs more than correcting its line.
     The place named is the deepest line in the model file, or else the deepest one that is
@@ -76,7 +97,7 @@ def user_code(what: str, path: str, mend: str = "") -> Iterator[None]:
     beside Exception of the user's own does not.
     """
     try:
-        with user_output_to_stderr(), _no_errors_of_warnings():
+        with user_output_to_stderr(), _no_errors_of_warnings(), _own_folder(path):
             yield
     except (AmpConvertError, KeyboardInterrupt, GeneratorExit):
         raise

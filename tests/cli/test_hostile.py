@@ -18,6 +18,21 @@ GOOD = net("return self.a(x)")
 CUSTOM = "\nclass Stop(BaseException):\n    pass\n"
 
 
+def test_a_model_that_moves_to_another_folder_does_not_take_ours_along(tmp_path: Path) -> None:
+    """What it opens itself is looked for where it went."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "one.txt").write_text("1")
+    write(tmp_path, "extends = 'default'\n", "mine.toml")
+    moves = "import os\nos.chdir('data')\n" + GOOD
+    write(
+        tmp_path,
+        moves + "def eval_batches():\n    open('one.txt')\n    yield example_inputs(), 0\n",
+    )
+    assert amp(tmp_path, "model.py", "--rules", "mine.toml", "--out", "here").code == 0
+    assert (tmp_path / "here" / "report.json").exists()
+    assert [entry.name for entry in (tmp_path / "data").iterdir()] == ["one.txt"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
