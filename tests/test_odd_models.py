@@ -430,3 +430,54 @@ def test_nodes_that_are_empty_for_any_input_are_no_gap() -> None:
     torch.manual_seed(0)
     run = amp.check(EmptyCache().eval(), torch.randn(16, 16))
     assert run.verdict.status == "pass"
+
+
+class Tokens(Stateful):
+    """Goes on from the mean of all tokens that it has seen; refuses those above a bound first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if int(ids[0, 0]) != 1:
+            raise ValueError("a sequence starts with 1")
+        seen = self.table(ids).mean(1)
+        self.state = seen.detach() if self.state is None else (seen + self.state).detach()
+        return self.last(self.layer(self.state))  # type: ignore[no-any-return]
+
+
+def test_state_is_seen_where_a_model_refuses_other_inputs() -> None:
+    torch.manual_seed(0)
+    converted = amp.convert(Tokens().eval(), torch.tensor([[1, 4, 7, 2]]), train=False)
+    assert not converted.captured.is_whole
+    assert "state changes what the next call gives" in converted.captured.uncaptured[0].reason
+
+
+class Converges(nn.Module):
+    """Ends at other iterations in FP16; behind the loop comes a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+        nn.init.orthogonal_(self.step.weight, gain=0.7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(100):
+            new = torch.tanh(self.step(z) + x)
+            moved, z = (new - z).norm() / new.norm(), new
+            if moved < 1e-4:
+                break
+        return self.head(z)  # type: ignore[no-any-return]
+
+
+def test_what_lies_behind_a_loop_that_ends_elsewhere_is_judged_by_the_outputs() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 32), None) for _ in range(4)]
+    run = amp.check(Converges().eval(), torch.randn(16, 32), eval_batches=batches)
+    checks = {check.name: check for check in run.verdict.checks}
+    assert run.report.inference.parted_paths == 4
+    assert run.report.inference.behind_parting == ("head/aten.linear#0",)
+    assert (checks["nodes.finite"].status, checks["nodes.finite"].required) == ("unchecked", False)
+    assert run.verdict.status == "pass"

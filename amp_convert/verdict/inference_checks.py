@@ -260,21 +260,22 @@ def nodes_check(plan: Plan, divergence: Divergence | None) -> Check:
         return Check(name, CheckStatus.FAIL, float(len(bad)), 0.0, reason)
     seen = {row.node for row in divergence.nodes} - set(divergence.unvisited)
     missed = [decision.node for decision in plan.eval if decision.low and decision.node not in seen]
-    if missed or not plan.eval:
-        what = ""
-        if missed:
+    behind = [node for node in missed if node in divergence.behind_parting]
+    unreached = [node for node in missed if node not in behind]
+    if unreached or not plan.eval:
+        what = "the plan has no node"
+        if unreached:
             what = (
-                f"{len(missed)} low node(s) got no element on any batch, first {missed[0]}: give "
-                "batches that reach them (other experts, other branches)"
+                f"{len(unreached)} low node(s) got no element on any batch, first {unreached[0]}: "
+                "give batches that reach them (other experts, other branches)"
             )
-        if missed and divergence.parted_paths:
-            what = (
-                f"{len(missed)} low node(s), first {missed[0]}, lie behind the point where the two "
-                "models take other paths, or were not reached: they are judged by the outputs alone"
-            )
-        known = not divergence.parted_paths
-        what = what or "the plan has no node"
-        return Check(name, CheckStatus.UNCHECKED, None, 0.0, what, required=known)
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, what)
+    if behind:  # said by capture.paths as well
+        what = (
+            f"{len(behind)} low node(s), first {behind[0]}, run only behind the point where the "
+            "two models take other paths: they are judged by the outputs alone"
+        )
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, what, required=False)
     reason = f"none of {len(seen)} nodes is NaN or infinite where FP32 is finite"
     return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
 

@@ -289,3 +289,13 @@ def test_what_was_run_is_what_was_judged(changes: dict[str, Any], name: str, sta
     found = verdict(divergence(**changes))
     assert check(name, found).status == status
     assert found.status == {"pass": "pass", "fail": "fail", "unchecked": "inconclusive"}[status]
+
+
+@pytest.mark.parametrize(("behind", "required"), [((), True), ((FIRST,), False)])
+def test_only_what_lies_behind_the_parting_is_left_to_the_outputs(
+    behind: tuple[str, ...], required: bool
+) -> None:
+    """An expert that no batch chose is a gap, whether or not paths parted somewhere."""
+    found = divergence(unvisited=(FIRST,), parted_paths=2, behind_parting=behind)
+    nodes = check("nodes.finite", verdict(found))
+    assert (nodes.status, nodes.required) == ("unchecked", required)

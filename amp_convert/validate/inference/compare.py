@@ -121,6 +121,7 @@ class _Comparison:
         self._inputs = InputsSeen()
         self._drawn: set[str] = set()
         self._parted = 0
+        self._behind: set[str] = set()
         self.left: int | None = 0
         self.stopped: Stop | None = None
 
@@ -228,11 +229,13 @@ class _Comparison:
         reference_calls = self._captured.calls(args, kwargs)
         mixed_calls = self._converted.calls(args, kwargs)
         self._parted += [r for r, _ in reference_calls] != [r for r, _ in mixed_calls]
-        for (region, (ref_args, ref_kwargs)), (other, (mix_args, mix_kwargs)) in zip(
-            reference_calls, mixed_calls, strict=False
+        for index, ((region, (ref_args, ref_kwargs)), (other, (mix_args, mix_kwargs))) in enumerate(
+            zip(reference_calls, mixed_calls, strict=False)
         ):
-            if region is not other:
-                break  # from here on the two took other paths
+            if region is not other:  # from here on the two took other paths
+                left = [{r.path for r, _ in c[index:]} for c in (reference_calls, mixed_calls)]
+                self._behind |= left[0] & left[1]
+                break
             runner = region.runner(Mode.EVAL)
             self._tables[region.path].run(
                 runner.inputs(ref_args, ref_kwargs), runner.inputs(mix_args, mix_kwargs)
@@ -241,7 +244,12 @@ class _Comparison:
 
     def result(self, lower_is_better: frozenset[str], metrics_reason: str) -> Divergence:
         tables = self._tables.values()
-        rows = {name: row for table in self._tables.values() for name, row in table.rows().items()}
+        by_part = {path: table.rows() for path, table in self._tables.items()}
+        rows = {name: row for part in by_part.values() for name, row in part.items()}
+        unvisited = tuple(
+            d.node for d in self._plan.eval if not any(d.node in t.visited for t in tables)
+        )
+        behind = {name for path in self._behind for name in by_part[path]}
         metrics = tuple(self._metric(name, lower_is_better) for name in self._names())
         if metrics:
             _check_names(lower_is_better, [metric.name for metric in metrics])
@@ -256,9 +264,8 @@ class _Comparison:
             metrics_reason="" if metrics else metrics_reason,
             costs=(),
             reference_rel_l2=self._reference_rel_l2,
-            unvisited=tuple(
-                d.node for d in self._plan.eval if not any(d.node in t.visited for t in tables)
-            ),
+            unvisited=unvisited,
+            behind_parting=tuple(node for node in unvisited if node in behind),
             frozen_identical=self._frozen_identical if self.batches else None,
             frozen_outputs=_rows(self._frozen),
             batches_given=None if self.left is None else self.batches + self.left,

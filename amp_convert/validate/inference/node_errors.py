@@ -80,9 +80,8 @@ class NodeErrors:
     def _visit(self, step: lockstep.NodeValues) -> None:
         name = step.node.name
         tensors = [t for t in pytree.tree_leaves(step.reference) if isinstance(t, torch.Tensor)]
-        # The empty cache of a decoder has no element for any input: its length is 0.
-        empty = name in self._constant or all(0 in tensor.shape[1:] for tensor in tensors)
-        if empty or any(tensor.numel() for tensor in tensors):
+        # The empty cache of a decoder has no element for any input. Other values may get some.
+        if name in self._constant or any(tensor.numel() for tensor in tensors):
             self.visited.add(self._decisions[name].node)
         if name in self._source or facts_of(self._decisions[name].op).is_a(Family.UNWRITTEN):
             return  # what was not written yet holds no value

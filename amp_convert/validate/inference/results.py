@@ -158,7 +158,8 @@ class Divergence:
     placeholder of zeros does. `drawn_outside` names the generators outside of PyTorch ("Python",
     "NumPy") that the eager model draws from, `kept_state` the plain attributes that it changes from
     call to call. `parted_paths` counts the batches on which the mixed model called the captured
-    parts another number of times, or in another order.
+    parts another number of times, or in another order; `behind_parting` are those of `unvisited`
+    that both called, but only behind the point where they parted.
     """
 
     batches: int
@@ -181,6 +182,7 @@ class Divergence:
     drawn_outside: tuple[str, ...] = ()
     kept_state: tuple[str, ...] = ()
     parted_paths: int = 0
+    behind_parting: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """One row a node, in graph order."""
