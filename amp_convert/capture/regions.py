@@ -97,12 +97,8 @@ def capture(
     if train and not custom and any(Mode.TRAIN not in region.graphs for region in regions):
         training = _for_training(model, args, kwargs, regions, apart)
     if training is not None:
-        of_parts = [(r.path, _fidelity(r, Mode.TRAIN)) for r in training.regions]
-        if any(found.untrainable for _, found in of_parts):
-            training = None
-        else:
-            checks = [(path, found) for path, found in checks if found.mode is Mode.EVAL]
-            checks += of_parts
+        checks = [(path, found) for path, found in checks if found.mode is Mode.EVAL]
+        checks += [(r.path, _fidelity(r, Mode.TRAIN)) for r in training.regions]
     eager = _eager_macs(model, args, kwargs, regions) if uncaptured else 0
     merged = _merged(checks, _how_trained(regions) if training is not None else "")
     return Captured(model, args, kwargs, regions, uncaptured, merged, eager, training)
@@ -194,6 +190,8 @@ def _fitting_region(
             runner.inputs(args, kwargs)
         except ModelError as cause:
             raise CannotCaptureError(path, cause) from cause
+    if wanted is Wanted.TRAIN and (why := _fidelity(region, Mode.TRAIN).untrainable):
+        raise CannotCaptureError(path, LeftEagerError(Refusal(why, "")))
     return region
 
 

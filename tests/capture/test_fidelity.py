@@ -249,11 +249,20 @@ class _Spectral(nn.Module):
         return torch.fft.irfft(kept, n=8)
 
 
-def test_a_graph_without_a_derivative_is_trained_in_parts() -> None:
-    found = capture(_Spectral(), (torch.randn(4, 8),), {})
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        (_Spectral(), ["layer"]),
+        (nn.Sequential(_Spectral(), nn.Linear(8, 8)), ["0.layer", "1"]),  # a part of it has none
+    ],
+)
+def test_a_graph_without_a_derivative_is_trained_in_parts(
+    model: nn.Module, parts: list[str]
+) -> None:
+    found = capture(model, (torch.randn(4, 8),), {})
     assert [list(region.graphs) for region in found.regions] == [["eval"]]
     assert found.training is not None
-    assert [region.path for region in found.training.regions] == ["layer"]
+    assert [region.path for region in found.training.regions] == parts
     (train,) = (row for row in found.fidelity if row.mode == "train")
     assert train.status == "identical"
     assert "the captured graph has no gradients: slice_scatter does not support" in train.reason

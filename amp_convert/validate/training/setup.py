@@ -52,6 +52,14 @@ def why_not(case: Case, settings: Settings, captured: Captured | None = None) ->
     elif failures:
         error, what = UnsupportedModelError, f"the model has no train graph: {failures[0]}"
         mend = "Make its forward pass exportable in training mode, or give --no-train."
+    elif settings.loss_scaling != "none":
+        odd = [n for n, p in case.model.named_parameters() if p.is_complex() and p.requires_grad]
+        if odd:
+            what = (
+                f"the parameter {odd[0]} is complex, and torch.amp.GradScaler cannot unscale its "
+                "gradients: --loss-scale none trains without"
+            )
+            mend = "Give that, or --dtype bfloat16."
     if what and settings.train:
         raise error(f"training was asked for, but {what}", mend=mend)
     return what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,16 @@ def test_training_needs_batches_and_a_loss() -> None:
 def test_nothing_stands_in_the_way(train: bool | None) -> None:
     assert why_not(case(), Settings(train=train)) == ""
     assert why_not(case(), Settings(train=train), captured("", "")) == ""
+
+
+def test_complex_parameters_have_no_loss_scale() -> None:
+    """The rest of the report is worth having without."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    spectral = dataclasses.replace(case(), model=model)
+    assert why_not(spectral, Settings()).startswith("the parameter weight is complex, and torch")
+    assert why_not(spectral, Settings(loss_scale="none")) == ""
+    assert why_not(spectral, Settings(dtype="bfloat16")) == ""
 
 
 def test_switched_off_comes_before_all_else() -> None:
