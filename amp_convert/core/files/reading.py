@@ -37,6 +37,11 @@ _PART = r"""(?:[\w-]++|"(?:\\.|[^"\\\n])*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+"""
 # A key starts a line, a header or an entry of an inline table.
 _LONG_KEY = re.compile(rf"(?:^|[{{,])[ \t]*+\[{{0,2}}[ \t]*+(?:{_PART}){{{_PARTS},}}", re.MULTILINE)
 
+# A string without an end takes the rest, so that no text is scanned twice.
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NO_BRACKET = bytes(set(range(256)) - set(_STEPS))
+
 
 def read_file(path: Path, most: int = LARGEST, *, follow: bool = True) -> bytes:
     """The bytes of a file. With `follow` False its last name must be a file, not a link to one: in
@@ -61,18 +66,14 @@ def parse_json(data: bytes, digits: int = _DIGITS) -> Any:
             raise ValueError(f"the number {clip(text, 24)} has {len(text)} digits")
         return int(text)
 
-    try:
-        found = json.loads(
-            _decoded(data),
-            object_pairs_hook=_unrepeated,
-            parse_int=whole,
-            parse_float=_finite,
-            parse_constant=_refuse,
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    refuse_deep(found)
-    return found
+    _refuse_deep_json(data)
+    return json.loads(
+        _decoded(data),
+        object_pairs_hook=_unrepeated,
+        parse_int=whole,
+        parse_float=_finite,
+        parse_constant=_refuse,
+    )
 
 
 def parse_toml(data: bytes | str) -> dict[str, Any]:
@@ -89,11 +90,11 @@ def parse_toml(data: bytes | str) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from None
     except ValueError:  # of Python, which limits the digits of a number
         raise ValueError("it holds a number of thousands of digits") from None
-    refuse_deep(table)
+    _refuse_deep(table)
     return table
 
 
-def refuse_deep(value: object) -> None:
+def _refuse_deep(value: object) -> None:
     """Raises ValueError where dicts and lists are nested more than `DEEPEST` levels."""
     level = [value]
     for _ in range(DEEPEST):
@@ -103,6 +104,14 @@ def refuse_deep(value: object) -> None:
         inner = (held.values() if isinstance(held, dict) else held for held in containers)
         level = list(itertools.chain.from_iterable(inner))
     raise ValueError("it is nested too deeply")
+
+
+def _refuse_deep_json(data: bytes) -> None:
+    """The same for a JSON text, by its brackets: making the values first takes twenty times
+    longer."""
+    brackets = _STRING.sub(b"", data).translate(None, _NO_BRACKET)
+    if max(itertools.accumulate(map(_STEPS.__getitem__, brackets)), default=0) >= DEEPEST:
+        raise ValueError("it is nested too deeply")
 
 
 def _decoded(data: bytes) -> str:
