@@ -17,7 +17,7 @@ import gc
 import inspect
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.cast_words import CastWord, Words, words_of
 from amp_convert.capture.export_repairs import (
     detach_no_grad,
+    distinct_casts,
     inline_autocast_off,
     mark_explicit_cast,
     repair,
@@ -46,13 +48,16 @@ from amp_convert.core.mode import Mode
 
 _log = logging.getLogger(__name__)
 
-KEPT_META = ("nn_module_stack", "stack_trace", "torch_fn")
+KEPT_META = ("nn_module_stack", "stack_trace", "torch_fn", "shape")
 
 
 @dataclass(frozen=True)
 class CapturedGraph:
     """One mode of one module as a function of its tensors and the user's inputs. `fixed_sizes` says
-    why it takes none but the sizes it was traced with; "" where the first dimensions may vary."""
+    why it takes none but the sizes it was traced with; "" where the first dimensions may vary.
+
+    `meta["shape"]` of a node that gives a tensor has its sizes: numbers, and the expressions of
+    those that vary, as text. Equal sizes are equal for every input that the graph takes."""
 
     mode: Mode
     graph_module: fx.GraphModule
@@ -70,8 +75,10 @@ def export_graph(
     path: str = "",
     *,
     dynamic: bool = True,
+    words: Callable[[], Words] = dict,
 ) -> CapturedGraph:
-    """Capture `module` in `mode` ("eval" or "train"); `path` is its place in the whole model.
+    """Capture `module` in `mode` ("eval" or "train"); `path` is its place in the whole model, and
+    `words` tells what its casts ask for, if a cast is found.
 
     First dimensions stay dynamic where the model allows it; when tracing them fails for a reason
     that a static trace does not share, they are fixed. Raises whatever `torch.export` raises.
@@ -91,9 +98,9 @@ def export_graph(
     ):
         program, fixed = None, "" if dynamic else "dynamic sizes were not asked for"
         if dynamic:
-            program, fixed = _dynamic_program(module, call, args, kwargs)
+            program, fixed = _dynamic_program(module, call, args, kwargs, words)
         if program is None:
-            program = _program(module, call, args, kwargs, dynamic=False)
+            program = _program(module, call, args, kwargs, dynamic=False, words=words)
             _log.warning("%s: sizes are fixed in %s mode: %s", path or "the model", mode, fixed)
     graph = program.graph
     repair(graph)
@@ -105,6 +112,8 @@ def export_graph(
     nodes = describe(graph, path)
     # What tracing left behind is read; its fake tensors would only stand in the way of a copy.
     for node in graph.nodes:
+        if isinstance(value := node.meta.get("val"), torch.Tensor):
+            node.meta["shape"] = tuple(_size(n) for n in value.shape)
         node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
     graph_module = fx.GraphModule(program.graph_module, graph)
     graph_module.meta = {}
@@ -116,6 +125,10 @@ def export_graph(
         nodes=nodes,
         fixed_sizes=fixed,
     )
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    return size if isinstance(size, int) else str(size)
 
 
 @contextlib.contextmanager
@@ -177,13 +190,33 @@ def _flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
             module.__dict__.pop("forward", None)
 
 
+def _with_regions(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of a graph and, where one calls a region such as `torch.no_grad()`'s, that
+    region's: as they run."""
+    for node in graph_module.graph.nodes:
+        yield node
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            for source in node.all_input_nodes:
+                region = getattr(graph_module, str(source.target), None)
+                if source.op == "get_attr" and isinstance(region, fx.GraphModule):
+                    yield from _with_regions(region)
+
+
+def _goes_low(word: CastWord | None) -> frozenset[str]:
+    return frozenset(name for name, low in vars(word).items() if low) if word else frozenset()
+
+
 def _dynamic_program(
-    module: nn.Module, call: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+    module: nn.Module,
+    call: inspect.Signature,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    words: Callable[[], Words],
 ) -> tuple[torch.export.ExportedProgram | None, str]:
     """The program with dynamic first dimensions, or None and why there is none."""
     try:
         args, kwargs = doubled_batch(args, kwargs)
-        program = _program(module, call, args, kwargs, dynamic=True)
+        program = _program(module, call, args, kwargs, dynamic=True, words=words)
         check_guards(program, bind(call, args, kwargs).arguments)
     except UncheckableSizesError as error:
         return None, str(error)
@@ -199,6 +232,7 @@ def _program(
     kwargs: Mapping[str, Any],
     *,
     dynamic: bool,
+    words: Callable[[], Words],
 ) -> torch.export.ExportedProgram:
     args, kwargs = anew((tuple(args), dict(kwargs)))
     shapes = None
@@ -210,13 +244,17 @@ def _program(
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         _unlogged("torch.fx.experimental.symbolic_shapes"),
+        distinct_casts(),
     ):
         program = torch.export.export(
             module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
         )
     inline_autocast_off(program.graph_module)
+    nodes = list(_with_regions(program.graph_module))
+    heard = words_of(nodes, words)
+    for node in nodes:
+        mark_explicit_cast(node, _goes_low(heard.get(node)))
     for node in list(program.graph.nodes):
-        mark_explicit_cast(node)
         detach_no_grad(node)
     functional: torch.export.ExportedProgram = program.run_decompositions({})
     return functional

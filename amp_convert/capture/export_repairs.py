@@ -15,7 +15,10 @@ There are six, none of which changes a bit of the FP32 result:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,10 +28,22 @@ aten = torch.ops.aten
 AUTOCAST_OFF = "amp_convert_autocast_off"
 """The key in a node's custom metadata that marks it as under `torch.autocast(enabled=False)`."""
 
+GOES_LOW = "amp_convert_goes_low"
+"""The key that marks a cast to another tensor's dtype, and says where that is a low one."""
+
 
 @torch.library.custom_op("amp_convert::explicit_cast", mutates_args=())
 def _explicit_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype, copy=True)
+
+
+def _remember_dtype(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    ctx.dtype = inputs[0].dtype
+
+
+_explicit_cast.register_autograd(
+    lambda ctx, gradient: (gradient.to(ctx.dtype), None), setup_context=_remember_dtype
+)
 
 
 @_explicit_cast.register_fake
@@ -36,21 +51,85 @@ def _(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-_CASTS = (
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
-)  # fmt: skip
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.type_as.default)
 
 
-def mark_explicit_cast(node: fx.Node) -> None:
-    """Repair 1, before decomposition: keep a cast that does nothing while everything is FP32."""
+_NAMES_A_DTYPE = (torch.dtype, torch.Tensor)
+_METHODS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
+
+
+@contextlib.contextmanager
+def distinct_casts() -> Iterator[None]:
+    """While this is open, for a trace: a cast that does nothing gives a tensor of its own all the
+    same.
+
+    Eager gives the tensor back that it was given. To a trace that is one tensor with two names, and
+    all that reads the one later, such as a residual connection, would read the other.
+    """
+
+    def distinct(name: str, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = method(*args, **kwargs)
+        if result is args[0] and result.is_floating_point():
+            given = (*args[1:], *kwargs.values())
+            if name != "to" or any(isinstance(a, _NAMES_A_DTYPE) for a in given):
+                return torch.ops.amp_convert.explicit_cast(result, result.dtype)
+        return result
+
+    with patched_methods(_METHODS, distinct):
+        yield
+
+
+@contextlib.contextmanager
+def patched_methods(
+    names: Iterable[str], call: Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
+) -> Iterator[None]:
+    """While this is open, these methods of tensors go through `call`, which gets their names, the
+    methods themselves and what they are called with. A function mode would stand in the way of all
+    other functions too, and warnings of PyTorch's would name us as their place."""
+
+    def patch(name: str) -> Any:
+        method = getattr(torch.Tensor, name)
+
+        @functools.wraps(method)
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            return call(name, method, args, kwargs)
+
+        return patched
+
+    kept = {name: torch.Tensor.__dict__[name] for name in names if name in torch.Tensor.__dict__}
+    try:
+        for name in names:
+            setattr(torch.Tensor, name, patch(name))
+        yield
+    finally:
+        for name in names:
+            if name in kept:
+                setattr(torch.Tensor, name, kept[name])
+            elif name in torch.Tensor.__dict__:
+                delattr(torch.Tensor, name)
+
+
+def mark_explicit_cast(node: fx.Node, goes_low: frozenset[str] = frozenset()) -> None:
+    """Repair 1, before decomposition: keep a cast that does nothing while everything is FP32.
+    `goes_low` is where it asks for a low dtype, as in `NodeInfo`.
+
+    `x.to(device)` is no cast, though the trace gives it x's dtype: it comes as `to.dtype_layout`,
+    which nothing that names a dtype does.
+    """
+    explicit = torch.ops.amp_convert.explicit_cast.default
     if node.target not in _CASTS or node.kwargs.get("copy"):
         return
     before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
     if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
         return
     if before.is_floating_point() and before.dtype == after.dtype and before.device == after.device:
-        node.target = torch.ops.amp_convert.explicit_cast.default
-        node.args, node.kwargs = (node.args[0], after.dtype), {}
+        marked = [user for user in node.users if user.target is explicit]
+        if not marked:  # made by an operator of PyTorch's, which no function mode sees
+            node.target = explicit
+            node.args, node.kwargs = (node.args[0], after.dtype), {}
+            marked = [node]
+        for cast in marked if goes_low else ():
+            cast.meta["custom"] = {**cast.meta.get("custom", {}), GOES_LOW: goes_low}
 
 
 def detach_no_grad(node: fx.Node) -> None:
@@ -128,10 +207,11 @@ def _expand_source(copy: fx.Node) -> None:
     assert isinstance(source, fx.Node)
     if source.meta["val"].dtype != destination.meta["val"].dtype:
         with copy.graph.inserting_before(copy):
-            source = copy.graph.call_function(
+            cast = copy.graph.call_function(
                 aten._to_copy.default, (source,), {"dtype": destination.meta["val"].dtype}
             )
-        source.meta = dict(copy.meta)
+        cast.meta = {**copy.meta, "val": source.meta["val"].to(destination.meta["val"].dtype)}
+        source = cast
     copy.target, copy.args = aten.expand_as.default, (source, destination)
 
 

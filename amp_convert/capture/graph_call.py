@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.flat_call import flat_call
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source, UserInput
 from amp_convert.core.errors import ModelError, UnsupportedModelError
 from amp_convert.core.module_state import Attributes
@@ -41,7 +42,8 @@ def bind(
 
 
 class GraphRunner:
-    """Runs one graph of a module, in the module's own calling convention."""
+    """Runs one graph of a module, in the module's own calling convention. `run` is what is called
+    in place of the graph: it takes the same flat inputs and gives the same flat outputs."""
 
     def __init__(
         self,
@@ -49,36 +51,50 @@ class GraphRunner:
         signature: Signature,
         constants: Mapping[str, torch.Tensor],
         owner: nn.Module,
+        run: Callable[..., Any] | None = None,
     ) -> None:
+        self._run = run or graph_module
         self.graph_module, self.signature = graph_module, signature
         self.owner, self._constants = owner, dict(constants)
         self._changes = len(signature.buffer_outputs) + len(signature.input_outputs)
         self._slots = [(*self._slot(spec), spec.mutated) for spec in signature.inputs]
+        self._flat = flat_call(signature)
         self._submodules = [
-            (path, module._modules, name, child)
+            (module._modules, name, child, path)
             for path, module in owner.named_modules()
             for name, child in module._modules.items()
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_flat": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _flat=flat_call(state["signature"]))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs(args, kwargs)
-        return self.finish(self.graph_module(*inputs), inputs)
+        return self.finish(self._run(*inputs), inputs)
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's flat inputs: the module's tensors and the leaves of the user's call. Raises
         ModelError for a call that does not fit, or a module whose parts are not what they were."""
-        for path, children, name, child in self._submodules:
+        for children, name, child, path in self._submodules:
             if children.get(name) is not child:
                 raise ModelError(
                     f"the submodule {name} was replaced after the model was captured",
                     where=path,
                     mend="Convert the model anew.",
                 )
-        leaves = iter(self._leaves(args, kwargs))
+        leaves = iter(self._flat_leaves(args, kwargs) or self._leaves(args, kwargs))
         return [
             next(leaves) if store is None else store[key].clone() if mutated else store[key]
             for store, key, mutated in self._slots
         ]
+
+    @property
+    def writes(self) -> bool:
+        """Whether a call changes buffers or inputs."""
+        return self._changes > 0
 
     def tensors(self) -> list[torch.Tensor | None]:
         """The module's own tensors in the order of the graph's inputs; None for the user's."""
@@ -118,6 +134,12 @@ class GraphRunner:
         if spec.source is Source.CONSTANT:
             return self._constants, spec.target
         return _lookup(self.owner, spec.target)
+
+    def _flat_leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
+        try:
+            return self._flat(*args, **kwargs) if self._flat is not None else None
+        except TypeError:  # it does not fit, and the slow way says why
+            return None
 
     def _leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The leaves of a call, in the order of capture, checked against what was captured.

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 import amp_convert
-from amp_convert.capture.export_repairs import AUTOCAST_OFF
+from amp_convert.capture.export_repairs import AUTOCAST_OFF, GOES_LOW
 from amp_convert.core.op_facts import op_name, short_name
 
 
@@ -24,7 +24,8 @@ class NodeInfo:
 
     `identity` is `layer/op#ordinal`: it survives recapture, which FX names do not. `modules` are
     the class paths around the node, innermost first; `location` is the user's file and line.
-    `autocast_off` is whether the model's own code has switched autocast off there.
+    `autocast_off` is whether the model's own code has switched autocast off there; `goes_low` says
+    of a cast to the dtype of another tensor where that is a low one: `all_low` and `autocast`.
     """
 
     identity: str
@@ -33,6 +34,7 @@ class NodeInfo:
     op: str
     location: str
     autocast_off: bool = False
+    goes_low: frozenset[str] = frozenset()
 
     @property
     def short_op(self) -> str:
@@ -54,8 +56,11 @@ def describe(graph: fx.Graph, path: str) -> dict[str, NodeInfo]:
         ordinal = ordinals[layer, short]
         ordinals[layer, short] += 1
         identity = f"{layer}/{short}#{ordinal}"
-        off = AUTOCAST_OFF in node.meta.get("custom", {})
-        described[node.name] = NodeInfo(identity, layer, modules, op, user_location(node), off)
+        custom = node.meta.get("custom", {})
+        described[node.name] = NodeInfo(
+            identity, layer, modules, op, user_location(node),
+            AUTOCAST_OFF in custom, custom.get(GOES_LOW, frozenset()),
+        )  # fmt: skip
     return described
 
 
@@ -90,11 +95,16 @@ _PACKAGES = sorted(
 
 def user_location(node: fx.Node) -> str:
     """`file:line` of the innermost frame of the node's stack trace that is not PyTorch's own."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    for file, line in reversed(frames):
+    frame = user_frame(node.meta.get("stack_trace") or "")
+    return f"{short_path(frame[0])}:{frame[1]}" if frame else ""
+
+
+def user_frame(stack_trace: str) -> tuple[str, int] | None:
+    """File and line of the innermost frame that is not PyTorch's own."""
+    for file, line in reversed(re.findall(r'File "([^"]+)", line (\d+)', stack_trace)):
         if not is_library_frame(file):
-            return f"{short_path(file)}:{line}"
-    return ""
+            return file, int(line)
+    return None
 
 
 def is_library_frame(file: str) -> bool:

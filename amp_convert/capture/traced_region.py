@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum, auto
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture import fidelity
 from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
+from amp_convert.capture.cast_words import Words, cast_words
 from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.hooks import own_hooks_off
@@ -91,9 +92,10 @@ def traced_region(
 def _traced(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: Wanted
 ) -> Region:
+    words = cache(partial(cast_words, module, args, kwargs))
     try:
         _refuse_state(module, args, kwargs)
-        graphs = {Mode.EVAL: _graph(module, args, kwargs, Mode.EVAL, path)}
+        graphs = {Mode.EVAL: _graph(module, args, kwargs, Mode.EVAL, path, words)}
     except (ModelError, UnsupportedModelError):
         raise
     except Exception as cause:  # export fails in as many ways as user code does
@@ -102,7 +104,7 @@ def _traced(
     train_failure = "" if wanted is not Wanted.EVAL else "training was not asked for"
     try:
         if wanted is not Wanted.EVAL:
-            graphs[Mode.TRAIN] = _graph(module, args, kwargs, Mode.TRAIN, path)
+            graphs[Mode.TRAIN] = _graph(module, args, kwargs, Mode.TRAIN, path, words)
     except Exception as cause:  # the eval graph is worth having without; fidelity says so
         _refuse_environment(cause)
         if wanted is Wanted.TRAIN:
@@ -140,11 +142,16 @@ def _refuse_state(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def _graph(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: Mode, path: str
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    mode: Mode,
+    path: str,
+    words: Callable[[], Words],
 ) -> CapturedGraph:
     """The graph of one mode. A batch of one is traced as two, so that its size can vary; a model
     to which one and two are different things is traced as it is."""
-    graph = export_graph(module, args, kwargs, mode, path)
+    graph = export_graph(module, args, kwargs, mode, path, words=words)
     traced_args, traced_kwargs = doubled_batch(args, kwargs)
     if traced_args is args and traced_kwargs is kwargs:
         return graph
@@ -153,7 +160,9 @@ def _graph(
         same = fidelity.check(module, runner, args, kwargs, mode).status != "different"
     except (RuntimeError, ModelError):
         same = False
-    return graph if same else export_graph(module, args, kwargs, mode, path, dynamic=False)
+    if same:
+        return graph
+    return export_graph(module, args, kwargs, mode, path, dynamic=False, words=words)
 
 
 class _Recorder(fx.Interpreter):

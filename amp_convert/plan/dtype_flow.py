@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from amp_convert.capture.captured import Value
 from amp_convert.core.errors import first_line
 from amp_convert.core.number_formats import castable
-from amp_convert.core.op_facts import facts_of_target
+from amp_convert.core.op_facts import Family, facts_of_target
 
 
 class Precision(StrEnum):
@@ -102,6 +102,15 @@ def propagate(
     }
 
 
+def is_cast_to_fp32(node: fx.Node) -> bool:
+    """Whether a node is a cast that names float32, as each does that a trace of an FP32 model has
+    for one to the dtype that the model works in."""
+    named = pytree.tree_leaves((node.args, node.kwargs))
+    return facts_of_target(node.target).is_a(Family.CAST) and torch.float32 in [
+        leaf for leaf in named if isinstance(leaf, torch.dtype)
+    ]
+
+
 class _Walk:
     def __init__(self, values: Mapping[str, Any], low: torch.dtype, device: str) -> None:
         self._values, self._low, self._device = values, low, device
@@ -116,7 +125,10 @@ class _Walk:
         inputs = tuple(
             want if want != have else None for want, have in zip(wanted, arriving, strict=True)
         )
-        result = self._result(node, arguments, wanted)
+        if precision is Precision.LOW and is_cast_to_fp32(node):
+            result: Any = self._low  # the word of its code is "the working dtype"
+        else:
+            result = self._result(node, arguments, wanted)
         output = None
         if precision is Precision.LOW and facts_of_target(node.target).delivers_low:
             output, result = self._low, self._low

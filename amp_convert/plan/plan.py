@@ -187,6 +187,13 @@ class Plan:
     unmatched_rules: tuple[str, ...]
     eager_macs: int = 0
 
+    @property
+    def exact(self) -> bool:
+        """Whether the bits are to be those of PyTorch itself: of autocast, or of the original."""
+        return self.painting == Painting.AUTOCAST or not any(
+            d.low for d in (*self.eval, *self.train)
+        )
+
     def unknown_ops(self) -> dict[str, int]:
         """Operators that no rule names and how many nodes of each stayed FP32 for that, sorted."""
         unknown = Counter(d.op for d in self.eval if d.kind is DecisionKind.UNKNOWN)

@@ -103,6 +103,13 @@ class _GraphPlanner:
         self._graph = captured.graph_module.graph
         self._infos, self._values = captured.nodes, region.traces[mode].values
         self._evidence = Evidence(region, mode, stats, dtype)
+        self._tensors = {
+            node: tensor
+            for node, tensor in zip(
+                self._graph.find_nodes(op="placeholder"), region.runner(mode).tensors(), strict=True
+            )
+            if tensor is not None
+        }
         self._nodes = [n for n in self._graph.nodes if self._is_concerned(n)]
         self._index = {node.name: i for i, node in enumerate(self._nodes)}
         judge = Judge(rules, dtype, device, mode, refused)
@@ -204,12 +211,32 @@ class _GraphPlanner:
             else:
                 precision[node.name] = Precision.ORIGINAL
         for node in self._nodes:
-            # A lookup delivers low values only where nobody wants them back in FP32.
-            if facts_of_target(node.target).delivers_low and any(
-                precision.get(user.name) is not Precision.LOW for user in node.users
+            # A lookup delivers low values only where nobody wants them back in FP32, or where its
+            # table is held in low precision anyway.
+            if (
+                precision[node.name] is Precision.LOW
+                and facts_of_target(node.target).delivers_low
+                and any(precision.get(user.name) is not Precision.LOW for user in node.users)
+                and not self._is_table_low(node, precision)
             ):
                 precision[node.name] = Precision.ORIGINAL
         return precision
+
+    def _is_table_low(self, lookup: fx.Node, precision: Mapping[str, Precision]) -> bool:
+        """Whether something else than lookups reads the table in low precision, such as a head that
+        shares it: then it would be held twice."""
+        table = lookup.args[0]
+        readers = [
+            user
+            for placeholder, tensor in self._tensors.items()
+            if isinstance(table, fx.Node) and tensor is self._tensors.get(table)
+            for user in placeholder.users
+        ]
+        return any(
+            precision.get(user.name) is Precision.LOW
+            and not facts_of_target(user.target).delivers_low
+            for user in readers
+        )
 
     def _producers(self, node: fx.Node) -> list[str]:
         """Names of the nodes whose FP32 results this one reads, seen through tuple access."""

@@ -57,6 +57,19 @@ _EXPLICIT = Ruling(
 )  # fmt: skip
 
 
+# A cast to another tensor's dtype. Under autocast that may be the dtype of a weight, FP32.
+_WORKING = Ruling(
+    DecisionKind.RULE, Category.ALLOW, "working dtype",
+    "the model's own code goes back to the dtype that it works in", "model", own=Category.ALLOW,
+)  # fmt: skip
+
+
+_WORKING_IN_FP32 = Ruling(
+    DecisionKind.RULE, Category.DENY, "working dtype",
+    "the model's own code asks for a dtype that is FP32 under autocast", "model",
+)  # fmt: skip
+
+
 # An op rule cannot see arguments.
 _ACCUMULATING = Ruling(
     DecisionKind.RULE, Category.DENY, "accumulating write",
@@ -103,12 +116,16 @@ class Judge:
             place, node=info.identity, layer=info.layer, modules=info.modules
         )
         is_cast = facts_of_target(node.target).is_a(Family.CAST)
-        if is_cast and isinstance(result, Value) and "dtype" in _arguments(node):
+        explicit = is_cast and isinstance(result, Value) and "dtype" in _arguments(node)
+        if explicit and not info.goes_low:
             return _EXPLICIT
         by_op = self._rules.match_op(place, info.op)
         own = by_op.category if by_op is not None else None
         if rule is None and info.autocast_off:
             return replace(_AUTOCAST_OFF, own=own)
+        if rule is None and info.goes_low and own is not Category.DENY:
+            native = self._rules.painting is Painting.AUTOCAST
+            return _WORKING if not native or "autocast" in info.goes_low else _WORKING_IN_FP32
         if rule is None:
             rule = by_op
             if rule is not None and rule.category is Category.INFER and self._accumulates(node):

@@ -35,6 +35,7 @@ from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_other_dtypes
 from amp_convert.rewrite.graph_execution import KernelError, runner_of, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
+from amp_convert.rewrite.kernels.tuned_graph import RunningGraph
 from amp_convert.rules.rule_set import Rules, rules_of_text
 
 
@@ -93,7 +94,7 @@ class ConvertedModel(nn.Module):
             rewritten.setdefault(region.path, {})[mode] = rewrite(region, mode, plan)
         self.__dict__["rewritten"] = rewritten
         self.__dict__["_parts"] = {
-            region.path: _Part(region, rewritten[region.path])
+            region.path: _Part(region, rewritten[region.path], exact=plan.exact)
             for mode in Mode
             for region in captured.in_mode(mode).regions
         }
@@ -236,8 +237,11 @@ def _unheard(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
 class _Part:
     """The rewritten graphs of one captured part."""
 
-    def __init__(self, region: Region, rewritten: Mapping[Mode, Rewritten]) -> None:
+    def __init__(self, region: Region, rewritten: Mapping[Mode, Rewritten], *, exact: bool) -> None:
         self._runners = {mode: runner_of(r, region.module) for mode, r in rewritten.items()}
+        if (found := rewritten.get(Mode.EVAL)) is not None:
+            running = RunningGraph(found.graph_module, found.captured.signature, exact=exact)
+            self._runners[Mode.EVAL] = runner_of(found, region.module, running)
         self._why_no_train = region.train_failure
 
     def __call__(self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -68,6 +68,7 @@ def _cast_table(graph: fx.Graph, cast: fx.Node) -> None:
         return
     with graph.inserting_before(lookup):
         table = graph.call_function(aten._to_copy.default, (weight,), dict(cast.kwargs))
+    lookup.meta["dtype"] = cast.kwargs["dtype"]
     lookup.args = (table, *lookup.args[1:])
     cast.replace_all_uses_with(lookup)
     graph.erase_node(cast)
@@ -116,6 +117,7 @@ class _Folder:
                 name = weight if weight not in tensors else f"{weight}_{_dtype_name(node, value)}"
                 with self._graph.inserting_before(first):
                     held[key] = self._graph.placeholder(f"folded_{len(specs)}")
+                held[key].meta = {"shape": tuple(value.shape), "dtype": value.dtype}
                 specs.append(InputSpec(Source.BUFFER, name))
                 tensors[name] = value
             node.replace_all_uses_with(held[key])

@@ -19,6 +19,7 @@ from amp_convert.plan.plan import Plan
 from amp_convert.rewrite.fold_constants import Folded, fold
 from amp_convert.rewrite.graph_execution import runner_of
 from amp_convert.rewrite.insert_casts import Rewritten
+from amp_convert.rewrite.kernels.tuned_graph import RunningGraph
 
 if TYPE_CHECKING:
     from amp_convert.rewrite.converted_model import ConvertedModel
@@ -45,17 +46,14 @@ class FrozenModel(nn.Module):
         }
         if captured.is_whole:
             hold(self, folded[""].tensors)
-            runner = GraphRunner(folded[""].graph_module, folded[""].signature, {}, self)
-            self.__dict__["_callee"] = runner
+            self.__dict__["_callee"] = _runner(folded[""], self, exact=self.plan.exact)
         else:
             # What was not captured runs as it is, on a copy of its own.
             model = _copied(captured.model)
             for path, part in folded.items():
                 module = model.get_submodule(path)
                 hold(module, part.tensors)
-                module.__dict__["forward"] = GraphRunner(
-                    part.graph_module, part.signature, {}, module
-                )
+                module.__dict__["forward"] = _runner(part, module, exact=self.plan.exact)
             for name in MODULE_STATE:
                 self.__dict__[name] = model.__dict__[name]
             model.training = False
@@ -79,6 +77,11 @@ class FrozenModel(nn.Module):
             )
         super().train(False)
         return self
+
+
+def _runner(folded: Folded, owner: nn.Module, *, exact: bool) -> GraphRunner:
+    running = RunningGraph(folded.graph_module, folded.signature, exact=exact)
+    return GraphRunner(folded.graph_module, folded.signature, {}, owner, running)
 
 
 def _copied(model: nn.Module) -> nn.Module:

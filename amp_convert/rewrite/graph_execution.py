@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,10 @@ def try_kernels(rewritten: Rewritten, inputs: Sequence[Any]) -> None:
         running.free()
 
 
-def runner_of(rewritten: Rewritten, owner: nn.Module) -> GraphRunner:
-    """A rewritten graph, callable as the module `owner` is, over its tensors."""
+def runner_of(
+    rewritten: Rewritten, owner: nn.Module, run: Callable[..., Any] | None = None
+) -> GraphRunner:
+    """A rewritten graph, callable as the module `owner` is, over its tensors; `run` as in
+    `GraphRunner`."""
     captured = rewritten.captured
-    return GraphRunner(rewritten.graph_module, captured.signature, captured.constants, owner)
+    return GraphRunner(rewritten.graph_module, captured.signature, captured.constants, owner, run)

@@ -20,7 +20,7 @@ from amp_convert.capture.captured import Region, Value
 from amp_convert.capture.export import CapturedGraph
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import castable, from_name, name_of
-from amp_convert.plan.dtype_flow import tensor_arguments
+from amp_convert.plan.dtype_flow import is_cast_to_fp32, tensor_arguments
 from amp_convert.plan.plan import Decision, Plan, PlannedInput
 
 aten = torch.ops.aten
@@ -30,9 +30,10 @@ aten = torch.ops.aten
 class Rewritten:
     """A mixed-precision graph with the signature of the captured one.
 
-    `values` maps the FX name of each node of the FP32 graph to the node of this one that holds its
-    value, `origins` each node of this one that is no cast to the FP32 node it carries out; `casts`
-    names the casts that were inserted. `decisions` has the planned decision of each call.
+    `meta["dtype"]` of a node that gives a tensor is that tensor's. `values` maps the FX name of
+    each node of the FP32 graph to the node of this one that holds its value, `origins` each node of
+    this one that is no cast to the FP32 node it carries out; `casts` names the casts that were
+    inserted. `decisions` has the planned decision of each call.
     """
 
     captured: CapturedGraph
@@ -86,10 +87,18 @@ class _Rewriter:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         new = self._graph.node_copy(node, lambda n: self._values[n.name])
-        new.meta = dict(node.meta)
+        new.meta = {**node.meta, "dtype": self._dtype(node)}
         self._values[node.name] = new
         self._origins[new.name] = node.name
         return new
+
+    def _dtype(self, node: fx.Node) -> torch.dtype | None:
+        """The dtype of a node's tensor in this graph, before a cast of its result."""
+        value, decision = self._recorded.get(node.name), self._decisions.get(node.name)
+        if not isinstance(value, Value):
+            return None
+        planned = decision is not None and castable(value.dtype) and decision.output_dtype is None
+        return from_name(decision.dtype) if planned and decision else value.dtype
 
     def _call(self, node: fx.Node) -> None:
         decision = self._decisions[node.name]
@@ -98,6 +107,8 @@ class _Rewriter:
         new.args = fx.map_arg(node.args, lambda _: next(arguments))
         new.kwargs = fx.map_arg(node.kwargs, lambda _: next(arguments))
         new.args, new.kwargs = planned_numbers((new.args, new.kwargs), decision)
+        if decision.low and is_cast_to_fp32(node):
+            new.args, new.kwargs = _in_place_of_fp32((new.args, new.kwargs), decision.dtype)
         if decision.output_dtype is not None:
             self._values[node.name] = self._casted(new, from_name(decision.output_dtype))
 
@@ -123,7 +134,9 @@ class _Rewriter:
                 raised = call(aten.clamp_min.default, (value, clamp))
                 is_out = call(aten.eq.Scalar, (value, -math.inf))
                 value = call(aten.where.self, (is_out, value, raised))
+            shape = key[0].meta.get("shape")
             self._cast[key] = call(aten._to_copy.default, (value,), {"dtype": dtype})
+            self._cast[key].meta = {"shape": shape, "dtype": dtype}
         return self._cast[key]
 
     def _times(self, value: fx.Node, scale: float) -> fx.Node:
@@ -131,6 +144,7 @@ class _Rewriter:
         key = (value, scale)
         if key not in self._scaled:
             self._scaled[key] = self._graph.call_function(aten.mul.Tensor, key)
+            self._scaled[key].meta = {k: value.meta.get(k) for k in ("shape", "dtype")}
         return self._scaled[key]
 
     def _output(self, node: fx.Node) -> None:
@@ -145,6 +159,12 @@ class _Rewriter:
             return new if decision.dtype == want else self._casted(new, value.dtype)
 
         self._graph.output(fx.map_arg(node.args[0], restored))
+
+
+def _in_place_of_fp32(arguments: Any, dtype: str) -> Any:
+    return pytree.tree_map(
+        lambda leaf: from_name(dtype) if leaf is torch.float32 else leaf, arguments
+    )
 
 
 def planned_inputs(

@@ -25,8 +25,8 @@ def test_conditions_that_nobody_can_check_fix_the_sizes(
 ) -> None:
     program = export._program
 
-    def changed(*args: Any, dynamic: bool) -> Any:
-        made = program(*args, dynamic=dynamic)
+    def changed(*args: Any, dynamic: bool, words: Any) -> Any:
+        made = program(*args, dynamic=dynamic, words=words)
         if dynamic and codes is None:
             del made._guards_code
         elif dynamic:

@@ -143,13 +143,34 @@ def test_a_tied_weight_is_stored_once() -> None:
     assert size(amp.convert(model, ids).freeze()) == 50 * 32 * 2
 
 
-def test_a_table_that_is_read_in_fp32_is_stored_in_both() -> None:
-    """GPT-2 adds the entries of its table up in FP32, and the table is its head, too, in FP16."""
-    mixed = converted("gpt2")
-    lookup = next(d for d in mixed.plan.eval if d.node == "transformer.wte/aten.embedding#0")
-    assert lookup.output_dtype is None
-    tables = [t for t in mixed.freeze().state_dict().values() if t.shape == (99, 32)]
-    assert {t.dtype for t in tables} == {torch.float16, torch.float32}
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_that_is_read_in_fp32_is_held_once(tied: bool) -> None:
+    """Its entries go where FP32 is wanted. Where the table is a head as well, they are low, and
+    cast: else it would be held in both. GPT-2's is such a table, and reads its entries low."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(50, 32)
+            self.head = nn.Linear(32, 50, bias=False)
+            if tied:
+                self.head.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            entries = self.embed(ids)
+            return self.head(entries), entries.float().exp().sum()
+
+    torch.manual_seed(0)
+    model, ids = Reads(), torch.randint(0, 50, (2, 3))
+    mixed = amp.convert(model, ids)
+    lookup = next(d for d in mixed.plan.eval if d.op == "aten.embedding")
+    assert lookup.output_dtype == ("float16" if tied else None)
+    tables = [t for t in mixed.freeze().state_dict().values() if t.shape == (50, 32)]
+    assert sorted(str(t.dtype) for t in tables) == (
+        ["torch.float16"] if tied else ["torch.float16", "torch.float32"]
+    )
+    tables = [t for t in converted("gpt2").freeze().state_dict().values() if t.shape == (99, 32)]
+    assert [t.dtype for t in tables] == [torch.float16]
 
 
 def test_a_weight_used_in_both_precisions_is_stored_in_both() -> None:

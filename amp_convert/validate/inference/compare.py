@@ -1,9 +1,9 @@
 """ConvertedModel -> `Divergence`: the mixed model held against its FP32 original in inference.
 
 The first batches go through the FP32 graph and the mixed graph in step (see `lockstep`), which
-shows each node's error; all others through both models as they are, within a time limit. Each batch
-also goes through the eager FP32 model: a graph is right only for inputs on which the model takes
-the path that was traced, so the reference itself is checked on every batch. And through native
+shows each node's error. Outputs are those of both models as they are, within a time limit. Each
+batch also goes through the eager FP32 model: a graph is right only for inputs on which the model
+takes the path that was traced, so the reference itself is checked on each batch. And through native
 `torch.autocast`, FP32 nudged by one ULP, the frozen model and the user's metrics (see
 `other_arms`). Sums are kept, values are not, so nothing grows with the number of batches.
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from amp_convert.capture.graph_call import GraphRunner, in_mode
+from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.batches import LOSS, Batch, MetricMeans, Score, batch_size, no_score
 from amp_convert.core.errors import ModelError
@@ -193,39 +193,37 @@ class _Comparison:
             self._reference_rel_l2 = larger(self._reference_rel_l2, error)
 
     def _both(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> tuple[Any, Any]:
-        """Both models' outputs for one batch, with every node visited on the way for the first
-        batches."""
-        if self.batches < self._node_batches:
-            return self._in_step(args, kwargs, state)
-        if not self._captured.is_whole:
-            reference = self._arms.original(args, kwargs, state)
-            return reference, self._arms.mixed(args, kwargs, state)
-        runner = self._captured.regions[0].runner(Mode.EVAL)
-        graphs = (runner.graph_module, self._converted.rewritten[""][Mode.EVAL].graph_module)
-        outputs = []
-        for graph in graphs:
-            set_rng_state(self._device, state)
-            outputs.append(graph(*runner.inputs(args, kwargs)))
-        return self._results(runner, *outputs)
-
-    def _results(
-        self, runner: GraphRunner, reference: Sequence[Any], mixed: Sequence[Any]
-    ) -> tuple[Any, Any]:
-        """The outputs of both graphs; what they would write to buffers and inputs is compared."""
-        for name, want, have in runner.changes(reference, mixed):
-            self._outputs.setdefault(name, OutputSums(want.dtype)).add(want, have)
-        return runner.results(reference), runner.results(mixed)
-
-    def _in_step(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any
-    ) -> tuple[Any, Any]:
-        """Both models' outputs, node by node. Of a model that was captured in parts the reference
-        is the eager model itself."""
+        """Both models' outputs for one batch: the reference's, and those of the mixed model as it
+        runs, whose kernels need not be those that its nodes are visited with. Of a model that was
+        captured in parts the reference is the eager model itself."""
         if self._captured.is_whole:
-            region = self._captured.regions[0]
-            runner = region.runner(Mode.EVAL)
+            return self._whole(args, kwargs, state), self._arms.mixed(args, kwargs, state)
+        if self.batches < self._node_batches:
+            self._parts_in_step(args, kwargs)
+        reference = self._arms.original(args, kwargs, state)
+        return reference, self._arms.mixed(args, kwargs, state)
+
+    def _whole(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
+        """The reference's outputs. Nodes are visited on the way for the first batches; what both
+        graphs would write to buffers and inputs is compared."""
+        runner = self._captured.regions[0].runner(Mode.EVAL)
+        if self.batches < self._node_batches:
             inputs = runner.inputs(args, kwargs)
-            return self._results(runner, *self._tables[""].run(inputs, inputs))
+            reference, mixed = self._tables[""].run(inputs, inputs)
+        else:
+            set_rng_state(self._device, state)
+            reference, mixed = runner.graph_module(*runner.inputs(args, kwargs)), None
+            if runner.writes:
+                set_rng_state(self._device, state)
+                graph = self._converted.rewritten[""][Mode.EVAL].graph_module
+                mixed = graph(*runner.inputs(args, kwargs))
+        if mixed is not None:
+            for name, want, have in runner.changes(reference, mixed):
+                self._outputs.setdefault(name, OutputSums(want.dtype)).add(want, have)
+        return runner.results(reference)
+
+    def _parts_in_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Visit the nodes of the parts of a model that was not captured whole."""
         reference_calls = self._captured.calls(args, kwargs)
         mixed_calls = self._converted.calls(args, kwargs)
         self._parted += [r for r, _ in reference_calls] != [r for r, _ in mixed_calls]
@@ -240,7 +238,6 @@ class _Comparison:
             self._tables[region.path].run(
                 runner.inputs(ref_args, ref_kwargs), runner.inputs(mix_args, mix_kwargs)
             )
-        return self._arms.original(args, kwargs, state), self._arms.mixed(args, kwargs, state)
 
     def result(self, lower_is_better: frozenset[str], metrics_reason: str) -> Divergence:
         tables = self._tables.values()

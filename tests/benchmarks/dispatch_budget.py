@@ -1,0 +1,23 @@
+"""What a frozen model of the zoo may dispatch: the numbers in `dispatch_budget.toml`."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_suffix(".toml")
+HEAD = """\
+# One forward pass of each frozen model of tests/zoo.py in BF16 on a CPU: kernel calls, casts, bytes
+# moved, stored, and held at the peak. None may exceed its number; `write_budget` writes them.
+#
+# `regions` says why a model has an FP32 region that the model in BF16 has not, one sentence each,
+# separated by semicolons: each may cost two casts. `tables` says why a table is stored in FP32.
+"""
+
+
+def budget() -> dict[str, dict[str, Any]]:
+    """The budget of each model, by its name in the zoo."""
+    if not FILE.exists():
+        return {}
+    return tomllib.loads(FILE.read_text())

@@ -1,0 +1,26 @@
+"""What a converted model runs, for the tests of kernel passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from amp_convert.rewrite.kernels.tuned_graph import RunningGraph
+
+
+def running(model: Any) -> RunningGraph:
+    """The eval graph of a model that was captured whole, converted or frozen."""
+    parts = model.__dict__.get("_parts")
+    runner = model.__dict__["_callee"] if parts is None else parts[""]._runners["eval"]
+    found: RunningGraph = runner._run
+    return found
+
+
+def targets(graph_module: fx.GraphModule) -> list[str]:
+    """The names of what a graph calls, in order."""
+    return [
+        getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+        for node in graph_module.graph.nodes
+        if node.op in ("call_function", "call_module")
+    ]

@@ -1,0 +1,67 @@
+"""Law 5 on every model of the zoo, counted: a frozen model asks no more of a device than the model
+in the low dtype does, but for what its budget names. And what the counter counts."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils import _pytree as pytree
+
+from tests import zoo
+from tests.benchmarks.dispatch import counted, inference_arms
+from tests.benchmarks.dispatch_budget import budget
+from tests.zoo import every_model
+
+
+@every_model
+def test_a_frozen_model_keeps_to_its_budget(name: str) -> None:
+    model, args, kwargs = zoo.example(name)
+    arms = inference_arms(model, zoo.converted(name, dtype=torch.bfloat16), args, kwargs)
+    frozen, low, allowed = arms["frozen"], arms["all low"], budget()[name]
+    count = frozen.count
+    assert count.total <= allowed["calls"]
+    assert count.casts <= allowed["casts"]
+    assert count.moved <= allowed["moved"]
+    assert frozen.stored <= allowed["stored"]
+    assert frozen.peak <= allowed["peak"]
+
+    # The law: what the model in BF16 asks for, a cast for each input and output, and two for each
+    # FP32 region that is named.
+    with zoo.mode(model), torch.no_grad():
+        given = pytree.tree_leaves((args, kwargs, model(*args, **kwargs)))
+    ends = sum(isinstance(t, torch.Tensor) and t.is_floating_point() for t in given)
+    regions = len(list(filter(None, allowed.get("regions", "").split(";"))))
+    assert count.total <= low.count.total + ends + 2 * regions
+    assert count.casts <= low.count.casts + ends + 2 * regions
+    assert count.moved - count.wide <= 1.02 * low.count.moved
+    if "tables" not in allowed:
+        assert frozen.stored <= 1.02 * low.stored + 1024  # norms' statistics, a scale
+    assert _attention(count.calls) == _attention(low.count.calls)
+
+
+def _attention(calls: dict[str, int]) -> dict[str, int]:
+    return {kernel: n for kernel, n in calls.items() if "attention" in kernel}
+
+
+def test_what_is_counted() -> None:
+    x = torch.randn(4, 6)
+
+    def call() -> None:
+        y = x.t().expand(2, 6, 4)  # views
+        y = torch.empty(6, 4).copy_(y[0])  # an allocation, and a copy in one dtype
+        y = y.to(torch.float16)  # a cast
+        y.mul_(2)
+        q = torch.zeros(1, 1, 3, 8)
+        scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    count = counted(call)
+    assert dict(count.calls) == {
+        "copy_": 1, "_to_copy": 1, "mul_.Tensor": 1, "zeros": 1,
+        "_scaled_dot_product_flash_attention_for_cpu(no mask, causal)": 1,
+    }  # fmt: skip
+    assert count.casts == 1
+    only = counted(lambda: x.to(torch.float16))
+    assert (only.read, only.written, only.moved, only.wide) == (96, 48, 144, 144)
+    assert counted(lambda: x.half().add_(1)).moved == 144 + 96
+    spread = torch.randn(6).expand(4, 6)
+    assert counted(lambda: spread + 1).read == 24
