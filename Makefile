@@ -13,7 +13,7 @@ NEIGHBOURS := .venv-neighbours/.stamp
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-onnx healthy hunt kinds fuzz kill clean
+.PHONY: help demo test lint bench bench-gpu bench-onnx dispatch healthy hunt kinds fuzz kill clean
 
 help: ## Say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -33,6 +33,14 @@ lint: $(STAMP) ## Check style, types and the order of imports
 
 bench: $(STAMP) ## Print the speed and memory figures, side by side
 	$(BIN)/python -m tests.benchmarks.bench
+	$(BIN)/python -m tests.benchmarks.speed --device cpu
+
+# On a machine with a GPU and PyTorch for it; PYTHON names the interpreter.
+bench-gpu: ## Print the speed of each arm on one GPU; needs PyTorch with CUDA, and transformers
+	$(PYTHON) -m tests.benchmarks.speed --device cuda --dtype float16 --full --turns 25
+
+dispatch: $(STAMP) ## Count the kernel calls and bytes of each arm, on every model of the tests
+	$(BIN)/python -m tests.benchmarks.dispatch
 
 healthy: $(STAMP) ## Judge models with nothing wrong, trained on real data: they must pass
 	$(BIN)/python -m tests.benchmarks.healthy

@@ -147,7 +147,11 @@ def _checked(
     )
     progress.stage("measure time and memory")
     measured = costs.measure(converted, case.args, case.kwargs)
-    divergence = dataclasses.replace(divergence, costs=measured)
+    divergence = dataclasses.replace(
+        divergence,
+        costs=measured,
+        slow_kernels=devices.slow_kernels(captured.device, from_name(settings.dtype)),
+    )
     exported = _export(prepared, converted, settings, progress, work, divergence.batches)
     trained = _train(prepared, converted, settings, progress)
     progress.stage("judge")

@@ -85,6 +85,33 @@ def move(tree: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), tree)
 
 
+def slow_kernels(device: torch.device, dtype: torch.dtype) -> str:
+    """Why `device` has no kernels that are faster in `dtype` than in FP32, as a clause; "" where it
+    has."""
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        least = (
+            8 if dtype is torch.bfloat16 else 7
+        )  # Ampere, Volta: NVIDIA's tables of tensor cores
+        slow = major < least and torch.version.hip is None
+        return f"this GPU (sm_{major}{minor}) has no tensor cores for {name}" if slow else ""
+    if device.type != "cpu":
+        return ""
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    wanted = _FAST_CPU[dtype]
+    if not features or any(features.get(feature) for feature in wanted):
+        return ""
+    return f"this CPU has no instructions for {name} ({', '.join(wanted)})"
+
+
+_FAST_CPU = {
+    torch.float16: ("avx512_fp16", "amx_fp16", "arm_fp16", "arm_sve"),
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "arm_bf16"),
+}
+"""PyTorch's names of what makes products faster than in FP32; any of them will do."""
+
+
 @contextlib.contextmanager
 def exact_fp32(device: torch.device) -> Iterator[None]:
     """FP32 means FP32: TF32 products are off inside, and the user's settings come back after."""

@@ -138,8 +138,8 @@ class Settings:
 
     `calibrate` and `batches` count batches (the latter: evaluated at most, within `eval_seconds`),
     `steps` optimizer steps, `seeds` training pairs. `tolerance` bounds the relative L2 error of an
-    output, and `metric_tolerance` the loss in a metric, relative to its FP32 value. None means that
-    the stage concerned chooses.
+    output, and `metric_tolerance` the loss in a metric, relative to its FP32 value; `min_speedup`
+    is in times FP32's speed. None means that the stage concerned chooses.
 
     With `onnx` the model is written as ONNX too: in `opset`, with inputs and outputs in FP32
     (`io_types` "keep") or in the low dtype ("low"), and weights in a file of their own where
@@ -202,6 +202,10 @@ class Settings:
     metric_tolerance: Annotated[
         Amount, Option("Loss allowed in a metric, relative to FP32.", "X")
     ] = 0.01
+    min_speedup: Annotated[
+        Positive | None,
+        Option("Fail where the frozen model is not X times as fast as FP32.", "X"),
+    ] = None
     accumulate: Annotated[Count, _train("Batches to a training step.", "N")] = 1
     clip_norm: Annotated[
         Positive | None, _train("Clip the gradients, unscaled, to this L2 norm.", "X")

@@ -42,6 +42,7 @@ def assemble(
         settings.dtype,
         output_rel_l2=settings.tolerance,
         metric_tolerance=settings.metric_tolerance,
+        min_speedup=settings.min_speedup,
     )
     trained = training if isinstance(training, TrainingParity) else None
     verdict = judge(

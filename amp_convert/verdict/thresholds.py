@@ -36,7 +36,8 @@ class Thresholds:
     loss in a metric relative to its FP32 value. In training, `gradient_rel_l2` bounds the error of
     one step's gradients all together, `layer_gradient_rel_l2` that of one layer's,
     `gradient_zeroed` the share of a layer's that are zero where FP32's are
-    not, and `loss_tolerance` the difference of the loss at the end.
+    not, and `loss_tolerance` the difference of the loss at the end. `min_speedup` is how many times
+    as fast as FP32 the frozen model has to be, 0 where nothing was asked.
 
     Raises UsageError for an unknown dtype, and for a number that is negative or not finite: it
     would let anything pass.
@@ -53,6 +54,7 @@ class Thresholds:
     layer_gradient_rel_l2: float = 5e-1
     gradient_zeroed: float = _MOST_ZEROED
     loss_tolerance: float = 1e-2
+    min_speedup: float = 0.0
 
     def __post_init__(self) -> None:
         rounding_unit(self.dtype)
@@ -62,7 +64,12 @@ class Thresholds:
 
     @classmethod
     def for_dtype(
-        cls, dtype: str, *, output_rel_l2: float | None = None, metric_tolerance: float = 0.01
+        cls,
+        dtype: str,
+        *,
+        output_rel_l2: float | None = None,
+        metric_tolerance: float = 0.01,
+        min_speedup: float | None = None,
     ) -> Thresholds:
         """The defaults for "float16" or "bfloat16".
 
@@ -84,6 +91,7 @@ class Thresholds:
             metric_tolerance=metric_tolerance,
             gradient_rel_l2=gradients,
             loss_tolerance=loss,
+            min_speedup=min_speedup or 0.0,
         )
 
     @property

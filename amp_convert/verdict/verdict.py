@@ -11,9 +11,10 @@ not measured is unchecked, and every comparison is written so that NaN fails it.
 4. `outputs.vs_autocast`: is the error that of half precision, or of our rewrite?
 5. `nodes.finite`: is every node finite that is finite in FP32? `frozen.identical`: is the model
    that gets deployed the one that was judged?
-6. `metrics.NAME`: do the user's own metrics hold?
-7. `training.*`: does it train as FP32 does? See `training_checks`.
-8. `onnx.*`: does its ONNX file compute the same? See `onnx_checks`.
+6. `performance.inference`: is it faster? Required with `--min-speedup` alone.
+7. `metrics.NAME`: do the user's own metrics hold?
+8. `training.*`: does it train as FP32 does? See `training_checks`.
+9. `onnx.*`: does its ONNX file compute the same? See `onnx_checks`.
 
 The verdict fails when any check fails; it is inconclusive when a required check is unchecked;
 otherwise it passes. The checks that do not block stay in the list as unchecked.
@@ -58,6 +59,7 @@ from amp_convert.verdict.inference_checks import (
 )
 from amp_convert.verdict.onnx_checks import onnx_checks
 from amp_convert.verdict.output_checks import autocast_check, output_checks
+from amp_convert.verdict.performance_check import performance_check
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_checks import training_checks
 
@@ -148,6 +150,7 @@ def judge(
         *path_checks(divergence),
         buffers_check(plan, divergence),
         frozen_check(divergence),
+        performance_check(divergence, limits),
         *metrics,
         *training_checks(
             training,

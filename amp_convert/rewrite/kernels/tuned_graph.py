@@ -21,6 +21,7 @@ from amp_convert.rewrite.kernels import (
     bindings,
     casts,
     empty_parts,
+    grouped_attention,
     in_place,
     products,
     sizes_alone,
@@ -39,6 +40,9 @@ def tuned(graph_module: fx.GraphModule, signature: Signature, *, exact: bool) ->
     batch_norm.call_as_eager(graph)
     empty_parts.drop(graph)
     attention.share_masks(graph, modules)
+    if not exact:
+        grouped_attention.group(graph)
+        sizes_alone.erase_unread(graph)
     sizes_alone.remember(graph, modules)
     if not exact:
         casts.merge(graph)

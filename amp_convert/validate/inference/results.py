@@ -159,7 +159,8 @@ class Divergence:
     "NumPy") that the eager model draws from, `kept_state` the plain attributes that it changes from
     call to call. `parted_paths` counts the batches on which the mixed model called the captured
     parts another number of times, or in another order; `behind_parting` are those of `unvisited`
-    that both called, but only behind the point where they parted.
+    that both called, but only behind the point where they parted. `slow_kernels` says why no speed
+    can be expected of the low dtype on the device, "" where it can.
     """
 
     batches: int
@@ -183,6 +184,7 @@ class Divergence:
     kept_state: tuple[str, ...] = ()
     parted_paths: int = 0
     behind_parting: tuple[str, ...] = ()
+    slow_kernels: str = ""
 
     def to_frame(self) -> pd.DataFrame:
         """One row a node, in graph order."""

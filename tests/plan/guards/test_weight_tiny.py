@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+import amp_convert as amp
 from amp_convert.plan.guards import Operand
 from amp_convert.plan.guards.weight_range import WeightTiny
+from amp_convert.profile.growth import Growth
 from tests.plan.guards.helpers import (
     NAN,
     above,
@@ -100,10 +102,10 @@ def test_half_a_weight_may_be_tiny() -> None:
     """Zeros do not count: they survive."""
     model = quiet(1e-4)
     with torch.no_grad():
-        model.small.weight[[0, 1], [0, 1]] = 1e-5
+        model.small.weight[[0, 1], [0, 1]] = 1e-6
     assert guarded(Staged.of(model, spread(2, 4)).plan()) == {}
     with torch.no_grad():
-        model.small.weight[2, 2] = 1e-5
+        model.small.weight[2, 2] = 1e-6
     assert guarded(Staged.of(model, spread(2, 4)).plan()) == {"small/linear#0": "weight-tiny"}
 
 
@@ -111,3 +113,51 @@ def test_without_it_the_weights_vanish(small: Staged) -> None:
     assert error(small) < 2e-3
     assert error(small, rules_with(weight_tiny_share=False)) == 1.0
     assert error(small, rules_with(weight_tiny_share=False), BF16) < 1e-2
+
+
+# --- by effect -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channel", "limit", "expected"),
+    [
+        (19.9, 20.0, False),
+        (20.1, 20.0, True),
+        (NAN, 20.0, True),
+        (None, 20.0, True),
+        (1.0, False, True),
+    ],
+)
+def test_a_weight_whose_loss_has_no_effect_is_low(
+    channel: float | None, limit: float, expected: bool
+) -> None:
+    at = site("linear", operands=(weight(1e-5, 1.0),), growth=Growth(channel=channel))
+    assert fires(GUARD, at, F16, weight_tiny_share=0.5, rounding_growth=limit) == expected
+
+
+def _biased(size: float, scale: float = 1.0) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 8)
+    with torch.no_grad():
+        layer.bias.normal_(std=size)
+        layer.weight[0] *= scale
+    return layer.eval()
+
+
+@pytest.mark.parametrize(
+    ("bias", "scale", "low"),
+    [
+        (1e-6, 1.0, True),  # as torchvision's ViT begins: nothing beside the product
+        (1e-6, 1e-9, False),  # one channel is all bias, and loses it
+        (1e-6, 0.0, False),
+    ],
+)
+def test_tiny_biases_are_weighed_by_what_they_do(bias: float, scale: float, low: bool) -> None:
+    model, x = _biased(bias, scale), torch.randn(32, 16)
+    [decision] = [
+        d
+        for d in amp.convert(model, x, calibration=[x, torch.randn(32, 16)], train=False).plan.eval
+        if d.op == "aten.linear"
+    ]
+    assert decision.low is low, decision
+    assert decision.guard == ("" if low else "weight-tiny")
