@@ -24,14 +24,15 @@ _CONSTANTS = (type(None), bool, int, str)
 
 def flat_call(signature: Signature) -> Callable[..., list[Any] | None] | None:
     """A function of a call's arguments that gives their leaves, or None where it cannot tell; None
-    for a model that takes more than tensors, or whose sizes were tested while it was traced."""
+    for a model that takes more than tensors."""
     parameters = signature.call.parameters
     inputs = signature.user_inputs
-    if signature.guards or [given.path for given in inputs] != list(signature.names):
+    if [given.path for given in inputs] != list(signature.names):
         return None
     if any(p.kind not in _PLAIN for n, p in parameters.items() if n in signature.names):
         return None
     names: dict[str, Any] = {"_tensors": _TENSORS, "_left": object()}
+    names.update({f"_guard_{i}": guard.holds for i, guard in enumerate(signature.guards)})
     heads, tests, keyword_only = [], [], False
     for name, parameter in parameters.items():
         if parameter.kind not in _PLAIN:
@@ -46,9 +47,11 @@ def flat_call(signature: Signature) -> Callable[..., list[Any] | None] | None:
             tests.append(f"{name} is not _left")
     if None in tests or any(name.startswith("_") for name in parameters):
         return None
+    arguments = "{" + ", ".join(f"{name!r}: {name}" for name in signature.names) + "}"
     lines = [
         f"def flat({', '.join(heads)}):",
         *(f"    if {test}: return None" for test in tests),
+        *(f"    if not _guard_{i}({arguments}): return None" for i in range(len(signature.guards))),
         f"    return [{', '.join(signature.names)}]",
     ]
     exec("\n".join(lines), names)  # noqa: S102  of names that Python takes for parameters
@@ -71,6 +74,6 @@ def _tests(name: str, given: UserInput, names: dict[str, Any]) -> list[Any]:
     ]
     fixed: Mapping[int, int] = {i: n for i, n in enumerate(given.shape) if n is not None}
     if fixed:
-        tests.append(f"(s := {name}.shape)[{(i := next(iter(fixed)))}] != {fixed[i]}")
-        tests += [f"s[{i}] != {n}" for i, n in list(fixed.items())[1:]]
+        tests.append(f"(_s := {name}.shape)[{(i := next(iter(fixed)))}] != {fixed[i]}")
+        tests += [f"_s[{i}] != {n}" for i, n in list(fixed.items())[1:]]
     return tests

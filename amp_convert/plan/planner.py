@@ -43,6 +43,7 @@ from amp_convert.plan.node_context import Sites
 from amp_convert.plan.plan import Casts, Decision, DecisionKind, Plan
 from amp_convert.plan.rescaling import UNSCALED, Rescaler, Scaling
 from amp_convert.plan.rulings import Judge, Ruling, ruling_of
+from amp_convert.plan.tied_tables import is_table_low
 from amp_convert.plan.unmatched_rules import unmatched
 from amp_convert.profile.calibrate import Range, RangeStats
 from amp_convert.rules.rule_set import Category, Painting, Rules
@@ -103,13 +104,11 @@ class _GraphPlanner:
         self._graph = captured.graph_module.graph
         self._infos, self._values = captured.nodes, region.traces[mode].values
         self._evidence = Evidence(region, mode, stats, dtype)
-        self._tensors = {
-            node: tensor
-            for node, tensor in zip(
+        self._tensors = dict(
+            zip(
                 self._graph.find_nodes(op="placeholder"), region.runner(mode).tensors(), strict=True
             )
-            if tensor is not None
-        }
+        )
         self._nodes = [n for n in self._graph.nodes if self._is_concerned(n)]
         self._index = {node.name: i for i, node in enumerate(self._nodes)}
         judge = Judge(rules, dtype, device, mode, refused)
@@ -217,26 +216,10 @@ class _GraphPlanner:
                 precision[node.name] is Precision.LOW
                 and facts_of_target(node.target).delivers_low
                 and any(precision.get(user.name) is not Precision.LOW for user in node.users)
-                and not self._is_table_low(node, precision)
+                and not is_table_low(node, self._tensors, precision)
             ):
                 precision[node.name] = Precision.ORIGINAL
         return precision
-
-    def _is_table_low(self, lookup: fx.Node, precision: Mapping[str, Precision]) -> bool:
-        """Whether something else than lookups reads the table in low precision, such as a head that
-        shares it: then it would be held twice."""
-        table = lookup.args[0]
-        readers = [
-            user
-            for placeholder, tensor in self._tensors.items()
-            if isinstance(table, fx.Node) and tensor is self._tensors.get(table)
-            for user in placeholder.users
-        ]
-        return any(
-            precision.get(user.name) is Precision.LOW
-            and not facts_of_target(user.target).delivers_low
-            for user in readers
-        )
 
     def _producers(self, node: fx.Node) -> list[str]:
         """Names of the nodes whose FP32 results this one reads, seen through tuple access."""

@@ -34,6 +34,7 @@ from amp_convert.core.slices import LEAST, SliceKind, SliceSums
 from amp_convert.core.tensor_errors import ErrorSums, larger
 from amp_convert.profile.growth import Growth
 from amp_convert.profile.rerun import can_be_tried, evaluate, kept_inputs, repeatable
+from amp_convert.profile.tiny_weights import TinyWeights
 
 WINDOW = 32
 """How many nodes back, in graph order, a value is blamed for a later error."""
@@ -41,9 +42,6 @@ NOTABLE = 4.0
 """The growth from which on a value is searched for; no limit in a rules file is lower."""
 _ANY = 1e-9
 """Of the share of changed choices."""
-_SOME = 0.01
-"""Of the values of a weight."""
-_CONVOLUTIONS = (Family.CONVOLUTION, Family.TRANSPOSED_CONVOLUTION)
 
 # Of a table that a rounded index leaves, or a matrix that is singular when it is rounded.
 _REFUSALS = (RuntimeError, IndexError, ValueError)
@@ -63,7 +61,7 @@ class Trials:
         self._nodes = list(graph.nodes)
         self._index = {node: i for i, node in enumerate(self._nodes)}
         self._labels, self._dtype = labels, dtype
-        self._tiny: dict[fx.Node, bool] = {}
+        self._tiny = TinyWeights(dtype)
         self._routers = {node for node in self._nodes if _routes(node, values)}
 
     def of(
@@ -83,10 +81,7 @@ class Trials:
             yield from self._of_choices(reader, env, result)
         kept, rounded = kept_inputs(reader), self._all_rounded(reader, env)
         inputs = self._growth(result, reader, rounded)
-        channel = (
-            self._channel(result, reader, rounded) if self._loses_digits(reader, env) else None
-        )
-        yield reader, Growth(inputs=inputs, channel=channel)
+        yield reader, Growth(inputs=inputs, channel=self._channel(result, reader, rounded, env))
         if inputs < NOTABLE:
             return
 
@@ -97,35 +92,21 @@ class Trials:
         for value, growth in self._search(reader, kept, env, measure, NOTABLE):
             yield value, Growth(result=growth, reader=label)
 
-    def _loses_digits(self, reader: fx.Node, env: Mapping[fx.Node, Any]) -> bool:
-        """Whether a product reads a weight of which a hundredth is subnormal, or vanishes."""
-        if not facts_of_target(reader.target).is_a(*HEAVY):
-            return False
-        smallest = torch.finfo(self._dtype).smallest_normal
-        for source in reader.all_input_nodes:
-            value = env.get(source)
-            if source.op == "placeholder" and is_float_tensor(value) and value.numel():
-                if source not in self._tiny:
-                    small = (value.abs() < smallest) & (value != 0)
-                    self._tiny[source] = float(small.float().mean()) >= _SOME
-                if self._tiny[source]:
-                    return True
-        return False
-
-    def _channel(self, want: Any, reader: fx.Node, values: Mapping[fx.Node, Any]) -> float:
-        """The relative L2 error of a product's worst channel, in units of the roundoff."""
+    def _channel(
+        self,
+        want: Any,
+        reader: fx.Node,
+        values: Mapping[fx.Node, Any],
+        env: Mapping[fx.Node, Any],
+    ) -> float | None:
+        """The error of a product's worst channel where one of its weights is tiny (see
+        `tiny_weights`)."""
+        if not self._tiny.concern(reader, env):
+            return None
         try:
-            have = evaluate(reader, values)
+            return self._tiny.channel(reader, want, evaluate(reader, values))
         except _REFUSALS as refusal:
             return _infinite(refusal)
-        if not is_float_tensor(want) or want.shape != have.shape or not want.dim():
-            return math.inf
-        axis = 1 if facts_of_target(reader.target).is_a(*_CONVOLUTIONS) else -1
-        rows = [t.double().movedim(axis, 0).flatten(1) for t in (want, have)]
-        sizes = torch.linalg.vector_norm(rows[0], dim=1)
-        errors = torch.linalg.vector_norm(rows[1] - rows[0], dim=1)
-        relative = torch.where(errors == 0, 0.0, errors / sizes)
-        return float(relative.max()) / unit_roundoff(self._dtype)
 
     def _all_rounded(self, reader: fx.Node, env: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
         """All that a node reads, rounded, but for what it reads in FP32 on some device."""

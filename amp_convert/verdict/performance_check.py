@@ -6,6 +6,7 @@ so a model that is slower leaves the verdict as it is, and is said in its first 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -46,3 +47,11 @@ def _measured(divergence: Divergence | None, least: float, *, asked: bool) -> Ch
     status = CheckStatus.FAIL if asked else CheckStatus.UNCHECKED
     slower = "slower than FP32" if speedup < 1 else f"only {speedup:.2f} times as fast as FP32"
     return Check(NAME, status, speedup, least, f"the converted model is {slower}: {said}")
+
+
+def is_slower(divergence: Divergence | None, checks: Iterable[Check]) -> Check | None:
+    """The check, where it found a model slower than FP32 on a device with fast kernels."""
+    found = next((check for check in checks if check.name == NAME), None)
+    if found is None or divergence is None or divergence.slow_kernels:
+        return None
+    return found if isinstance(found.value, float) and found.value < 1 else None

@@ -22,7 +22,7 @@ from amp_convert.validate.inference.results import Divergence, NodeDivergence, O
 from amp_convert.validate.training.arm_specs import FP32, PAIR
 from amp_convert.validate.training.results import TrainingParity
 from amp_convert.verdict.check import CheckStatus
-from amp_convert.verdict.performance_check import NAME as PERFORMANCE
+from amp_convert.verdict.performance_check import is_slower
 from amp_convert.verdict.verdict import VerdictStatus
 
 ARMS = ("fp32", "autocast", "mixed", "frozen")
@@ -187,11 +187,9 @@ def verdict_sentence(report: RunReport) -> str:
     if report.verdict.status == VerdictStatus.INCONCLUSIVE:
         first = next(c for c in checks if c.required and c.status == CheckStatus.UNCHECKED)
         decided = f"undecided by {first.name}: {first.reason}; "
-    speed = next((c for c in checks if c.name == PERFORMANCE), None)
-    if speed is not None and speed.status != CheckStatus.PASS and report.inference is not None:
-        slow = isinstance(speed.value, float) and speed.value < 1
-        if slow and not report.inference.slow_kernels and speed.name not in decided:
-            decided += f"{speed.reason}; "
+    slower = is_slower(report.inference, checks)
+    if slower is not None and slower.name not in decided:
+        decided += f"{slower.reason}; "
     parts = [f"{counts[CheckStatus.PASS]} of {fmt.count(len(checks), 'check')} passed"]
     if counts[CheckStatus.FAIL]:
         parts.append(f"{counts[CheckStatus.FAIL]} failed")

@@ -58,7 +58,7 @@ class MaskForm(nn.Module):
         given = inputs[self._sizes :]
         if not all(bool((mask == 1).all()) for mask in given):
             return additive(self.graph_module(*inputs)[0], self._dtype), False
-        key = (*inputs[: self._sizes], *(mask.shape for mask in given))
+        key = (*inputs[: self._sizes], *((mask.shape, mask.device) for mask in given))
         if key not in self._kept:
             if len(self._kept) == KEPT:
                 del self._kept[next(iter(self._kept))]

@@ -68,9 +68,15 @@ class RunningGraph:
     def __init__(self, plain: fx.GraphModule, signature: Signature, *, exact: bool) -> None:
         self.plain, self._signature, self._exact = plain, signature, exact
         self.tuned = tuned(plain, signature, exact=exact)
+        users = [i for i, spec in enumerate(signature.inputs) if spec.source is Source.USER]
+        others = [i for i in range(len(signature.inputs)) if i not in users]
+        # A model's own tensors have values or not all together.
+        self._watched = (*users, *others[:1])
 
     def __call__(self, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(map(_unreal, inputs)):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.plain(*inputs)
+        if any(_unreal(inputs[i]) for i in self._watched):
             return self.plain(*inputs)
         return self.tuned(*inputs)
 
