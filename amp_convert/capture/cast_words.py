@@ -26,6 +26,7 @@ from amp_convert.capture.export_repairs import patched_methods
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.node_info import is_library_frame, user_frame
 from amp_convert.core import device as devices
+from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES
 from amp_convert.core.random_state import preserved_rng
 
@@ -54,11 +55,13 @@ _TRACED = {
 }  # fmt: skip
 
 
-def cast_words(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Words:
-    """What each cast of one call in eval mode asks for, by line. Leaves the model as it is."""
+def cast_words(
+    model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], mode: Mode
+) -> Words:
+    """What each cast of one call in `mode` asks for, by line. Leaves the model as it is."""
     inputs = (tuple(args), dict(kwargs))
-    low = _heard(model, inputs, _all_low)
-    native = _heard(model, inputs, _under_autocast)
+    low = _heard(model, inputs, _all_low, mode)
+    native = _heard(model, inputs, _under_autocast, mode)
     return {
         line: [
             CastWord(*pair)
@@ -106,7 +109,7 @@ def _line(frame: FrameType | None) -> Line | None:
 _Run = Callable[[nn.Module, Any, Any], Any]
 
 
-def _heard(model: nn.Module, inputs: Any, run: _Run) -> dict[Line, list[bool]]:
+def _heard(model: nn.Module, inputs: Any, run: _Run, mode: Mode) -> dict[Line, list[bool]]:
     device = devices.of_model(model)
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
     heard: dict[Line, list[bool]] = {}
@@ -120,7 +123,7 @@ def _heard(model: nn.Module, inputs: Any, run: _Run) -> dict[Line, list[bool]]:
 
     try:
         with (
-            in_mode(model, training=False),
+            in_mode(model, training=mode is Mode.TRAIN),
             torch.no_grad(),
             preserved_rng(device),
             patched_methods(_METHODS, listen),

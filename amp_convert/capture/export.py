@@ -32,6 +32,7 @@ from amp_convert.capture.export_repairs import (
     inline_autocast_off,
     mark_explicit_cast,
     repair,
+    written_casts,
 )
 from amp_convert.capture.graph_call import bind, in_mode
 from amp_convert.capture.graph_signature import (
@@ -190,6 +191,11 @@ def _flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
             module.__dict__.pop("forward", None)
 
 
+def _graphs(graph_module: fx.GraphModule) -> list[fx.Graph]:
+    """A trace's graph, and those of its regions."""
+    return [m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule)]
+
+
 def _with_regions(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
     """The nodes of a graph and, where one calls a region such as `torch.no_grad()`'s, that
     region's: as they run."""
@@ -239,21 +245,32 @@ def _program(
     if dynamic:
         arguments = bind(call, args, kwargs).arguments
         shapes = pytree.tree_map(_first_dimension, dict(arguments))
-    # A failing export prints its half-made graph, and logs what its user cannot do anything about.
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-        _unlogged("torch.fx.experimental.symbolic_shapes"),
-        distinct_casts(),
-    ):
-        program = torch.export.export(
-            module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
-        )
+
+    def exported(casts: contextlib.AbstractContextManager[None]) -> torch.export.ExportedProgram:
+        # A failing export prints its half-made graph, and logs what its user cannot do much about.
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            _unlogged("torch.fx.experimental.symbolic_shapes"),
+            casts,
+        ):
+            return torch.export.export(
+                module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
+            )
+
+    program, left = exported(distinct_casts()), set()
+    if written_casts(_graphs(program.graph_module)):
+        # Traced as it is, all names of such a value are one; a cast of what the caller or the
+        # module holds would hide the write from them.
+        program = exported(contextlib.nullcontext())
+        roots = written_casts(_graphs(program.graph_module))
+        left = {cast for cast, root in roots.items() if root.op in ("placeholder", "get_attr")}
     inline_autocast_off(program.graph_module)
     nodes = list(_with_regions(program.graph_module))
     heard = words_of(nodes, words)
     for node in nodes:
-        mark_explicit_cast(node, _goes_low(heard.get(node)))
+        if node not in left:
+            mark_explicit_cast(node, _goes_low(heard.get(node)))
     for node in list(program.graph.nodes):
         detach_no_grad(node)
     functional: torch.export.ExportedProgram = program.run_decompositions({})

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -83,30 +84,40 @@ def distinct_casts() -> Iterator[None]:
 def patched_methods(
     names: Iterable[str], call: Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
 ) -> Iterator[None]:
-    """While this is open, these methods of tensors go through `call`, which gets their names, the
-    methods themselves and what they are called with. A function mode would stand in the way of all
-    other functions too, and warnings of PyTorch's would name us as their place."""
+    """While this is open, these methods of tensors go through `call`, in this thread, which gets
+    their names, the methods themselves and what they are called with. A function mode would stand
+    in the way of all other functions too, and warnings of PyTorch's would name us as their place.
+    """
+
+    mine = threading.get_ident()
 
     def patch(name: str) -> Any:
         method = getattr(torch.Tensor, name)
 
         @functools.wraps(method)
         def patched(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != mine:
+                return method(*args, **kwargs)
             return call(name, method, args, kwargs)
 
         return patched
 
-    kept = {name: torch.Tensor.__dict__[name] for name in names if name in torch.Tensor.__dict__}
-    try:
-        for name in names:
-            setattr(torch.Tensor, name, patch(name))
-        yield
-    finally:
-        for name in names:
-            if name in kept:
-                setattr(torch.Tensor, name, kept[name])
-            elif name in torch.Tensor.__dict__:
-                delattr(torch.Tensor, name)
+    with _PATCHING:
+        kept = {n: torch.Tensor.__dict__[n] for n in names if n in torch.Tensor.__dict__}
+        try:
+            for name in names:
+                setattr(torch.Tensor, name, patch(name))
+            yield
+        finally:
+            for name in names:
+                if name in kept:
+                    setattr(torch.Tensor, name, kept[name])
+                elif name in torch.Tensor.__dict__:
+                    delattr(torch.Tensor, name)
+
+
+_PATCHING = threading.RLock()
+"""One thread at a time: what is put on a class last has to come off first."""
 
 
 def mark_explicit_cast(node: fx.Node, goes_low: frozenset[str] = frozenset()) -> None:
@@ -117,7 +128,7 @@ def mark_explicit_cast(node: fx.Node, goes_low: frozenset[str] = frozenset()) ->
     which nothing that names a dtype does.
     """
     explicit = torch.ops.amp_convert.explicit_cast.default
-    if node.target not in _CASTS or node.kwargs.get("copy"):
+    if node.target not in _CASTS or _copies(node):
         return
     before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
     if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
@@ -130,6 +141,49 @@ def mark_explicit_cast(node: fx.Node, goes_low: frozenset[str] = frozenset()) ->
             marked = [node]
         for cast in marked if goes_low else ():
             cast.meta["custom"] = {**cast.meta.get("custom", {}), GOES_LOW: goes_low}
+
+
+def _copies(cast: fx.Node) -> bool:
+    """Whether a cast is asked for a copy, whatever the dtype."""
+    names = [a.name for a in cast.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(names, cast.args, strict=False)), **cast.kwargs}
+    return bool(given.get("copy"))
+
+
+def written_casts(graphs: Iterable[fx.Graph]) -> dict[fx.Node, fx.Node]:
+    """The casts of a trace whose memory is also that of something that is written in place, each
+    with the value that the memory is of: in FP32 such a cast gives its argument back, and eager
+    writes to both. `graphs` are the trace's own, first, and those of its regions; where a region
+    writes to anything, all casts are meant."""
+    first, *regions = graphs
+    if any(_written(node) for graph in regions for node in graph.nodes):
+        return {n: n for graph in (first, *regions) for n in graph.nodes if _is_cast(n)}
+    roots: dict[fx.Node, fx.Node] = {}
+    written: set[fx.Node] = set()
+    for node in first.nodes:
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and (_is_cast(node) or _shares(node)):
+            roots[node] = roots.get(source, source)
+            if _written(node):
+                written.add(roots[node])
+    return {n: root for n, root in roots.items() if _is_cast(n) and root in written}
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether a call gives its first argument back, or a view of it."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and schema.arguments and schema.arguments[0].alias_info is not None)
+
+
+def _written(node: fx.Node) -> bool:
+    """Whether a call writes to its first argument."""
+    return _shares(node) and bool(node.target._schema.arguments[0].alias_info.is_write)  # type: ignore[union-attr]
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Whether a node is a cast of a trace, marked or not."""
+    explicit = torch.ops.amp_convert.explicit_cast.default
+    return node.target in _CASTS or node.target is explicit
 
 
 def detach_no_grad(node: fx.Node) -> None:

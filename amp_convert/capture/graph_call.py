@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.flat_call import flat_call
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source, UserInput
+from amp_convert.capture.stored_graph import restored, stored
 from amp_convert.core.errors import ModelError, UnsupportedModelError
 from amp_convert.core.module_state import Attributes
 
@@ -66,10 +67,14 @@ class GraphRunner:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_flat": None}
+        run = None if self._run is self.graph_module else self._run
+        graph = stored(self.graph_module)
+        return {**self.__dict__, "graph_module": graph, "_run": run, "_flat": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _flat=flat_call(state["signature"]))
+        self.graph_module = restored(state["graph_module"])
+        self._run = state["_run"] or self.graph_module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs(args, kwargs)

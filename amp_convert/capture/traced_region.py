@@ -92,10 +92,10 @@ def traced_region(
 def _traced(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: Wanted
 ) -> Region:
-    words = cache(partial(cast_words, module, args, kwargs))
+    words = {mode: cache(partial(cast_words, module, args, kwargs, mode)) for mode in Mode}
     try:
         _refuse_state(module, args, kwargs)
-        graphs = {Mode.EVAL: _graph(module, args, kwargs, Mode.EVAL, path, words)}
+        graphs = {Mode.EVAL: _graph(module, args, kwargs, Mode.EVAL, path, words[Mode.EVAL])}
     except (ModelError, UnsupportedModelError):
         raise
     except Exception as cause:  # export fails in as many ways as user code does
@@ -104,7 +104,7 @@ def _traced(
     train_failure = "" if wanted is not Wanted.EVAL else "training was not asked for"
     try:
         if wanted is not Wanted.EVAL:
-            graphs[Mode.TRAIN] = _graph(module, args, kwargs, Mode.TRAIN, path, words)
+            graphs[Mode.TRAIN] = _graph(module, args, kwargs, Mode.TRAIN, path, words[Mode.TRAIN])
     except Exception as cause:  # the eval graph is worth having without; fidelity says so
         _refuse_environment(cause)
         if wanted is Wanted.TRAIN:

@@ -24,6 +24,7 @@ from amp_convert.capture.graph_signature import InputSpec, Signature, Source
 from amp_convert.core.number_formats import LOW_DTYPES, name_of, widened
 from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.rewrite.insert_casts import Rewritten
+from amp_convert.rewrite.kernels.aliasing import reaches_output
 
 aten = torch.ops.aten
 
@@ -121,6 +122,8 @@ class _Folder:
                 specs.append(InputSpec(Source.BUFFER, name))
                 tensors[name] = value
             node.replace_all_uses_with(held[key])
+            if node not in self._specs:
+                _returned_as_copy(held[key], first)
         self._graph.eliminate_dead_code()
         for placeholder in self._placeholders:
             if placeholder in self._constant:
@@ -186,6 +189,17 @@ class _Folder:
         source = node.args[0] if _is_cast(node) else node
         spec = self._specs.get(source) if isinstance(source, fx.Node) else None
         return spec.target if spec is not None else f"folded.{node.name}"
+
+
+def _returned_as_copy(constant: fx.Node, first: fx.Node) -> None:
+    """Let the caller get a copy of a stored result, or of a view of it: it was a new tensor at each
+    call, to which the caller may write. `first` is the graph's first call."""
+    if not reaches_output(constant) or any(u.target is aten.clone.default for u in constant.users):
+        return
+    with first.graph.inserting_before(first):
+        copy = first.graph.call_function(aten.clone.default, (constant,))
+    copy.meta = dict(constant.meta)
+    constant.replace_all_uses_with(copy, lambda user: user is not copy)
 
 
 def _is_cast(node: fx.Node) -> bool:

@@ -30,7 +30,8 @@ aten = torch.ops.aten
 class Rewritten:
     """A mixed-precision graph with the signature of the captured one.
 
-    `meta["dtype"]` of a node that gives a tensor is that tensor's. `values` maps the FX name of
+    `meta["dtype"]` of a node that gives a tensor is that tensor's, `meta["recorded"]` what it
+    was in FP32 for the example inputs. `values` maps the FX name of
     each node of the FP32 graph to the node of this one that holds its value, `origins` each node of
     this one that is no cast to the FP32 node it carries out; `casts` names the casts that were
     inserted. `decisions` has the planned decision of each call.
@@ -87,7 +88,7 @@ class _Rewriter:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         new = self._graph.node_copy(node, lambda n: self._values[n.name])
-        new.meta = {**node.meta, "dtype": self._dtype(node)}
+        new.meta = {**node.meta, "dtype": self._dtype(node), "recorded": self._value(node)}
         self._values[node.name] = new
         self._origins[new.name] = node.name
         return new
@@ -99,6 +100,10 @@ class _Rewriter:
             return None
         planned = decision is not None and castable(value.dtype) and decision.output_dtype is None
         return from_name(decision.dtype) if planned and decision else value.dtype
+
+    def _value(self, node: fx.Node) -> Value | None:
+        value = self._recorded.get(node.name)
+        return value if isinstance(value, Value) else None
 
     def _call(self, node: fx.Node) -> None:
         decision = self._decisions[node.name]
@@ -134,9 +139,9 @@ class _Rewriter:
                 raised = call(aten.clamp_min.default, (value, clamp))
                 is_out = call(aten.eq.Scalar, (value, -math.inf))
                 value = call(aten.where.self, (is_out, value, raised))
-            shape = key[0].meta.get("shape")
+            known = {name: key[0].meta.get(name) for name in ("shape", "recorded")}
             self._cast[key] = call(aten._to_copy.default, (value,), {"dtype": dtype})
-            self._cast[key].meta = {"shape": shape, "dtype": dtype}
+            self._cast[key].meta = {**known, "dtype": dtype}
         return self._cast[key]
 
     def _times(self, value: fx.Node, scale: float) -> fx.Node:
@@ -144,7 +149,7 @@ class _Rewriter:
         key = (value, scale)
         if key not in self._scaled:
             self._scaled[key] = self._graph.call_function(aten.mul.Tensor, key)
-            self._scaled[key].meta = {k: value.meta.get(k) for k in ("shape", "dtype")}
+            self._scaled[key].meta = {k: value.meta.get(k) for k in ("shape", "dtype", "recorded")}
         return self._scaled[key]
 
     def _output(self, node: fx.Node) -> None:

@@ -149,7 +149,7 @@ def test_a_model_that_does_not_run_low_says_nothing_and_is_left_as_it_is() -> No
     model, x = Picky().eval(), torch.randn(4, 8)
     methods = {name: getattr(torch.Tensor, name) for name in ("to", "float", "type")}
     state = torch.get_rng_state()
-    words = cast_words(model, (x,), {})
+    words = cast_words(model, (x,), {}, Mode.EVAL)
     [[word]] = words.values()
     assert (word.all_low, word.autocast) == (False, False)  # under autocast x is FP32
     assert float(model.calls) == 0

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from amp_convert.rewrite.kernels.aliasing import is_pure
 from amp_convert.rewrite.kernels.sizes_alone import (
-    KEPT,
     cut_out,
     erase_unread,
     first_call,
-    is_pure,
     is_size,
+    keep,
 )
 
 aten = torch.ops.aten
@@ -59,11 +59,8 @@ class MaskForm(nn.Module):
         if not all(bool((mask == 1).all()) for mask in given):
             return additive(self.graph_module(*inputs)[0], self._dtype), False
         key = (*inputs[: self._sizes], *((mask.shape, mask.device) for mask in given))
-        if key not in self._kept:
-            if len(self._kept) == KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[key] = self._form(self.graph_module(*inputs)[0])
-        return self._kept[key]
+        found = self._kept.get(key)
+        return found or keep(self._kept, key, self._form(self.graph_module(*inputs)[0]))
 
     def _form(self, mask: torch.Tensor) -> Form:
         if bool(mask.all()):
@@ -72,6 +69,8 @@ class MaskForm(nn.Module):
             square = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
             if torch.equal(mask, square.expand_as(mask)):
                 return None, True
+        if mask.dim() and mask.shape[0] > 1 and bool((mask == mask[:1]).all()):
+            mask = mask[:1]  # one for all samples
         return additive(mask, self._dtype), False
 
     def __getstate__(self) -> dict[str, Any]:

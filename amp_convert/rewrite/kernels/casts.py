@@ -8,7 +8,7 @@ cast twice, or there and back:
 3. A cast to FP32 of a low value, and back to the same dtype, is the value.
 4. A cast of a value that is only repeated (`expand`) is made before it is repeated.
 
-A cast whose result is returned stays, since the caller is to get a tensor of its own.
+A cast whose result, or a view of it, is returned stays: the caller is to get a tensor of its own.
 
 Takes for granted the dtypes in `meta`. Keeps: every bit, since a low value is an FP32 value.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from amp_convert.core.number_formats import LOW_DTYPES
+from amp_convert.rewrite.kernels.aliasing import reaches_output
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ def merge(graph: fx.Graph) -> None:
             continue
         _move(graph, node, wanted)
         source: fx.Node = node.args[0]
-        if any(user.op == "output" for user in node.users):
+        if reaches_output(node):
             continue  # the caller is to get a tensor of its own
         if source.meta.get("dtype") == wanted:
             _replace(node, source)

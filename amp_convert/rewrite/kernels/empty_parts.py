@@ -3,14 +3,15 @@
 A model with a cache of keys and values joins them to an empty one at the first call. `cat` leaves a
 tensor of shape (0,) away, whatever the other shapes are, and copies the rest.
 
-Keeps: every bit. A result that is left alone must not be written to in place, nor returned, where
-the copy could be: then the copy stays.
+Keeps: every bit. Where the caller could get the result, or a view of it, the copy stays.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import fx
+
+from amp_convert.rewrite.kernels.aliasing import reaches_output
 
 aten = torch.ops.aten
 
@@ -26,6 +27,6 @@ def drop(graph: fx.Graph) -> None:
             continue  # the empty one may decide the dtype of the result
         if len(full) > 1:
             node.args = (full, *node.args[1:])
-        elif not any(user.op == "output" for user in node.users):
+        elif not reaches_output(node):
             node.replace_all_uses_with(full[0])
             graph.erase_node(node)

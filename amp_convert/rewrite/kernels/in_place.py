@@ -6,11 +6,14 @@ in-place form takes it when its argument
 1. is the result of an operator that allocates it, or that itself writes over such a value here: no
    input, weight or view, nor what could be one,
 2. is read by this operator alone, and there once,
-3. has the shape and dtype of the result, for every input that the graph takes.
+3. has the shape and dtype of the result, for every input that the graph takes, and lies in memory
+   as the result would.
 
-`add` and `mul` may write over either argument. The graph then may run only without gradients, since
-autograd could have saved what is written over; and it comes last, since whoever runs a graph node
-by node must find each value as it was made.
+The third is known of pointwise operators: their results lie as their first argument does, where
+that leaves no gaps. `add` and `mul` may write over the second argument too, where both lie row by
+row and are no images, whose kernels choose a layout. The graph then may run only without gradients,
+since autograd could have saved what is written over; and this pass comes last, since whoever runs a
+graph node by node must find each value as it was made.
 
 Keeps: every bit.
 """
@@ -23,15 +26,14 @@ from functools import cache
 import torch
 from torch import fx
 
+from amp_convert.capture.captured import Value
+from amp_convert.rewrite.kernels.aliasing import allocates
+
 aten = torch.ops.aten
 
 _COMMUTE = {aten.add.Tensor, aten.mul.Tensor}
-# Made of other operators, these still allocate their results. Of others of that kind, some give
-# their argument back: `dropout`, `contiguous`, `einsum`.
-_ALLOCATE = {
-    aten.linear.default, aten.matmul.default, aten.conv1d.default, aten.conv2d.default,
-    aten.conv3d.default, aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default,
-}  # fmt: skip
+_IMAGE_DIMENSIONS = 4
+"""From here on a kernel may choose a layout that depends on the dtype (channels last)."""
 
 
 def write(graph: fx.Graph, allocating: frozenset[object] = frozenset()) -> None:
@@ -62,7 +64,7 @@ def in_place_form(target: object) -> torch._ops.OpOverload | None:
         return None
     if [a.name for a in form._schema.arguments] != [a.name for a in target._schema.arguments]:
         return None
-    if torch.Tag.nondeterministic_seeded in target.tags:
+    if torch.Tag.pointwise not in target.tags or torch.Tag.nondeterministic_seeded in target.tags:
         return None
     writes = [a.alias_info is not None and a.alias_info.is_write for a in form._schema.arguments]
     return form if writes[:1] == [True] and not any(writes[1:]) else None
@@ -72,7 +74,10 @@ def _places(node: fx.Node) -> Iterator[int]:
     """The arguments that may be written over, the first one first."""
     yield 0
     if node.target in _COMMUTE and len(node.args) == 2 and not node.kwargs:
-        yield 1
+        given = [n for n in node.args if isinstance(n, fx.Node)]
+        small = all(len(n.meta.get("shape") or ()) < _IMAGE_DIMENSIONS for n in given)
+        if len(given) == 2 and small and all(map(_is_by_rows, given)):
+            yield 1
 
 
 def _is_free(
@@ -82,8 +87,11 @@ def _is_free(
         return False
     if value not in written and not allocates(value.target, allocating):
         return False
-    same = [(n.meta.get("shape"), n.meta.get("dtype")) for n in (value, writer)]
-    return same[0] == same[1] and None not in same[0]
+    known = [(n.meta.get("shape"), n.meta.get("dtype")) for n in (value, writer)]
+    if known[0] != known[1] or None in known[0]:
+        return False
+    one, other = (n.meta.get("recorded") for n in (value, writer))
+    return one is not None and other is not None and one.stride == other.stride and _is_dense(one)
 
 
 def _times_read(reader: fx.Node, value: fx.Node) -> int:
@@ -92,14 +100,19 @@ def _times_read(reader: fx.Node, value: fx.Node) -> int:
     return read.count(value)
 
 
-def allocates(target: object, allocating: frozenset[object]) -> bool:
-    """Whether the result of an operator is its own, and no part of what it was given."""
-    if target in allocating or target in _ALLOCATE:
-        return True
-    if not isinstance(target, torch._ops.OpOverload) or len(target._schema.returns) != 1:
-        return False
-    if any(r.alias_info is not None for r in target._schema.returns):
-        return False
-    return not torch._C._dispatch_has_kernel_for_dispatch_key(
-        target.name(), "CompositeImplicitAutograd"
-    )
+def _is_by_rows(value: fx.Node) -> bool:
+    """Whether a value lay in memory row by row when it was recorded."""
+    seen = value.meta.get("recorded")
+    return seen is not None and torch.empty(seen.shape, device="meta").stride() == seen.stride
+
+
+def _is_dense(seen: Value) -> bool:
+    """Whether a value's memory holds its elements and nothing else, in whatever order."""
+    step = 1
+    for stride, size in sorted(
+        (s, n) for s, n in zip(seen.stride, seen.shape, strict=True) if n > 1
+    ):
+        if stride != step:
+            return False
+        step *= size
+    return True

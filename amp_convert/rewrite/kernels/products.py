@@ -29,9 +29,11 @@ def folded_linear(
 
 
 def fold(graph: fx.Graph) -> None:
-    """Fold every linear layer whose input has more than two dimensions."""
+    """Fold every linear layer whose input has more than two dimensions, and a last one of some
+    length; a bias that is no vector is added as it broadcasts."""
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
-        shape = node.args[0].meta.get("shape")
-        sizes = node.args[1].meta.get("shape")
-        if shape is not None and len(shape) > 2 and sizes is not None and len(sizes) == 2:
+        shapes = [n.meta.get("shape") for n in node.all_input_nodes]
+        if None in shapes or [len(shape) for shape in shapes[1:]] not in ([2], [2, 1]):
+            continue
+        if len(shapes[0]) > 2 and isinstance(shapes[0][-1], int) and shapes[0][-1] > 0:
             node.target = folded_linear

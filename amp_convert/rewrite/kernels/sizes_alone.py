@@ -12,13 +12,14 @@ the graph.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
-from amp_convert.rewrite.kernels.in_place import allocates
+from amp_convert.rewrite.kernels.aliasing import is_pure, reaches_output
 
 aten = torch.ops.aten
 
@@ -36,14 +37,26 @@ class Remembered(nn.Module):
 
     def forward(self, *sizes: int) -> Any:
         """The graph's results for these sizes."""
-        if sizes not in self._kept:
-            if len(self._kept) == KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[sizes] = self.graph_module(*sizes)
-        return self._kept[sizes]
+        found = self._kept.get(sizes)
+        if found is None:
+            found = keep(self._kept, sizes, self.graph_module(*sizes))
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}}
+
+
+_LOCK = threading.Lock()
+_T = TypeVar("_T")
+
+
+def keep(kept: dict[Any, _T], key: Any, value: _T) -> _T:
+    """Keep a value, and forget the oldest where there are too many. Threads may meet here."""
+    with _LOCK:
+        while len(kept) >= KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = value
+    return value
 
 
 def remember(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -97,17 +110,6 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and source.op == "placeholder"
 
 
-def is_pure(node: fx.Node) -> bool:
-    """Whether a call gives the same for the same arguments, and does nothing else."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        writes = any(
-            a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments
-        )
-        return not writes and torch.Tag.nondeterministic_seeded not in target.tags
-    return getattr(target, "__module__", "") in ("_operator", "math", "torch", "builtins")
-
-
 def gives_tensor(node: fx.Node) -> bool:
     return node.meta.get("shape") is not None
 
@@ -134,23 +136,6 @@ def cut_out(
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in wanted))
     return fx.GraphModule(nn.Module(), part), sizes, read
-
-
-def reaches_output(node: fx.Node) -> bool:
-    """Whether the caller may get this value, or a view of it."""
-    stack, seen = [node], {node}
-    while stack:
-        for user in stack.pop().users:
-            if user.op == "output":
-                return True
-            if user not in seen and not _makes_new(user):
-                seen.add(user)
-                stack.append(user)
-    return False
-
-
-def _makes_new(node: fx.Node) -> bool:
-    return allocates(node.target, frozenset())
 
 
 def _computes(node: fx.Node) -> bool:

@@ -7,7 +7,6 @@ give what eager gives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from amp_convert.capture.graph_signature import Signature, Source
+from amp_convert.capture.stored_graph import StoredGraph, restored, stored
 from amp_convert.rewrite.kernels import (
     attention,
     batch_norm,
@@ -74,33 +74,23 @@ class RunningGraph:
         self._watched = (*users, *others[:1])
 
     def __call__(self, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
             return self.plain(*inputs)
         if any(_unreal(inputs[i]) for i in self._watched):
             return self.plain(*inputs)
         return self.tuned(*inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Files hold the plain graph, and what passes ask of its nodes, which FX leaves out."""
-        nodes = [
-            (str(n.target), n.meta.get("shape"), n.meta.get("dtype")) for n in _read(self.plain)
-        ]
-        return _restored, (self.plain, nodes, self._signature, self._exact)
+        return _restored, (stored(self.plain), self._signature, self._exact)
 
 
-def _restored(
-    plain: fx.GraphModule, nodes: Sequence[tuple[str, Any, Any]], signature: Signature, exact: bool
-) -> RunningGraph:
-    found = _read(plain)
-    if [str(node.target) for node in found] == [target for target, _, _ in nodes]:
-        for node, (_, shape, dtype) in zip(found, nodes, strict=True):
-            node.meta.update(shape=shape, dtype=dtype)
-    return RunningGraph(plain, signature, exact=exact)
+def _restored(data: StoredGraph, signature: Signature, exact: bool) -> RunningGraph:
+    return RunningGraph(restored(data), signature, exact=exact)
 
 
-def _read(plain: fx.GraphModule) -> list[fx.Node]:
-    """The calls that somebody reads: others do not survive FX's way of storing a graph."""
-    return [n for n in plain.graph.nodes if n.op == "call_function" and n.users]
+def _is_transformed() -> bool:
+    """Whether `torch.func` transforms the call: its tensors hide how many values they hold."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _unreal(value: Any) -> bool:
