@@ -244,10 +244,10 @@ def test_sizes_that_are_fixed_are_told(
 ) -> None:
     program = export._program
 
-    def refuses(*args: Any, dynamic: bool) -> Any:
+    def refuses(*args: Any, dynamic: bool, words: Any) -> Any:
         if dynamic:
             raise ValueError("a guard on s77")
-        return program(*args, dynamic=dynamic)
+        return program(*args, dynamic=dynamic, words=words)
 
     monkeypatch.setattr(export, "_program", refuses)
     with caplog.at_level(logging.WARNING, logger="amp_convert"):

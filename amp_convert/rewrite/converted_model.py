@@ -73,7 +73,7 @@ class ConvertedModel(nn.Module):
 
     captured: Captured
     plan: Plan
-    rewritten: Mapping[str, Mapping[str, Rewritten]]
+    rewritten: Mapping[str, Mapping[Mode, Rewritten]]
 
     def __init__(self, captured: Captured, plan: Plan) -> None:
         super().__init__()
@@ -93,8 +93,13 @@ class ConvertedModel(nn.Module):
         for region, mode in captured.graphs():
             rewritten.setdefault(region.path, {})[mode] = rewrite(region, mode, plan)
         self.__dict__["rewritten"] = rewritten
+        self._run_rewritten()
+
+    def _run_rewritten(self) -> None:
+        """Make what runs from the rewritten graphs as they are now."""
+        captured, exact = self.captured, self.plan.exact
         self.__dict__["_parts"] = {
-            region.path: _Part(region, rewritten[region.path], exact=plan.exact)
+            region.path: _Part(region, self.rewritten[region.path], exact=exact)
             for mode in Mode
             for region in captured.in_mode(mode).regions
         }

@@ -189,6 +189,7 @@ class Subject:
                 values[i] = node
         output.args = (tuple(values),)
         module.recompile()
+        self.mixed._run_rewritten()
         try:
             yield
         finally:
@@ -196,6 +197,7 @@ class Subject:
             for node in added:
                 module.graph.erase_node(node)
             module.recompile()
+            self.mixed._run_rewritten()
 
 
 def _named_call(plant: Plant, name: str) -> Callable[[Tensor], Tensor]:
@@ -460,12 +462,14 @@ def wrong_mask(subject: Subject) -> bool:
         seen = graph.graph.call_function(_all_seen, (mask,))
     attention.replace_input_with(mask, seen)
     graph.recompile()
+    subject.mixed._run_rewritten()
     try:
         return subject.verdict() != "pass"
     finally:
         attention.replace_input_with(seen, mask)
         graph.graph.erase_node(seen)
         graph.recompile()
+        subject.mixed._run_rewritten()
 
 
 def _all_seen(mask: Tensor) -> Tensor:
