@@ -148,7 +148,7 @@ def main() -> int:
     begin = time.perf_counter()
     slow = devices.slow_kernels(device.device, dtype)
     print(
-        f"\\n{device.name}, PyTorch {torch.__version__}, {given.dtype}, medians of {given.turns} "
+        f"\n{device.name}, PyTorch {torch.__version__}, {given.dtype}, medians of {given.turns} "
         f"turns in ms (relative L2 error){f'; {slow}' if slow else ''}"
     )
     head = " ".join(
