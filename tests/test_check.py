@@ -118,7 +118,7 @@ def test_the_folder_is_that_of_the_command(tmp_path: Path) -> None:
 
 
 def test_the_command_is_a_thin_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same checks in the same order, whoever asks."""
+    """The same checks in the same order, whoever asks; a time is another each time."""
     write(tmp_path, TRAINED)
     by_command = command(tmp_path, "model.py", "--steps", "5", "--json").json
     monkeypatch.syspath_prepend(tmp_path)
@@ -137,6 +137,9 @@ def test_the_command_is_a_thin_caller(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     mine = [(c.name, c.status, c.value) for c in run.verdict.checks]
     theirs = [(c["name"], c["status"], c["value"]) for c in by_command["verdict"]["checks"]]
+    assert [name for name, *_ in mine] == [name for name, *_ in theirs]
+    timed = "performance.inference"
+    mine, theirs = ([row for row in rows if row[0] != timed] for rows in (mine, theirs))
     assert mine == theirs
 
 

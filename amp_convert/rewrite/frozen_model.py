@@ -97,7 +97,8 @@ _COPIED_LAYOUTS = (torch.strided, torch.sparse_coo)
 def refuse_other_dtypes(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Raise UsageError where `change`, which `.to()`, `.half()` and such apply to every tensor of
     `module`, would give its weights another dtype than the plan's."""
-    for dtype in {tensor.dtype for tensor in chain(module.parameters(), module.buffers())}:
+    tensors = chain(module.parameters(), module.buffers())
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         if dtype.is_floating_point and (made := change(torch.empty(0, dtype=dtype)).dtype) != dtype:
             raise UsageError(
                 f"the weights of a converted model keep the dtypes of its plan: {name_of(dtype)} "

@@ -22,7 +22,6 @@ NO_OPS = {
     "to keyword": lambda m, x: m.linear(x).to(dtype=torch.float32),
     "to device and dtype": lambda m, x: m.linear(x).to("cpu", torch.float32),
     "to other": lambda m, x: m.linear(x).to(x),
-    "to copy": lambda m, x: m.linear(x).to(torch.float32, copy=True),
     "to non-blocking": lambda m, x: m.linear(x).to(torch.float32, non_blocking=True),
     "type_as": lambda m, x: m.linear(x).type_as(x),
     "to own dtype": lambda m, x: m.linear(x).to(x.dtype),
@@ -37,6 +36,13 @@ def test_a_cast_that_does_nothing_in_fp32_is_kept(form: str) -> None:
     assert node.target is aten.to.dtype
     assert node.args[1] is torch.float32
     assert graph.nodes[node.name].op == "aten.to.dtype"
+
+
+def test_a_cast_that_copies_stays_a_copy() -> None:
+    graph, have, want = graph_of(lambda m, x: m.linear(x).to(torch.float32, copy=True))
+    assert torch.equal(have, want)
+    node = calls(graph)[-1]
+    assert (node.target, dict(node.kwargs)) == (aten._to_copy.default, {"dtype": torch.float32})
 
 
 def test_a_kept_cast_acts_on_low_values_and_passes_gradients() -> None:

@@ -77,7 +77,10 @@ def test_a_model_that_holds_passes(done: tuple[Path, Outcome]) -> None:
     assert outcome.code == 0
     lines = [line.rstrip() for line in outcome.out.splitlines()]
     assert lines[0] == " PASS   model  float16 on cpu"
-    assert lines[1] == "18 of 21 checks passed, 3 not checked; rules default.toml"
+    # One more where this machine has fast FP16, and the model is faster for it.
+    counts = ("18 of 22 checks passed, 4 not checked", "19 of 22 checks passed, 3 not checked")
+    assert lines[1].partition(";")[0] in counts or "slower than FP32" in lines[1]
+    assert lines[1].endswith("; rules default.toml")
     assert "  low precision  3 of 3 nodes (100 %), 100 % of the multiply-adds" in lines
     assert lines[-1] == "Report: reports/model/report.html"
     assert {entry.name for entry in folder.iterdir()} == {"model.py", "reports"}
@@ -125,7 +128,8 @@ def test_junit_has_a_test_a_check(done: tuple[Path, Outcome], report: dict[str, 
     suite = ET.parse(done[0] / "reports/model/junit.xml").getroot()[0]
     checks = report["verdict"]["checks"]
     assert [case.get("name") for case in suite] == [check["name"] for check in checks]
-    assert (suite.get("failures"), suite.get("skipped")) == ("0", "3")
+    assert suite.get("failures") == "0"
+    assert suite.get("skipped") in ("3", "4")  # performance.inference, where FP16 is fast
 
 
 def test_batch_norm_is_captured_in_both_modes(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_a_weight_out_of_range_keeps_its_reader_in_fp32() -> None:
 
 
 def test_a_weight_that_would_lose_its_digits_keeps_its_reader_in_fp32() -> None:
-    staged = Staged.of(Faint(1e-5), torch.full((2, 4), 1.0))
+    staged = Staged.of(Faint(1e-6), torch.full((2, 4), 1.0))
     found = decision(staged.plan(), "part.0/linear#0")
     assert (found.low, found.rule) == (False, "guard weight-tiny")
     assert found.evidence == "100.0% of its nonzero values"

@@ -41,7 +41,6 @@ BINDINGS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.gelu_.default: _nn.gelu_,
     aten.group_norm.default: torch.group_norm,
     aten.hardswish.default: _nn.hardswish,
-    aten.hardswish_.default: _nn.hardswish_,
     aten.layer_norm.default: torch.layer_norm,
     aten.linear.default: _nn.linear,
     aten.matmul.default: torch.matmul,
