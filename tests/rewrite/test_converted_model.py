@@ -448,7 +448,7 @@ def test_weights_keep_their_dtypes(change: Callable[[nn.Module], nn.Module]) -> 
     before = copy.deepcopy(model.state_dict())
     for of in (mixed, mixed.freeze()):
         with pytest.raises(
-            UsageError, match="keep the dtypes of its plan: float(16|32) would become"
+            UsageError, match=r"keep the dtypes of its plan: float(16|32) would become"
         ):
             change(of)
     assert_same_bits(before, model.state_dict())
