@@ -33,6 +33,29 @@ def output_checks(
     return checks_of_outputs("outputs", rows, missing, limits, metrics_hold=metrics_hold)
 
 
+def untuned_check(
+    plan: Plan, divergence: Divergence | None, limits: Thresholds, *, metrics_hold: bool = False
+) -> Check:
+    """The outputs of the graph that runs with gradients on, under compilers and in `torch.func`: it
+    has the same precisions and other kernels than the one that runs without (see
+    `rewrite.kernels`), and is held to the same limits."""
+    name = "outputs.untuned"
+    rows, missing = divergence.untuned_outputs if divergence else (), nothing_ran(plan, divergence)
+    if not rows:
+        reason = missing or (
+            "a model in parts was run without gradients alone; with them, its parts use other "
+            "kernels, whose nodes were compared"
+        )
+        return Check(name, CheckStatus.UNCHECKED, None, None, reason, required=False)
+    checks = checks_of_outputs("outputs", rows, missing, limits, metrics_hold=metrics_hold)
+    failed = [check for check in checks if check.status == CheckStatus.FAIL]
+    if failed:
+        first = failed[0]
+        reason = f"with gradients on, {first.name} does not hold: {first.reason}"
+        return Check(name, CheckStatus.FAIL, first.value, first.threshold, reason)
+    return Check(name, CheckStatus.PASS, None, None, "the outputs with gradients on hold as well")
+
+
 def checks_of_outputs(
     prefix: str,
     outputs: Sequence[OutputError],

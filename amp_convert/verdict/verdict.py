@@ -10,7 +10,8 @@ not measured is unchecked, and every comparison is written so that NaN fails it.
    outputs those of FP32? The worst output decides. A plan that converts nothing must be exact.
 4. `outputs.vs_autocast`: is the error that of half precision, or of our rewrite?
 5. `nodes.finite`: is every node finite that is finite in FP32? `frozen.identical`: is the model
-   that gets deployed the one that was judged?
+   that gets deployed the one that was judged? `outputs.untuned`: and the graph that runs with
+   gradients on?
 6. `performance.inference`: is it faster? Required with `--min-speedup` alone.
 7. `metrics.NAME`: do the user's own metrics hold?
 8. `training.*`: does it train as FP32 does? See `training_checks`.
@@ -58,7 +59,7 @@ from amp_convert.verdict.inference_checks import (
     reference_check,
 )
 from amp_convert.verdict.onnx_checks import onnx_checks
-from amp_convert.verdict.output_checks import autocast_check, output_checks
+from amp_convert.verdict.output_checks import autocast_check, output_checks, untuned_check
 from amp_convert.verdict.performance_check import performance_check
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_checks import training_checks
@@ -150,6 +151,7 @@ def judge(
         *path_checks(divergence),
         buffers_check(plan, divergence),
         frozen_check(divergence),
+        untuned_check(plan, divergence, limits, metrics_hold=metrics_hold),
         performance_check(divergence, limits),
         *metrics,
         *training_checks(

@@ -86,7 +86,7 @@ def test_closed_streams_and_strict_warnings_of_the_users(tmp_path: Path) -> None
     )
     outcome = process(tmp_path, "model.py")
     assert outcome.code == 0, outcome.err
-    assert "of 22 checks passed" in outcome.out
+    assert "of 23 checks passed" in outcome.out
     assert "judge ..." in outcome.err
 
 

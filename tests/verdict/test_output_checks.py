@@ -141,6 +141,7 @@ def test_a_model_of_integers_is_judged_by_agreement_alone(mismatches: int, statu
         "outputs.finite",
         "outputs.agreement",
         "outputs.vs_autocast",
+        "outputs.untuned",
     ]
     native = check("outputs.vs_autocast", found)
     assert native.status == "unchecked"
@@ -224,3 +225,30 @@ def test_an_output_that_autocast_lacks_is_unchecked_but_a_failure_elsewhere_stan
     one = check("outputs.vs_autocast", verdict(worse))
     assert (one.status, one.value) == ("fail", pytest.approx(10.0))
     assert one.reason.startswith("output a:")
+
+
+# --- the graph that runs with gradients on -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "pass"),
+        ({"rel_l2": 0.5}, "fail"),
+        ({"rel_l2": math.nan}, "fail"),
+        ({"nonfinite": 1}, "fail"),
+        ({"max_abs_err": 7.0}, "fail"),
+    ],
+)
+def test_the_graph_with_gradients_on_is_held_to_the_same_limits(
+    changes: dict[str, Any], status: str
+) -> None:
+    found = verdict(divergence(untuned_outputs=(output(**changes), label())))
+    held = check("outputs.untuned", found)
+    assert (found.status, held.status, held.required) == (status, status, True)
+
+
+def test_a_model_in_parts_is_not_run_with_gradients_on_and_may_pass() -> None:
+    found = verdict(divergence(untuned_outputs=()))
+    parts = check("outputs.untuned", found)
+    assert (found.status, parts.status, parts.required) == ("pass", "unchecked", False)

@@ -112,6 +112,7 @@ class _Comparison:
         self._outputs: dict[str, OutputSums] = {}
         self._native: dict[str, OutputSums] = {}
         self._frozen: dict[str, OutputSums] = {}
+        self._untuned: dict[str, OutputSums] = {}
         self._frozen_identical = True
         self._score = score or no_score
         self._metrics, self._probe = MetricMeans(), MetricProbe(self._score)
@@ -127,11 +128,15 @@ class _Comparison:
 
     def add(self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any) -> None:
         state, size = rng_state(self._device), batch_size(args, kwargs)
-        reference, mixed = self._both(args, kwargs, state)
+        reference, untuned = self._reference(args, kwargs, state)
         self._refuse_nan(reference)
         self._inputs.add(args, kwargs)
         matcher = row_matcher(self._converted, size)
         noise = self._arms.noise(args, kwargs, state)
+        if untuned is not None:
+            accumulate(self._untuned, reference, untuned, noise, matcher)
+        del untuned
+        mixed = self._arms.mixed(args, kwargs, state)
         accumulate(self._outputs, reference, mixed, noise, matcher)
         del noise
         self._probe.try_batch(reference, target)
@@ -192,20 +197,23 @@ class _Comparison:
             error = row.rel_l2 if not row.mismatches else math.inf
             self._reference_rel_l2 = larger(self._reference_rel_l2, error)
 
-    def _both(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> tuple[Any, Any]:
-        """Both models' outputs for one batch: the reference's, and those of the mixed model as it
-        runs, whose kernels need not be those that its nodes are visited with. Of a model that was
-        captured in parts the reference is the eager model itself."""
+    def _reference(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any
+    ) -> tuple[Any, Any]:
+        """The reference's outputs for one batch, and those of the mixed graph as it was rewritten,
+        whose kernels are not those of the model that runs (see `rewrite.kernels`); None for the
+        latter where it was not run. Of a model that was captured in parts the reference is the
+        eager model itself."""
         if self._captured.is_whole:
-            return self._whole(args, kwargs, state), self._arms.mixed(args, kwargs, state)
+            return self._whole(args, kwargs, state)
         if self.batches < self._node_batches:
             self._parts_in_step(args, kwargs)
-        reference = self._arms.original(args, kwargs, state)
-        return reference, self._arms.mixed(args, kwargs, state)
+        return self._arms.original(args, kwargs, state), None
 
-    def _whole(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
-        """The reference's outputs. Nodes are visited on the way for the first batches; what both
-        graphs would write to buffers and inputs is compared."""
+    def _whole(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> tuple[Any, Any]:
+        """The outputs of the reference, and of the rewritten graph where it is run: for the first
+        batches, on which nodes are visited. What both graphs would write to buffers and inputs is
+        compared."""
         runner = self._captured.regions[0].runner(Mode.EVAL)
         if self.batches < self._node_batches:
             inputs = runner.inputs(args, kwargs)
@@ -217,10 +225,11 @@ class _Comparison:
                 set_rng_state(self._device, state)
                 graph = self._converted.rewritten[""][Mode.EVAL].graph_module
                 mixed = graph(*runner.inputs(args, kwargs))
-        if mixed is not None:
-            for name, want, have in runner.changes(reference, mixed):
-                self._outputs.setdefault(name, OutputSums(want.dtype)).add(want, have)
-        return runner.results(reference)
+        if mixed is None:
+            return runner.results(reference), None
+        for name, want, have in runner.changes(reference, mixed):
+            self._outputs.setdefault(name, OutputSums(want.dtype)).add(want, have)
+        return runner.results(reference), runner.results(mixed)
 
     def _parts_in_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Visit the nodes of the parts of a model that was not captured whole."""
@@ -265,6 +274,7 @@ class _Comparison:
             behind_parting=tuple(node for node in unvisited if node in behind),
             frozen_identical=self._frozen_identical if self.batches else None,
             frozen_outputs=_rows(self._frozen),
+            untuned_outputs=_rows(self._untuned),
             batches_given=None if self.left is None else self.batches + self.left,
             stopped=self.stopped,
             node_batches=int(min(self.batches, self._node_batches)),

@@ -153,10 +153,12 @@ class Divergence:
     was not tried. `unvisited` names nodes that no batch reached, or reached with no element.
     `outputs` has also what the model writes to its buffers and inputs. `autocast_outputs` are the
     errors of native `torch.autocast` at the same dtype, empty with a reason where it could not run,
-    `frozen_outputs` those of the frozen model; `metrics` are empty with a reason where the user
-    gave none. `same_inputs` is whether all batches hold one and the same number throughout, as a
-    placeholder of zeros does. `drawn_outside` names the generators outside of PyTorch ("Python",
-    "NumPy") that the eager model draws from, `kept_state` the plain attributes that it changes from
+    `frozen_outputs` those of the frozen model, `untuned_outputs` those of the mixed model's graph
+    before its kernels were tuned, which runs with gradients on; `metrics` are empty with a reason
+    where the user gave none. `same_inputs` is whether all batches hold one and the same number
+    throughout, as a placeholder of zeros does. `drawn_outside` names the generators outside of
+    PyTorch ("Python", "NumPy") that the eager model draws from, `kept_state` the plain attributes
+    that it changes from
     call to call. `parted_paths` counts the batches on which the mixed model called the captured
     parts another number of times, or in another order; `behind_parting` are those of `unvisited`
     that both called, but only behind the point where they parted. `slow_kernels` says why no speed
@@ -176,6 +178,7 @@ class Divergence:
     unvisited: tuple[str, ...] = ()
     frozen_identical: bool | None = None
     frozen_outputs: tuple[OutputError, ...] = ()
+    untuned_outputs: tuple[OutputError, ...] = ()
     batches_given: int | None = 0
     stopped: Stop | None = None
     node_batches: int = 0

@@ -458,3 +458,21 @@ def test_memory_stays_near_two_forward_passes() -> None:
         whole = peak_bytes(lambda m=mixed: on(m, x, x, autocast=False))
         assert forward == 2 * x.nbytes
         assert whole < 2.6 * forward  # the nudged inputs of the noise arm, for one
+
+
+def test_the_graph_that_runs_with_gradients_on_is_judged_as_well() -> None:
+    """A fault that the tuned graph does not have: nobody would see it without gradients."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), torch.randn(16, 8)
+    mixed = amp.convert(model, x, train=False)
+    graph = mixed.rewritten[""]["eval"].graph_module
+    [output] = graph.graph.find_nodes(op="output")
+    [result] = output.args[0]
+    with graph.graph.inserting_before(output):
+        wrong = graph.graph.call_function(torch.ops.aten.neg.default, (result,))
+    output.args = ((wrong,),)
+    graph.recompile()
+    found = compare(mixed, [((x,), {}, None)])
+    [judged], [untuned] = found.outputs, found.untuned_outputs
+    assert judged.rel_l2 < 1e-2
+    assert untuned.rel_l2 > 0.5
