@@ -19,7 +19,7 @@ from amp_convert.core import device as devices
 from amp_convert.core.errors import UsageError
 from amp_convert.core.files import digests
 from amp_convert.core.number_formats import LOW_DTYPES, name_of
-from amp_convert.loading.model_file import Case, as_call
+from amp_convert.loading.model_file import Case, as_call, kind_of
 from amp_convert.loading.settings import given_settings, make_settings
 from amp_convert.loading.together import agreed
 from amp_convert.onnx_file.write import export_onnx as export_onnx
@@ -84,14 +84,13 @@ def convert(
     mode is the model's. Without `train` it is for inference only, made in about half the time, and
     in eval mode, as the submodules then are. The device is the model's own.
 
-    Raises UsageError for wrong rules or dtype, ModelError for inputs that do not fit,
+    Raises UsageError for wrong rules, dtype or kwargs, ModelError for inputs that do not fit,
     UnsupportedModelError when no part of the model can be captured.
     """
     if dtype not in LOW_DTYPES:
         raise UsageError(f"{dtype} is not a low dtype", mend="Use torch.float16 or torch.bfloat16.")
     loaded = _rules(rules)
-    positional, keywords = as_call(args, "args")
-    keywords |= kwargs or {}
+    positional, keywords = _call(args, kwargs)
     captured = capture(model, positional, keywords, train=train)
     batches: Iterable[Any] = [(positional, keywords)]
     if calibration is not None:
@@ -165,14 +164,14 @@ def check(
         **given,
     )
     chosen = agreed(made, given)
-    positional, keywords = as_call(args, "args")
+    positional, keywords = _call(args, kwargs)
     case = Case(
         name=name or type(model).__name__,
         source="",
         digest=_digest(model),
         model=model,
         args=positional,
-        kwargs=keywords | dict(kwargs or {}),
+        kwargs=keywords,
         eval_batches=_repeatable(eval_batches),
         metrics=metrics,
         lower_is_better=frozenset(lower_is_better),
@@ -191,6 +190,16 @@ def check(
         write_report(folder, run.report, run.plan.to_toml(), run.files)
     pipeline.clean_up(run, chosen)
     return run
+
+
+def _call(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise UsageError(
+            f"kwargs is {kind_of(kwargs)}, no mapping of names to inputs",
+            mend="Give several inputs as one tuple: args=(x, y).",
+        )
+    positional, keywords = as_call(args, "args")
+    return positional, keywords | dict(kwargs or {})
 
 
 def _digest(model: nn.Module) -> str:

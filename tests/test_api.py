@@ -186,6 +186,13 @@ def test_rules_that_are_not_there(rules: Any, message: str) -> None:
         amp.convert(net(), X, rules=rules)
 
 
+@pytest.mark.parametrize("function", [amp.convert, amp.audit, amp.check])
+def test_inputs_that_are_given_one_by_one(function: Any) -> None:
+    with pytest.raises(UsageError, match="kwargs is a Tensor, no mapping") as caught:
+        function(net(), X, X)
+    assert "one tuple" in str(caught.value.mend)
+
+
 # --- plan, audit, compare ------------------------------------------------------------------------
 
 
