@@ -1,5 +1,6 @@
 """Law 5 on every model of the zoo, counted: a frozen model asks no more of a device than the model
-in the low dtype does, but for what its budget names. And what the counter counts."""
+in the low dtype does, but for what its budget names; a training step no more than autocast. And
+what the counter counts."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree as pytree
 
 from tests import zoo
-from tests.benchmarks.dispatch import counted, inference_arms
+from tests.benchmarks.dispatch import counted, inference_arms, training_arms
 from tests.benchmarks.dispatch_budget import budget
 from tests.zoo import every_model
 
@@ -37,6 +38,22 @@ def test_a_frozen_model_keeps_to_its_budget(name: str) -> None:
     if "tables" not in allowed:
         assert frozen.stored <= 1.02 * low.stored + 1024  # norms' statistics, a scale
     assert _attention(count.calls) == _attention(low.count.calls)
+
+
+@every_model
+def test_a_training_step_keeps_to_its_budget(name: str) -> None:
+    """Never more kernel calls than under autocast, nor, but for FP32 regions, more bytes."""
+    model, args, kwargs = zoo.example(name)
+    converted = zoo.converted(name, dtype=torch.bfloat16)
+    steps, allowed = training_arms(model, converted, args, kwargs), budget()[name]
+    mixed, step = steps["mixed"], allowed["step"]
+    assert mixed.total <= step["calls"]
+    assert mixed.moved <= step["moved"]
+    if (native := steps.get("autocast")) is not None:
+        assert mixed.total <= native.total
+        if "step_regions" not in allowed:
+            assert mixed.moved <= native.moved
+        assert _attention(mixed.calls) == _attention(native.calls)
 
 
 def _attention(calls: dict[str, int]) -> dict[str, int]:

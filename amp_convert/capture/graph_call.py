@@ -8,6 +8,7 @@ lets `load_state_dict`, `.to()` and optimizers work on that set as usual.
 
 A buffer that the graph changes is cloned before the graph reads it: the backward pass may have
 saved the value that was read, and writing the new value over it would make PyTorch refuse to go on.
+One that the graph itself writes to (`in_place`) is given to it as it is.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def bind(
 
 class GraphRunner:
     """Runs one graph of a module, in the module's own calling convention. `run` is what is called
-    in place of the graph: it takes the same flat inputs and gives the same flat outputs."""
+    in place of the graph: it takes the same flat inputs and gives the same flat outputs; `in_place`
+    are the inputs, by number, that it writes to itself."""
 
     def __init__(
         self,
@@ -53,12 +55,16 @@ class GraphRunner:
         constants: Mapping[str, torch.Tensor],
         owner: nn.Module,
         run: Callable[..., Any] | None = None,
+        in_place: frozenset[int] = frozenset(),
     ) -> None:
         self._run = run or graph_module
         self.graph_module, self.signature = graph_module, signature
         self.owner, self._constants = owner, dict(constants)
         self._changes = len(signature.buffer_outputs) + len(signature.input_outputs)
-        self._slots = [(*self._slot(spec), spec.mutated) for spec in signature.inputs]
+        self._slots = [
+            (*self._slot(spec), spec.mutated and i not in in_place)
+            for i, spec in enumerate(signature.inputs)
+        ]
         self._flat = flat_call(signature)
         self._submodules = [
             (module._modules, name, child, path)
@@ -92,8 +98,8 @@ class GraphRunner:
                 )
         leaves = iter(self._flat_leaves(args, kwargs) or self._leaves(args, kwargs))
         return [
-            next(leaves) if store is None else store[key].clone() if mutated else store[key]
-            for store, key, mutated in self._slots
+            next(leaves) if store is None else store[key].clone() if cloned else store[key]
+            for store, key, cloned in self._slots
         ]
 
     @property
@@ -113,7 +119,8 @@ class GraphRunner:
         with torch.no_grad():
             for name, value in zip(signature.buffer_outputs, buffers, strict=True):
                 store, key = _lookup(self.owner, name)
-                store[key].copy_(value)
+                if value is not store[key]:
+                    store[key].copy_(value)
             for index, value in zip(signature.input_outputs, changed, strict=True):
                 inputs[index].copy_(value)
         return self.results(outputs)

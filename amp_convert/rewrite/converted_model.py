@@ -243,10 +243,12 @@ class _Part:
     """The rewritten graphs of one captured part."""
 
     def __init__(self, region: Region, rewritten: Mapping[Mode, Rewritten], *, exact: bool) -> None:
-        self._runners = {mode: runner_of(r, region.module) for mode, r in rewritten.items()}
-        if (found := rewritten.get(Mode.EVAL)) is not None:
-            running = RunningGraph(found.graph_module, found.captured.signature, exact=exact)
-            self._runners[Mode.EVAL] = runner_of(found, region.module, running)
+        self._runners = {}
+        for mode, each in rewritten.items():
+            graph_module, signature = each.graph_module, each.captured.signature
+            training = mode is Mode.TRAIN
+            running = RunningGraph(graph_module, signature, exact=exact, training=training)
+            self._runners[mode] = runner_of(each, region.module, running, running.in_place)
         self._why_no_train = region.train_failure
 
     def __call__(self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -88,9 +88,17 @@ def try_kernels(rewritten: Rewritten, inputs: Sequence[Any]) -> None:
 
 
 def runner_of(
-    rewritten: Rewritten, owner: nn.Module, run: Callable[..., Any] | None = None
+    rewritten: Rewritten,
+    owner: nn.Module,
+    run: Callable[..., Any] | None = None,
+    in_place: frozenset[int] = frozenset(),
 ) -> GraphRunner:
-    """A rewritten graph, callable as the module `owner` is, over its tensors; `run` as in
-    `GraphRunner`."""
+    """A rewritten graph, callable as the module `owner` is, over its tensors; `run` and `in_place`
+    as in `GraphRunner`."""
     captured = rewritten.captured
-    return GraphRunner(rewritten.graph_module, captured.signature, captured.constants, owner, run)
+    graph_module, signature, constants = (
+        rewritten.graph_module,
+        captured.signature,
+        captured.constants,
+    )
+    return GraphRunner(graph_module, signature, constants, owner, run, in_place)

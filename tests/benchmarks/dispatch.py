@@ -9,7 +9,8 @@ training.
 A *kernel call* is a call that computes: a view of a tensor computes nothing, nor does an allocation
 (`empty`). `read` and `written` are the bytes of the arguments and of the results; a tensor that a
 kernel writes in place counts as both; an expanded tensor counts as what lies in memory. A *cast* is
-a call that copies floating-point values into another floating-point dtype. `wide` are the bytes of
+a call that copies floating-point values into another floating-point dtype, of one tensor or of a
+list. `wide` are the bytes of
 calls that read or write FP32 tensors: in a converted model, its FP32 regions and its casts.
 
 Each arm is called once before it is counted: what is computed once for each set of sizes is not
@@ -49,7 +50,7 @@ _ALLOCATIONS = {  # and what only relabels memory
     aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default,
     aten.new_empty.default, aten.new_empty_strided.default,
 }  # fmt: skip
-_CASTS = {aten._to_copy.default, aten.copy_.default}
+_CASTS = {aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default}
 
 
 @dataclass
@@ -162,7 +163,7 @@ def training_arms(
 
         return run
 
-    calls = {
+    calls: dict[str, Callable[[], None]] = {
         "fp32": step(model, (args, kwargs)),
         "autocast": step(model, (args, kwargs), autocast=True),
         "all low": step(low, low_inputs),

@@ -1,4 +1,4 @@
-"""What a frozen model of the zoo may dispatch: the numbers in `dispatch_budget.toml`."""
+"""What a model of the zoo may dispatch, frozen and in training, as `dispatch_budget.toml` says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ HEAD = """\
 #
 # `regions` says why a model has an FP32 region that the model in BF16 has not, one sentence each,
 # separated by semicolons: each may cost two casts. `tables` says why a table is stored in FP32.
+#
+# `step` is one forward and backward pass of the converted model in training mode: its kernel calls
+# and the bytes that it moves. `step_regions` says why it may move more than autocast does.
 """
 
 

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.write_budget`: write what frozen models dispatch now as their budget.
+"""`python -m tests.benchmarks.write_budget`: write what models dispatch now as their budget.
 
 The reasons in the file stay. Look at the difference before it is committed: a number may rise only
 for a reason that is written beside it.
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from tests import zoo
-from tests.benchmarks.dispatch import inference_arms
+from tests.benchmarks.dispatch import inference_arms, training_arms
 from tests.benchmarks.dispatch_budget import FILE, HEAD, budget
+
+_REASONS = ("regions", "tables", "step_regions")
 
 
 def main() -> int:
@@ -22,11 +24,10 @@ def main() -> int:
     warnings.simplefilter("ignore")
     lines = [HEAD]
     for name in zoo.BUILDERS:
-        arm = inference_arms(
-            *zoo.example(name)[:1],
-            zoo.converted(name, dtype=torch.bfloat16),
-            *zoo.example(name)[1:],
-        )["frozen"]
+        model, args, kwargs = zoo.example(name)
+        converted = zoo.converted(name, dtype=torch.bfloat16)
+        arm = inference_arms(model, converted, args, kwargs)["frozen"]
+        step = training_arms(model, converted, args, kwargs)["mixed"]
         known: dict[str, Any] = budget().get(name, {})
         lines += [
             f"[{name}]",
@@ -35,7 +36,8 @@ def main() -> int:
             f"moved = {arm.count.moved}",
             f"stored = {arm.stored}",
             f"peak = {arm.peak}",
-            *(f'{key} = "{known[key]}"' for key in ("regions", "tables") if key in known),
+            f"step = {{ calls = {step.total}, moved = {step.moved} }}",
+            *(f'{key} = "{known[key]}"' for key in _REASONS if key in known),
             "",
         ]
     FILE.write_text("\n".join(lines))

@@ -31,6 +31,7 @@ from amp_convert.rewrite.kernels.sizes_alone import (
     cut_out,
     erase_unread,
     first_call,
+    for_all_modes,
     is_size,
     keep,
 )
@@ -60,7 +61,10 @@ class MaskForm(nn.Module):
             return additive(self.graph_module(*inputs)[0], self._dtype), False
         key = (*inputs[: self._sizes], *((mask.shape, mask.device) for mask in given))
         found = self._kept.get(key)
-        return found or keep(self._kept, key, self._form(self.graph_module(*inputs)[0]))
+        if found is None:
+            with for_all_modes():
+                found = keep(self._kept, key, self._form(self.graph_module(*inputs)[0]))
+        return found
 
     def _form(self, mask: torch.Tensor) -> Form:
         if bool(mask.all()):

@@ -26,14 +26,16 @@ from amp_convert.rewrite.kernels.aliasing import reaches_output
 aten = torch.ops.aten
 
 
-def merge(graph: fx.Graph) -> None:
-    """Take out casts, and move them, by the rules above."""
+def merge(graph: fx.Graph, *, move: bool = True) -> None:
+    """Take out casts, by the rules above; with `move`, move them as well. In training a cast that
+    is moved would let a sum of gradients be taken in the lower precision."""
     seen: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     for node in list(graph.nodes):
         wanted = asked(node)
         if wanted is None:
             continue
-        _move(graph, node, wanted)
+        if move:
+            _move(graph, node, wanted)
         source: fx.Node = node.args[0]
         if reaches_output(node):
             continue  # the caller is to get a tensor of its own

@@ -11,9 +11,13 @@ in-place form takes it when its argument
 
 The third is known of pointwise operators: their results lie as their first argument does, where
 that leaves no gaps. `add` and `mul` may write over the second argument too, where both lie row by
-row and are no images, whose kernels choose a layout. The graph then may run only without gradients,
-since autograd could have saved what is written over; and this pass comes last, since whoever runs a
+row and are no images, whose kernels choose a layout. This pass comes last, since whoever runs a
 graph node by node must find each value as it was made.
+
+Autograd saves values for the backward pass. A graph that is to be differentiated may write over
+those alone that nobody saves: what made the value does not need it, what writes over it needs at
+most its own result (`_SAVES_NOTHING`, `_SAVES_RESULT`), and no view of a value may be written to,
+since autograd then copies in the backward pass.
 
 Keeps: every bit.
 """
@@ -36,16 +40,41 @@ _IMAGE_DIMENSIONS = 4
 """From here on a kernel may choose a layout that depends on the dtype (channels last)."""
 
 
-def write(graph: fx.Graph, allocating: frozenset[object] = frozenset()) -> None:
+# Autograd keeps neither what these write over nor what they make; of the second, their result.
+_SAVES_NOTHING = {aten.add.Tensor, aten.sub.Tensor}
+_SAVES_RESULT = {aten.relu.default, aten.sigmoid.default, aten.tanh.default}
+_SCALES = {aten.mul.Tensor, aten.div.Tensor}  # by a number: they save nothing
+# Autograd does not keep what these make, and it is no view there. Some are made of others that give
+# views for inputs of other dimensions than these.
+_UNSAVED: dict[object, int | None] = {
+    aten.convolution.default: None, aten.batch_norm.default: None, aten.layer_norm.default: None,
+    aten.group_norm.default: None, aten.addmm.default: None, aten.mm.default: None,
+    aten.bmm.default: None, aten.baddbmm.default: None, aten.cat.default: None,
+    aten.embedding.default: None, aten.add.Tensor: None, aten.sub.Tensor: None,
+    aten.mul.Tensor: None, aten.add_.Tensor: None, aten.sub_.Tensor: None, aten.mul_.Tensor: None,
+    aten.linear.default: 2, aten.conv1d.default: 3, aten.conv2d.default: 4, aten.conv3d.default: 5,
+}  # fmt: skip
+
+
+def write(
+    graph: fx.Graph,
+    allocating: frozenset[object] = frozenset(),
+    *,
+    differentiable: bool = False,
+) -> None:
     """Let operators write in place where they may; `allocating` are functions of our own that
-    allocate their results."""
+    allocate their results. With `differentiable`, autograd may go through the graph."""
     written: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or (form := in_place_form(node.target)) is None:
             continue
+        if differentiable and not _needs_no_input(node):
+            continue
         for place in _places(node):
             value = node.args[place]
             if isinstance(value, fx.Node) and _is_free(value, node, written, allocating):
+                if differentiable and not _is_unsaved(value):
+                    continue
                 if place:
                     node.args = (value, node.args[0])
                 node.target = form
@@ -92,6 +121,21 @@ def _is_free(
         return False
     one, other = (n.meta.get("recorded") for n in (value, writer))
     return one is not None and other is not None and one.stride == other.stride and _is_dense(one)
+
+
+def _needs_no_input(node: fx.Node) -> bool:
+    """Whether the gradient of an operator can do without what its in-place form writes over."""
+    if node.target in _SCALES:
+        return len(node.args) == 2 and isinstance(node.args[1], int | float)
+    return node.target in _SAVES_NOTHING or node.target in _SAVES_RESULT
+
+
+def _is_unsaved(value: fx.Node) -> bool:
+    """Whether what made a value does not save it, and gives it as no view."""
+    if value.target not in _UNSAVED:
+        return False
+    wanted, shape = _UNSAVED[value.target], value.meta["shape"]
+    return wanted is None or len(shape) == wanted
 
 
 def _times_read(reader: fx.Node, value: fx.Node) -> int:

@@ -11,9 +11,10 @@ the graph.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +40,8 @@ class Remembered(nn.Module):
         """The graph's results for these sizes."""
         found = self._kept.get(sizes)
         if found is None:
-            found = keep(self._kept, sizes, self.graph_module(*sizes))
+            with for_all_modes():
+                found = keep(self._kept, sizes, self.graph_module(*sizes))
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -48,6 +50,14 @@ class Remembered(nn.Module):
 
 _LOCK = threading.Lock()
 _T = TypeVar("_T")
+
+
+@contextlib.contextmanager
+def for_all_modes() -> Iterator[None]:
+    """What is made here may be used with gradients later, also where this call is in
+    `torch.inference_mode`."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def keep(kept: dict[Any, _T], key: Any, value: _T) -> _T:

@@ -1,8 +1,12 @@
-"""A rewritten graph -> the graph that runs in inference, by one pass after the other.
+"""A rewritten graph -> the graph that runs, by one pass after the other.
 
 Passes change kernels and never precisions. Where the plan asks for PyTorch's own casts or for none
 (`exact`), those that could change a bit are left out, so that `rules="fp32"` and `rules="autocast"`
 give what eager gives.
+
+There are two forms. `tuned` is for calls without gradients. `trained` is for training: autograd
+differentiates it, so nothing may be written over that autograd saves, and no sum of gradients is
+moved into a lower precision; weights are cast together, and buffers are written where they are.
 """
 
 from __future__ import annotations
@@ -13,18 +17,21 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from amp_convert.capture.graph_signature import Signature, Source
+from amp_convert.capture.graph_signature import InputSpec, Signature, Source
 from amp_convert.capture.stored_graph import StoredGraph, restored, stored
 from amp_convert.rewrite.kernels import (
     attention,
     batch_norm,
     bindings,
+    buffer_updates,
     casts,
     empty_parts,
     grouped_attention,
     in_place,
     products,
     sizes_alone,
+    weight_casts,
+    whole_slices,
 )
 
 _ALLOCATING: frozenset[object] = frozenset({products.folded_linear})
@@ -32,23 +39,60 @@ _ALLOCATING: frozenset[object] = frozenset({products.folded_linear})
 
 def tuned(graph_module: fx.GraphModule, signature: Signature, *, exact: bool) -> fx.GraphModule:
     """A copy of `graph_module` for calls without gradients; `signature` is the graph's."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    for node, spec in signature.placeholders(graph).items():
-        node.meta["user"] = spec.source is Source.USER
+    graph, _ = _copied(graph_module, signature)
     modules: dict[str, nn.Module] = {}
     batch_norm.call_as_eager(graph)
-    empty_parts.drop(graph)
-    attention.share_masks(graph, modules)
-    if not exact:
-        grouped_attention.group(graph)
-        sizes_alone.erase_unread(graph)
-    sizes_alone.remember(graph, modules)
+    _as_eager_calls(graph, modules, exact=exact)
     if not exact:
         casts.merge(graph)
         products.fold(graph)
     in_place.write(graph, _ALLOCATING)
     bindings.bind(graph)
+    return _module(graph, graph_module, modules)
+
+
+def trained(
+    graph_module: fx.GraphModule, signature: Signature, *, exact: bool
+) -> tuple[fx.GraphModule, frozenset[int]]:
+    """A copy of `graph_module` for training, and the inputs, by number, that it writes to itself:
+    these buffers need no copy before the call, and it returns them as they are."""
+    graph, placeholders = _copied(graph_module, signature)
+    modules: dict[str, nn.Module] = {}
+    written = buffer_updates.write(graph, placeholders, signature.buffer_outputs)
+    _as_eager_calls(graph, modules, exact=exact)
+    if not exact:
+        casts.merge(graph, move=False)
+        products.fold(graph)
+    weight_casts.group(graph, placeholders)
+    in_place.write(graph, differentiable=True)
+    bindings.bind(graph)
+    return _module(graph, graph_module, modules), written
+
+
+def _as_eager_calls(graph: fx.Graph, modules: dict[str, nn.Module], *, exact: bool) -> None:
+    empty_parts.drop(graph)
+    whole_slices.drop(graph)
+    attention.share_masks(graph, modules)
+    if not exact:
+        grouped_attention.group(graph)
+        sizes_alone.erase_unread(graph)
+    sizes_alone.remember(graph, modules)
+
+
+def _copied(
+    graph_module: fx.GraphModule, signature: Signature
+) -> tuple[fx.Graph, dict[fx.Node, InputSpec]]:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    placeholders = signature.placeholders(graph)
+    for node, spec in placeholders.items():
+        node.meta["user"] = spec.source is Source.USER
+    return graph, placeholders
+
+
+def _module(
+    graph: fx.Graph, graph_module: fx.GraphModule, modules: dict[str, nn.Module]
+) -> fx.GraphModule:
     graph.lint()
     root = {str(n.target): _attribute(graph_module, n) for n in graph.find_nodes(op="get_attr")}
     return fx.GraphModule({**root, **modules}, graph)
@@ -62,30 +106,47 @@ def _attribute(graph_module: fx.GraphModule, node: fx.Node) -> Any:
 
 
 class RunningGraph:
-    """A graph in two forms: tuned, for calls without gradients, and as it was, for the others, for
-    compilers, which tune for themselves, and for tensors without values, which tell no mask."""
+    """A graph in two forms: as it was, and one that is tuned for what it is for: for calls without
+    gradients, or for training. As it was it runs otherwise, and for compilers, which tune for
+    themselves, and for tensors without values, which tell no mask.
 
-    def __init__(self, plain: fx.GraphModule, signature: Signature, *, exact: bool) -> None:
-        self.plain, self._signature, self._exact = plain, signature, exact
-        self.tuned = tuned(plain, signature, exact=exact)
+    `in_place` are the inputs that the tuned form writes to itself; it wants them as they are, not
+    copies.
+    """
+
+    def __init__(
+        self, plain: fx.GraphModule, signature: Signature, *, exact: bool, training: bool = False
+    ) -> None:
+        self.plain, self._signature = plain, signature
+        self._exact, self._training = exact, training
+        self.in_place: frozenset[int] = frozenset()
+        if training:
+            self.tuned, self.in_place = trained(plain, signature, exact=exact)
+        else:
+            self.tuned = tuned(plain, signature, exact=exact)
         users = [i for i, spec in enumerate(signature.inputs) if spec.source is Source.USER]
         others = [i for i in range(len(signature.inputs)) if i not in users]
         # A model's own tensors have values or not all together.
         self._watched = (*users, *others[:1])
 
     def __call__(self, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
-            return self.plain(*inputs)
-        if any(_unreal(inputs[i]) for i in self._watched):
-            return self.plain(*inputs)
+        if (
+            (torch.is_grad_enabled() and not self._training)
+            or torch.compiler.is_compiling()
+            or _is_transformed()
+            or any(_unreal(inputs[i]) for i in self._watched)
+        ):
+            return self.plain(
+                *(x.clone() if i in self.in_place else x for i, x in enumerate(inputs))
+            )
         return self.tuned(*inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (stored(self.plain), self._signature, self._exact)
+        return _restored, (stored(self.plain), self._signature, self._exact, self._training)
 
 
-def _restored(data: StoredGraph, signature: Signature, exact: bool) -> RunningGraph:
-    return RunningGraph(restored(data), signature, exact=exact)
+def _restored(data: StoredGraph, signature: Signature, exact: bool, training: bool) -> RunningGraph:
+    return RunningGraph(restored(data), signature, exact=exact, training=training)
 
 
 def _is_transformed() -> bool:

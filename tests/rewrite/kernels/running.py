@@ -9,10 +9,10 @@ from torch import fx
 from amp_convert.rewrite.kernels.tuned_graph import RunningGraph
 
 
-def running(model: Any) -> RunningGraph:
-    """The eval graph of a model that was captured whole, converted or frozen."""
+def running(model: Any, mode: str = "eval") -> RunningGraph:
+    """The graph of a mode of a model that was captured whole, converted or frozen."""
     parts = model.__dict__.get("_parts")
-    runner = model.__dict__["_callee"] if parts is None else parts[""]._runners["eval"]
+    runner = model.__dict__["_callee"] if parts is None else parts[""]._runners[mode]
     found: RunningGraph = runner._run
     return found
 

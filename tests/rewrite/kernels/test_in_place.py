@@ -95,6 +95,58 @@ def test_gradients_are_those_of_the_graph_as_it_was() -> None:
     assert not any(name.endswith("_") for name in targets(running(mixed).plain))
 
 
+def _softmax(value: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(value, -1)
+
+
+TRAINED = {
+    "over what a product made": (lambda y, x: torch.relu(y), ["relu_"]),
+    "over what a sum made": (lambda y, x: torch.relu(y + x), ["add_", "relu_"]),
+    "a scale": (lambda y, x: y * 0.5 + x, ["mul_", "add_"]),
+    "over what made it and saved it": (lambda y, x: torch.relu(y) + x, ["relu_", "add"]),
+    "what it needs itself": (lambda y, x: torch.exp(y * x), ["mul", "exp"]),
+    "over what softmax saved": (lambda y, x: _softmax(y) + x, ["add"]),
+    "over a view": (lambda y, x: torch.relu(y.view(2, 9)), ["relu"]),
+}
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_where_it_writes_in_training(what: str) -> None:
+    after, expected = TRAINED[what]
+    torch.manual_seed(0)
+    model, x = Net(after).train(), torch.randn(3, 6)
+    mixed = amp.convert(model, x, rules="fp32")
+    assert_same_bits(_step(model, x), _step(mixed, x))
+    named = [
+        name
+        for name in targets(running(mixed, "train").tuned)
+        if name.rstrip("_") in _names([*expected, "add", "mul", "relu", "exp"])
+    ]
+    assert named == expected
+
+
+def _step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs, and the gradients of the input and of the weights."""
+    x = x.clone().requires_grad_()
+    made = model(x)
+    outputs = [t for t in (made if isinstance(made, tuple) else (made,)) if t.requires_grad]
+    wanted = [x, *model.parameters()]
+    loss = sum((t * torch.linspace(-1, 2, t.numel()).view_as(t)).sum() for t in outputs)
+    if not isinstance(loss, torch.Tensor):
+        return list(made)
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [*(t.detach() for t in outputs), *(g for g in found if g is not None)]
+
+
+def test_a_view_that_a_layer_makes_is_not_written_to_in_training() -> None:
+    """`linear` gives a view for inputs of three dimensions; autograd would copy in the backward
+    pass for a write over it."""
+    model, x = Net(lambda y, x: torch.relu(y)).train(), torch.randn(2, 3, 6)
+    mixed = amp.convert(model, x, rules="fp32")
+    assert "relu" in targets(running(mixed, "train").tuned)
+    assert_same_bits(_step(model, x), _step(mixed, x))
+
+
 _STEPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "relu": lambda a, b: torch.relu(a),
     "exp": lambda a, b: torch.exp(a.clamp(-3, 3)),
@@ -105,6 +157,11 @@ _STEPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "flip": lambda a, b: a.transpose(0, 1).reshape(a.shape),
     "fill": lambda a, b: a.masked_fill(b > 0, 0.5),
     "write": lambda a, b: a.index_put((torch.tensor([0, 1]),), b[:2]),
+    "tanh": lambda a, b: torch.tanh(a),
+    "scale": lambda a, b: a * 0.5,
+    "gelu": lambda a, b: torch.nn.functional.gelu(a),
+    "norm": lambda a, b: torch.nn.functional.layer_norm(a, (4,)),
+    "product": lambda a, b: a @ b,
 }
 
 
@@ -123,14 +180,17 @@ class Chain(nn.Module):
         return values[-1], values[len(values) // 2]
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+chains = given(
     st.lists(
         st.tuples(st.sampled_from(sorted(_STEPS)), st.integers(0, 8), st.integers(0, 8)),
         min_size=1,
         max_size=8,
     )
 )
+
+
+@settings(max_examples=25, deadline=None)
+@chains
 def test_any_chain_gives_the_same_bits(steps: list[tuple[str, int, int]]) -> None:
     torch.manual_seed(0)
     model, x = Chain(steps).eval(), torch.randn(4, 4)
@@ -141,3 +201,13 @@ def test_any_chain_gives_the_same_bits(steps: list[tuple[str, int, int]]) -> Non
         assert_same_bits(want, mixed(given))
         assert_same_bits(want, mixed(given))
     assert_same_bits(x, given)
+
+
+@settings(max_examples=40, deadline=None)
+@chains
+def test_any_chain_has_the_same_gradients(steps: list[tuple[str, int, int]]) -> None:
+    torch.manual_seed(0)
+    model, x = Chain(steps).train(), torch.randn(4, 4)
+    mixed = amp.convert(model, x, rules="fp32")
+    for _ in range(2):
+        assert_same_bits(_step(model, x), _step(mixed, x))
