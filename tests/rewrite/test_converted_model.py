@@ -546,3 +546,31 @@ def test_torch_compile_with_inductor(train: bool) -> None:
     model, args, kwargs = without_dropout("cnn")
     mixed = amp.convert(model, args, kwargs, dtype=torch.bfloat16)
     compiled_like_eager(mixed, "inductor", *args, train=train, **kwargs)
+
+
+@both_dtypes
+@pytest.mark.parametrize("train", [False, True])
+def test_the_plan_holds_inside_autocast(dtype: torch.dtype, train: bool) -> None:
+    """A loop written for autocast may stay as it is: what the plan keeps in FP32 stays there."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) + x
+
+    torch.manual_seed(0)
+    model, x = Sum(), torch.randn(3, 8)
+    for rules in ("fp32", "default"):
+        mixed = amp.convert(model.train(train), x, dtype=dtype, rules=rules)
+        calls = [mixed] if train else [mixed, mixed.freeze()]
+        for call in calls:
+            for gradients in (False, True):
+                with torch.set_grad_enabled(gradients):
+                    want = call(x)
+                    with torch.autocast("cpu", dtype=dtype):
+                        have = call(x)
+                assert have.dtype is torch.float32
+                assert_same_bits(want.detach(), have.detach())

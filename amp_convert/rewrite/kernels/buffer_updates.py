@@ -27,8 +27,8 @@ from amp_convert.capture.graph_signature import InputSpec, Source
 
 aten = torch.ops.aten
 _TRACED = aten._native_batch_norm_legit_functional.default
-_STATISTICS = {3: 3, 4: 4}
-"""Running mean and variance: the place among the arguments, and of the new one in the results."""
+_STATISTICS = (3, 4)
+"""Running mean and variance: their places among the arguments, and the new ones' in the results."""
 
 Chain = tuple[fx.Node, ...]
 
@@ -92,15 +92,16 @@ def _next(node: fx.Node, version: fx.Node) -> fx.Node | None:
         dtype = version.meta.get("dtype")
         counts = len(node.args) == 2 and not node.kwargs and isinstance(node.args[1], int)
         whole = dtype is not None and not dtype.is_floating_point and not dtype.is_complex
-        return node if counts and whole and node.args[0] is version else None
+        same = node.args[0] is version and node.meta.get("dtype") is dtype
+        return node if counts and whole and same else None
     if node.target is not _TRACED or node.args[5] is not True:
         return None
     places = [place for place in _STATISTICS if node.args[place] is version]
     results = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-    known = len(results) == len(node.users) and not results.keys() - {0, *_STATISTICS.values()}
+    known = len(results) == len(node.users) and not results.keys() - {0, *_STATISTICS}
     if len(places) != 1 or not known or 0 not in results or not results[0].users:
         return None
-    return results.get(_STATISTICS[places[0]])
+    return results.get(places[0])
 
 
 def _rewire(
@@ -127,13 +128,9 @@ def _call_as_eager(graph: fx.Graph, node: fx.Node) -> None:
             whole.meta = reader.meta
             reader.replace_all_uses_with(whole)
         else:
-            reader.replace_all_uses_with(buffers[_place(reader)])
+            reader.replace_all_uses_with(buffers[_STATISTICS.index(reader.args[1])])
         graph.erase_node(reader)
     graph.erase_node(node)
-
-
-def _place(reader: fx.Node) -> int:
-    return list(_STATISTICS.values()).index(reader.args[1])  # type: ignore[arg-type]
 
 
 def _buffer(version: object) -> fx.Node:

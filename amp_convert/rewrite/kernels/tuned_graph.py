@@ -33,6 +33,7 @@ from amp_convert.rewrite.kernels import (
     weight_casts,
     whole_slices,
 )
+from amp_convert.rewrite.kernels.transforms import autocast_off, is_plain_call
 
 _ALLOCATING: frozenset[object] = frozenset({products.folded_linear})
 
@@ -42,6 +43,7 @@ def tuned(graph_module: fx.GraphModule, signature: Signature, *, exact: bool) ->
     graph, _ = _copied(graph_module, signature)
     modules: dict[str, nn.Module] = {}
     batch_norm.call_as_eager(graph)
+    empty_parts.drop(graph)
     _as_eager_calls(graph, modules, exact=exact)
     if not exact:
         casts.merge(graph)
@@ -59,6 +61,8 @@ def trained(
     graph, placeholders = _copied(graph_module, signature)
     modules: dict[str, nn.Module] = {}
     written = buffer_updates.write(graph, placeholders, signature.buffer_outputs)
+    leaves = [n for n, spec in placeholders.items() if spec.source is not Source.CONSTANT]
+    empty_parts.drop(graph, leaves)
     _as_eager_calls(graph, modules, exact=exact)
     if not exact:
         casts.merge(graph, move=False)
@@ -70,7 +74,6 @@ def trained(
 
 
 def _as_eager_calls(graph: fx.Graph, modules: dict[str, nn.Module], *, exact: bool) -> None:
-    empty_parts.drop(graph)
     whole_slices.drop(graph)
     attention.share_masks(graph, modules)
     if not exact:
@@ -107,8 +110,9 @@ def _attribute(graph_module: fx.GraphModule, node: fx.Node) -> Any:
 
 class RunningGraph:
     """A graph in two forms: as it was, and one that is tuned for what it is for: for calls without
-    gradients, or for training. As it was it runs otherwise, and for compilers, which tune for
-    themselves, and for tensors without values, which tell no mask.
+    gradients, or for training. As it was it runs otherwise, where the call is no plain one (see
+    `transforms`; compilers tune for themselves), and for tensors without values, which tell no
+    mask.
 
     `in_place` are the inputs that the tuned form writes to itself; it wants them as they are, not
     copies.
@@ -130,10 +134,12 @@ class RunningGraph:
         self._watched = (*users, *others[:1])
 
     def __call__(self, *inputs: Any) -> Any:
+        if not torch.compiler.is_compiling() and torch._C._is_any_autocast_enabled():
+            with autocast_off(inputs):
+                return self(*inputs)
         if (
             (torch.is_grad_enabled() and not self._training)
-            or torch.compiler.is_compiling()
-            or _is_transformed()
+            or not is_plain_call()
             or any(_unreal(inputs[i]) for i in self._watched)
         ):
             return self.plain(
@@ -147,11 +153,6 @@ class RunningGraph:
 
 def _restored(data: StoredGraph, signature: Signature, exact: bool, training: bool) -> RunningGraph:
     return RunningGraph(restored(data), signature, exact=exact, training=training)
-
-
-def _is_transformed() -> bool:
-    """Whether `torch.func` transforms the call: its tensors hide how many values they hold."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _unreal(value: Any) -> bool:

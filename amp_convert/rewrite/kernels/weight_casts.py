@@ -16,7 +16,7 @@ Keeps: every bit, forward and backward.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import fx, nn
 from amp_convert.capture.graph_signature import InputSpec, Source
 from amp_convert.core.number_formats import LOW_DTYPES
 from amp_convert.rewrite.kernels.casts import asked
+from amp_convert.rewrite.kernels.transforms import is_transformed
 
 
 def group(graph: fx.Graph, placeholders: Mapping[fx.Node, InputSpec]) -> None:
@@ -63,31 +64,52 @@ def cast_together(dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Ten
     """`tensors` in `dtype`, each in a memory layout as its own; one kernel for all, on devices that
     have one. Tensors of subclasses, such as sharded ones, are cast one by one, by their own word.
     """
-    if any(type(t) not in (torch.Tensor, nn.Parameter) for t in tensors):
-        return tuple(t.to(dtype) for t in tensors)
+    return _cast([dtype] * len(tensors), tensors)
+
+
+def _cast(
+    dtypes: Sequence[torch.dtype], tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    if is_transformed() or not all(map(_is_plain, tensors)):
+        return tuple(t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True))
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        found: tuple[torch.Tensor, ...] = _Cast.apply(dtype, *tensors)  # type: ignore[no-untyped-call]
+        found: tuple[torch.Tensor, ...] = _Cast.apply(dtypes, *tensors)  # type: ignore[no-untyped-call]
         return found
-    return _copies(dtype, tensors)
+    return _copies(dtypes, tensors)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """No tensor of a subclass, nor a batch of them, as gradients may come: the one kernel knows
+    neither."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not batched
 
 
 class _Cast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.dtype = tensors[0].dtype
+    def forward(
+        ctx: Any, dtypes: Sequence[torch.dtype], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
-        made = _copies(dtype, tensors)
+        made = _copies(dtypes, tensors)
         wanted = ctx.needs_input_grad[1:]
         ctx.mark_non_differentiable(*(m for m, w in zip(made, wanted, strict=True) if not w))
         return made
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        made = iter(cast_together(ctx.dtype, *(g for g in gradients if g is not None)))
+        given = [(g, d) for g, d in zip(gradients, ctx.dtypes, strict=True) if g is not None]
+        made = iter(_cast([d for _, d in given], [g for g, _ in given]) if given else ())
         return (None, *(None if g is None else next(made) for g in gradients))
 
 
-def _copies(dtype: torch.dtype, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    made = [torch.empty_like(tensor, dtype=dtype, requires_grad=False) for tensor in tensors]
+def _copies(
+    dtypes: Sequence[torch.dtype], tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    made = [
+        torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+        for tensor, dtype in zip(tensors, dtypes, strict=True)
+    ]
     torch._foreach_copy_(made, list(tensors))
     return tuple(made)

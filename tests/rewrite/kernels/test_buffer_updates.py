@@ -113,6 +113,26 @@ def test_what_is_not_known_is_written_back() -> None:
     assert names == ["seen"]
 
 
+def test_a_flag_that_is_counted_up_is_written_back() -> None:
+    """Its sum with a number is no flag, so it cannot be written in place."""
+
+    class Flag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("called", torch.zeros((), dtype=torch.bool))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.called.copy_(self.called + 1)
+            return self.linear(x)
+
+    model, x = Flag().train(), torch.randn(3, 4)
+    mixed = amp.convert(model, x, rules="fp32")
+    assert not _written(mixed)
+    mixed(x)
+    assert bool(model.called)
+
+
 def _written(mixed: nn.Module) -> list[int]:
     return sorted(running(mixed, "train").in_place)
 

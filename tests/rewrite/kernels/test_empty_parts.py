@@ -32,3 +32,19 @@ def test_an_empty_part_is_left_away() -> None:
         with torch.no_grad():
             assert_same_bits(model(x), mixed(x))
         assert targets(running(mixed.freeze()).tuned).count("cat") == left, (returned, wide)
+
+
+def test_what_may_ask_for_a_gradient_stays_in_training() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.empty = nn.Parameter(torch.zeros(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.empty, x]).exp()
+
+    model, x = Joined().train(), torch.randn(4)
+    mixed = amp.convert(model, x, rules="fp32")
+    mixed(x).sum().backward()
+    assert model.empty.grad is not None
+    assert model.empty.grad.shape == (0,)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import amp_convert as amp
 from amp_convert.rewrite.kernels.weight_casts import cast_together
@@ -57,6 +60,62 @@ def test_a_tensor_of_a_subclass_is_cast_by_its_own_word() -> None:
     made = cast_together(torch.bfloat16, own, torch.randn(2))
     assert type(made[0]) is Own
     assert made[0].dtype is torch.bfloat16
+
+
+def test_each_gradient_comes_in_the_dtype_of_its_own_weight() -> None:
+    """A block may hold weights of several dtypes: FP32's gradient must not pass through FP16."""
+    low = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    wide = torch.ones(2, requires_grad=True)
+    for scale in (1e-9, 1e5):
+        made = cast_together(torch.bfloat16, low, wide)
+        (found,) = torch.autograd.grad((made[1].float() * scale).sum(), wide)
+        torch.testing.assert_close(found, torch.full((2,), scale), rtol=1e-2, atol=0)
+
+
+def test_gradients_that_are_not_there_and_those_of_a_batch() -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> None:
+            return None
+
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).train(), torch.randn(2, 3)
+    mixed = amp.convert(model, x, dtype=torch.bfloat16, rules="autocast")
+    Stop.apply(mixed(x)).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    wanted = list(model.parameters())
+    each = torch.eye(6).view(6, 2, 3)
+    whole = torch.autograd.grad(mixed(x), wanted, each, is_grads_batched=True)
+    singly = [torch.autograd.grad(mixed(x), wanted, one) for one in each]
+    for made, parts in zip(whole, zip(*singly, strict=True), strict=True):
+        torch.testing.assert_close(made, torch.stack(parts))
+
+
+def test_derivatives_that_are_carried_forward() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).train(), torch.randn(2, 3)
+    mixed = amp.convert(model, x, dtype=torch.bfloat16, rules="autocast")
+    with forward_ad.dual_level():
+        duals = {
+            name: forward_ad.make_dual(p.detach(), torch.ones_like(p))
+            for name, p in model.named_parameters()
+        }
+        tangents = [
+            forward_ad.unpack_dual(torch.func.functional_call(call, duals, (x,))).tangent
+            for call in (model, mixed)
+        ]
+    torch.testing.assert_close(tangents[0], tangents[1], rtol=5e-2, atol=5e-2)
+
+
+def test_a_trace_of_a_training_model_can_be_saved() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).train(), torch.randn(2, 3)
+    mixed = amp.convert(model, x, dtype=torch.bfloat16, rules="autocast")
+    traced = torch.jit.trace(mixed, (x,), check_trace=False)
+    torch.jit.save(traced, buffer := io.BytesIO())
+    buffer.seek(0)
+    assert_same_bits(mixed(x).detach(), torch.jit.load(buffer)(x).detach())
 
 
 class Blocks(nn.Module):
