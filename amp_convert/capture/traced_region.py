@@ -21,7 +21,7 @@ from amp_convert.capture import fidelity
 from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
 from amp_convert.capture.cast_words import Words, cast_words
 from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
-from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.graph_call import GraphRunner, in_mode
 from amp_convert.capture.hooks import own_hooks_off
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.observed_calls import user_line
@@ -192,7 +192,9 @@ def record(
 ) -> Trace:
     runner = GraphRunner(graph.graph_module, graph.signature, graph.constants, module)
     device = devices.of_model(module)
-    with torch.no_grad(), preserved_rng(device):
+    # Some operators write to buffers without saying so: `instance_norm` in training.
+    kept = in_mode(module, training=graph.mode.is_training)
+    with torch.no_grad(), preserved_rng(device), kept:
         recorder = _Recorder(graph.graph_module, MacCounter())
         recorder.run(*runner.inputs(args, kwargs), enable_io_processing=False)
     return Trace(recorder.values, recorder.macs)

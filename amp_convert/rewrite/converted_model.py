@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from amp_convert.capture.captured import Captured, Region, RegionCall
+from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import HookWatch, hooks_of, own_hooks_off
 from amp_convert.capture.regions import capture
 from amp_convert.core.errors import UnsupportedModelError
@@ -178,7 +179,8 @@ class ConvertedModel(nn.Module):
             for region, mode in self.captured.graphs():
                 rewritten = self.rewritten[region.path][mode]
                 runner = runner_of(rewritten, region.module)
-                try_kernels(rewritten, runner.inputs(region.args, region.kwargs))
+                with in_mode(region.module, training=mode.is_training):
+                    try_kernels(rewritten, runner.inputs(region.args, region.kwargs))
 
     def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
         """What each region receives when this model is called with these inputs, in eval mode."""

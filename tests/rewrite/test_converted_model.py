@@ -574,3 +574,16 @@ def test_the_plan_holds_inside_autocast(dtype: torch.dtype, train: bool) -> None
                         have = call(x)
                 assert have.dtype is torch.float32
                 assert_same_bits(want.detach(), have.detach())
+
+
+def test_converting_leaves_buffers_that_operators_write_to_unsaid() -> None:
+    """`instance_norm` writes its statistics in training, and no schema says so."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)).train()
+    eager, x = copy.deepcopy(model), torch.randn(4, 4, 8, 8)
+    mixed = amp.convert(model, x, rules="fp32")
+    assert_same_bits(list(eager.buffers()), list(model.buffers()))
+    for call in (eager, mixed):
+        call(x)
+    assert float(model[0].running_mean.abs().sum()) > 0
+    assert_same_bits(list(eager.buffers()), list(model.buffers()))
