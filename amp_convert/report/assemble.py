@@ -12,6 +12,7 @@ from amp_convert.capture.captured import Captured
 from amp_convert.core.device import Device
 from amp_convert.loading.model_file import Case
 from amp_convert.loading.settings import Settings
+from amp_convert.plan.islands import islands
 from amp_convert.plan.plan import Plan
 from amp_convert.report.model import (
     Environment,
@@ -65,7 +66,7 @@ def assemble(
         verdict=verdict,
         environment=_environment(device, settings),
         fidelity=captured.fidelity,
-        plan=PlanSection.of(plan),
+        plan=PlanSection.of(plan, islands(captured, plan)),
         inference=divergence,
         training=training,
         onnx=onnx,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from amp_convert.capture.captured import FixedSizes, Uncaptured
 from amp_convert.capture.fidelity import Fidelity
 from amp_convert.onnx_file.write import OnnxModel
+from amp_convert.plan.islands import Island
 from amp_convert.plan.plan import Plan
 from amp_convert.report.records import NodeRecord
 from amp_convert.validate.inference.results import Divergence
@@ -70,7 +71,8 @@ class PlanSection(Section):
 
     `nodes` counts those that there was something to decide about. Shares are fractions of 1:
     `share_nodes_low` of these nodes, `share_macs_low` of the multiply-adds. `casts` counts those of
-    activations and of weights, `borders` the edges on which the dtype changes.
+    activations and of weights, `borders` the edges on which the dtype changes, `islands` are the
+    FP32 regions and their costs, the dearest first.
     """
 
     dtype: str
@@ -88,10 +90,11 @@ class PlanSection(Section):
     uncaptured: tuple[Uncaptured, ...]
     unmatched_rules: tuple[str, ...]
     decisions: tuple[NodeRecord, ...]
+    islands: tuple[Island, ...] = ()
 
     @classmethod
-    def of(cls, plan: Plan) -> PlanSection:
-        """The section for `plan`."""
+    def of(cls, plan: Plan, islands: tuple[Island, ...] = ()) -> PlanSection:
+        """The section for `plan` and its islands."""
         return cls(
             dtype=plan.dtype,
             device=plan.device,
@@ -108,6 +111,7 @@ class PlanSection(Section):
             uncaptured=plan.uncaptured,
             unmatched_rules=plan.unmatched_rules,
             decisions=tuple(map(NodeRecord.of, plan.eval)),
+            islands=islands,
         )
 
 

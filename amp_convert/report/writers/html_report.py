@@ -33,6 +33,7 @@ from amp_convert.report.sections.grouping import (
     ops_text,
     stays_fp32,
 )
+from amp_convert.report.sections.islands import LEAD, island_rows
 from amp_convert.report.sections.summary import (
     ARMS,
     comparison,
@@ -77,6 +78,7 @@ def _environment() -> Environment:
         "percent": fmt.percent,
         "count": fmt.count,
         "millions": fmt.millions,
+        "size": fmt.size,
         "bar": _bar,
     }
     return environment
@@ -96,6 +98,8 @@ def _content(report: RunReport) -> dict[str, object]:
         "svg": svg,
         "worst": worst_layers(report),
         "groups": fp32_groups(decisions),
+        "islands": island_rows(report.plan.islands),
+        "islands_lead": LEAD,
         "layers_text": layers_text,
         "ops_text": ops_text,
         "stays_fp32": stays_fp32,
