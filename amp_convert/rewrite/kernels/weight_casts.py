@@ -15,8 +15,9 @@ Keeps: every bit, forward and backward.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from amp_convert.capture.graph_signature import InputSpec, Source
 from amp_convert.core.number_formats import LOW_DTYPES
 from amp_convert.rewrite.kernels.casts import asked
 from amp_convert.rewrite.kernels.transforms import is_transformed
+
+LARGEST = 2**24
+"""Numbers that are cast by one call: 32 MiB in low precision, about what DDP sends at once."""
 
 
 def group(graph: fx.Graph, placeholders: Mapping[fx.Node, InputSpec]) -> None:
@@ -39,9 +43,10 @@ def group(graph: fx.Graph, placeholders: Mapping[fx.Node, InputSpec]) -> None:
         spec = placeholders.get(source)
         if spec is not None and spec.source is Source.PARAMETER:
             blocks.setdefault((_block(spec.target), wanted), []).append(node)
-    for (_, wanted), nodes in blocks.items():
+    for nodes in (part for block in blocks.values() for part in _parts(block)):
         if len(nodes) < 2:
             continue
+        wanted = asked(nodes[0])
         with graph.inserting_before(nodes[0]):
             together = graph.call_function(cast_together, (wanted, *(n.args[0] for n in nodes)))
             results = [
@@ -51,6 +56,21 @@ def group(graph: fx.Graph, placeholders: Mapping[fx.Node, InputSpec]) -> None:
             result.meta = node.meta
             node.replace_all_uses_with(result)
             graph.erase_node(node)
+
+
+def _parts(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
+    """The casts of a block, in parts of at most `LARGEST` numbers: a model need not be built of
+    blocks that have a number."""
+    part: list[fx.Node] = []
+    total = 0
+    for node in nodes:
+        numbers = math.prod(node.meta.get("shape") or ())
+        if part and total + numbers > LARGEST:
+            yield part
+            part, total = [], 0
+        part.append(node)
+        total += numbers
+    yield part
 
 
 def _block(name: str) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import amp_convert as amp
+from amp_convert.rewrite.kernels import weight_casts
 from amp_convert.rewrite.kernels.weight_casts import cast_together
 from tests.benchmarks.dispatch import counted
 from tests.zoo import DTYPES, assert_same_bits, both_dtypes
@@ -140,6 +141,14 @@ def test_a_call_a_block(dtype: torch.dtype) -> None:
     assert counted(lambda: mixed(x)).calls["_foreach_copy_"] == 4
     loss = mixed(x).sum()
     assert counted(loss.backward).calls["_foreach_copy_"] == 4
+
+
+def test_a_large_block_is_cast_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_casts, "LARGEST", 64 + 8)
+    model, x = Blocks().train(), torch.randn(4, 8)
+    mixed = amp.convert(model, x, dtype=torch.bfloat16)
+    # Two layers of 72 numbers a block, and the head.
+    assert counted(lambda: mixed(x)).calls["_foreach_copy_"] == 3 * 2 + 1
 
 
 def test_a_gradient_comes_while_the_backward_pass_runs() -> None:
