@@ -14,7 +14,8 @@ from amp_convert.capture.fidelity import Fidelity
 from amp_convert.core.slices import SliceError, SliceKind
 from amp_convert.gate.baseline import baseline_of
 from amp_convert.gate.compare import GateResult, compare
-from amp_convert.plan.plan import Casts, Decision, Plan
+from amp_convert.plan.costs import Casts
+from amp_convert.plan.plan import Decision, Plan
 from amp_convert.report import Environment, ModelInfo, PlanSection, RunReport, Unchecked
 from amp_convert.report.records import NodeRecord
 from amp_convert.validate.inference.results import (

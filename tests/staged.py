@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.captured import Captured
 from amp_convert.capture.regions import capture
-from amp_convert.plan.plan import Casts, Decision, Plan
+from amp_convert.plan.costs import Casts
+from amp_convert.plan.plan import Decision, Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.report.records import NodeRecord

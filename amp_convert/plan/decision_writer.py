@@ -19,10 +19,11 @@ from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import FULL, castable, name_of
 from amp_convert.core.op_facts import facts_of_target
 from amp_convert.plan.coloring import Painted
+from amp_convert.plan.costs import Casts
 from amp_convert.plan.dtype_flow import Flow, tensor_arguments
 from amp_convert.plan.evidence import Evidence
 from amp_convert.plan.node_context import Sites
-from amp_convert.plan.plan import Casts, Decision, DecisionKind, PlannedInput, RewriteKind
+from amp_convert.plan.plan import Decision, DecisionKind, PlannedInput, RewriteKind
 from amp_convert.plan.rescaling import UNSCALED, Scaling
 from amp_convert.plan.rulings import NOTHING, Ruling
 from amp_convert.rules.rule_set import Category, Painting

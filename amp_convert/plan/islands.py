@@ -9,18 +9,18 @@ costs nothing at a call and is none.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
 
 from amp_convert.capture.captured import Captured, Region, Value
 from amp_convert.core.mode import Mode
-from amp_convert.core.number_formats import FULL, from_name
+from amp_convert.core.number_formats import FULL
 from amp_convert.core.op_facts import Family, facts_of_target
+from amp_convert.plan.costs import Island
 from amp_convert.plan.dtype_flow import tensor_arguments
-from amp_convert.plan.plan import Decision, DecisionKind, Plan
+from amp_convert.plan.plan import Decision, DecisionKind
 
 _WEIGHT = (
     DecisionKind.GUARD, DecisionKind.OVERRIDE, DecisionKind.EXPLICIT, DecisionKind.REFUSED,
@@ -29,36 +29,16 @@ _WEIGHT = (
 """What says most about why a region is FP32, first."""
 
 
-@dataclass(frozen=True)
-class Island:
-    """One FP32 region of the eval graph, for the example inputs.
-
-    `layer`, `op`, `reason` and `evidence` are those of the node that keeps it in FP32; `ops` its
-    operators with their counts, `nodes` how many there was something to decide about. `casts` are
-    those of activations at its borders, `cast_bytes` what they read and write together,
-    `wider_bytes` what its results take up more than they would in low precision.
-    """
-
-    layer: str
-    op: str
-    reason: str
-    evidence: str
-    ops: tuple[tuple[str, int], ...]
-    nodes: int
-    casts: int
-    cast_bytes: int
-    wider_bytes: int
-
-
-def islands(captured: Captured, plan: Plan) -> tuple[Island, ...]:
-    """The islands of the eval plan, the dearest first."""
-    decisions = {d.node: d for d in plan.eval}
-    low = from_name(plan.dtype)
+def islands(
+    captured: Captured, decisions: Iterable[Decision], low: torch.dtype
+) -> tuple[Island, ...]:
+    """The islands of the eval plan that these are the decisions of, the dearest first."""
+    by_node = {decision.node: decision for decision in decisions}
     found = [
         island
         for region, mode in captured.graphs()
         if mode is Mode.EVAL
-        for island in _Finder(region, decisions, low).found()
+        for island in _Finder(region, by_node, low).found()
     ]
     return tuple(sorted(found, key=lambda each: -(each.cast_bytes + each.wider_bytes)))
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from amp_convert.capture.captured import Uncaptured
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import FULL
+from amp_convert.plan.costs import Casts, Island
 from amp_convert.rules.rule_set import Category, Painting, Rewrites
 
 if TYPE_CHECKING:
@@ -145,33 +146,13 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Casts:
-    """How many casts a plan puts into one graph.
-
-    `activations` counts distinct (value, dtype) pairs, `weights` those of parameters and buffers,
-    which freezing removes. `borders` counts the edges on which the dtype changes: an upper bound.
-    """
-
-    activations: int = 0
-    weights: int = 0
-    borders: int = 0
-
-    def __add__(self, other: Casts) -> Casts:
-        return Casts(
-            self.activations + other.activations,
-            self.weights + other.weights,
-            self.borders + other.borders,
-        )
-
-
-@dataclass(frozen=True)
 class Plan:
     """The decisions for a model's eval and train graphs.
 
     `dtype` is the low dtype, `device` the device type, `rules` the rules files in order,
     `calibration_batches` the number of batches that the evidence rests on, and `unmatched_rules`
     the node, layer and module rules that no node answers to. `eager_macs` are the multiply-adds of
-    what was not captured.
+    what was not captured, `islands` the FP32 regions of the eval graph, the dearest first.
     """
 
     dtype: str
@@ -186,6 +167,7 @@ class Plan:
     uncaptured: tuple[Uncaptured, ...]
     unmatched_rules: tuple[str, ...]
     eager_macs: int = 0
+    islands: tuple[Island, ...] = ()
 
     @property
     def exact(self) -> bool:

@@ -12,7 +12,6 @@ from amp_convert.capture.captured import Captured
 from amp_convert.core.device import Device
 from amp_convert.loading.model_file import Case
 from amp_convert.loading.settings import Settings
-from amp_convert.plan.islands import islands
 from amp_convert.plan.plan import Plan
 from amp_convert.report.model import (
     Environment,
@@ -66,7 +65,7 @@ def assemble(
         verdict=verdict,
         environment=_environment(device, settings),
         fidelity=captured.fidelity,
-        plan=PlanSection.of(plan, islands(captured, plan)),
+        plan=PlanSection.of(plan),
         inference=divergence,
         training=training,
         onnx=onnx,

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from amp_convert.capture.captured import FixedSizes, Uncaptured
 from amp_convert.capture.fidelity import Fidelity
 from amp_convert.onnx_file.write import OnnxModel
-from amp_convert.plan.islands import Island
+from amp_convert.plan.costs import Island
 from amp_convert.plan.plan import Plan
 from amp_convert.report.records import NodeRecord
 from amp_convert.validate.inference.results import Divergence
@@ -93,8 +93,8 @@ class PlanSection(Section):
     islands: tuple[Island, ...] = ()
 
     @classmethod
-    def of(cls, plan: Plan, islands: tuple[Island, ...] = ()) -> PlanSection:
-        """The section for `plan` and its islands."""
+    def of(cls, plan: Plan) -> PlanSection:
+        """The section for `plan`."""
         return cls(
             dtype=plan.dtype,
             device=plan.device,
@@ -111,7 +111,7 @@ class PlanSection(Section):
             uncaptured=plan.uncaptured,
             unmatched_rules=plan.unmatched_rules,
             decisions=tuple(map(NodeRecord.of, plan.eval)),
-            islands=islands,
+            islands=plan.islands,
         )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amp_convert as amp
-from amp_convert.plan.islands import Island, islands
+from amp_convert.plan.costs import Island
 
 aten = torch.ops.aten
 
@@ -56,7 +56,7 @@ def test_an_island_between_two_layers(tmp_path, rows: int) -> None:  # type: ign
     wide = [d.op for d in mixed.plan.eval if d.decided and not d.low]
     assert {d.op for d in mixed.plan.eval if d.low} == {"aten.linear"}
     results = [op for op in wide if op != "aten.reshape"]
-    assert islands(mixed.captured, mixed.plan) == (
+    assert mixed.plan.islands == (
         Island(
             layer="",
             op="aten.cumsum",
@@ -87,4 +87,4 @@ def test_what_costs_nothing_is_none() -> None:
     x = torch.randn(3, 8)
     low = amp.convert(nn.Linear(8, 8).eval(), x, dtype=torch.bfloat16)
     wide = amp.convert(Weights().eval(), x, rules="fp32")
-    assert islands(low.captured, low.plan) == islands(wide.captured, wide.plan) == ()
+    assert low.plan.islands == wide.plan.islands == ()

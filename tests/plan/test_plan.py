@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from amp_convert.plan.plan import Casts, Decision, Plan
+from amp_convert.plan.costs import Casts
+from amp_convert.plan.plan import Decision, Plan
 from amp_convert.rules.rule_set import Place, Target, load_rules
 from tests import decisions
 from tests.small_models import example, ramp

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from amp_convert.plan.plan import Casts, Plan
+from amp_convert.plan.costs import Casts
+from amp_convert.plan.plan import Plan
 from amp_convert.rules.rule_set import load_rules
 from tests import small_models
 from tests.small_models import example

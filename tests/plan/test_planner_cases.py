@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amp_convert.plan.plan import Casts
+from amp_convert.plan.costs import Casts
 from amp_convert.rules.rule_set import load_rules
 from tests.small_models import Faint, example, ramp
 from tests.staged import Staged, decision, low, rows, rule, rules_with, table

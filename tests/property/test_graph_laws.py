@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_signature import Source
 from amp_convert.core.number_formats import LOW_DTYPES, name_of
-from amp_convert.plan.plan import Casts, Decision, Plan
+from amp_convert.plan.costs import Casts
+from amp_convert.plan.plan import Decision, Plan
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rewrite.insert_casts import Rewritten
 from amp_convert.rules.rule_set import load_rules

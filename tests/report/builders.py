@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from amp_convert.capture.captured import Uncaptured
-from amp_convert.plan.plan import Casts, Decision, Plan
+from amp_convert.plan.costs import Casts
+from amp_convert.plan.plan import Decision, Plan
 from amp_convert.report import Environment, PlanSection
 from amp_convert.validate.inference.results import NodeDivergence, OutputError
 from tests import decisions

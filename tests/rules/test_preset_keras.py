@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from amp_convert.plan.plan import Casts
+from amp_convert.plan.costs import Casts
 from amp_convert.rules.rule_set import GuardLimits, Painting, load_rules
 from tests.small_models import ramp
 from tests.staged import BF16, F16, F32, Staged, casts_of, decision, low, rows, same_bits, table

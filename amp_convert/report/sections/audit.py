@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amp_convert.capture.captured import Uncaptured
+from amp_convert.plan.costs import Island
 from amp_convert.plan.plan import DecisionKind, Plan
 from amp_convert.report import text as fmt
 from amp_convert.report.folder import write_folder
@@ -30,8 +31,10 @@ from amp_convert.report.sections.grouping import (
     pattern_of,
     stays_fp32,
 )
+from amp_convert.report.sections.islands import IslandRow, island_rows
 from amp_convert.report.sections.summary import coverage_gaps
 from amp_convert.report.writers.csv_report import csv_text
+from amp_convert.report.writers.islands_markdown import islands_lines
 from amp_convert.report.writers.json_report import json_text
 from amp_convert.report.writers.markdown import code, escape, table
 from amp_convert.report.writers.terminal import (
@@ -44,6 +47,7 @@ from amp_convert.report.writers.terminal import (
 )
 
 _MAX_ROWS = 60
+_MAX_ISLANDS = 5
 _PROSE = 300
 
 
@@ -97,6 +101,7 @@ class AuditReport(Section):
     unknown_ops: dict[str, int]
     uncaptured: tuple[Uncaptured, ...]
     unmatched_rules: tuple[str, ...]
+    islands: tuple[Island, ...] = ()
 
 
 def audit_report(plan: Plan, model: ModelInfo, version: str) -> AuditReport:
@@ -124,6 +129,7 @@ def audit_report(plan: Plan, model: ModelInfo, version: str) -> AuditReport:
         unknown_ops=plan.unknown_ops(),
         uncaptured=plan.uncaptured,
         unmatched_rules=plan.unmatched_rules,
+        islands=plan.islands,
     )
 
 
@@ -183,6 +189,10 @@ def render_audit(console: Console, report: AuditReport, folder: Path | None = No
         if rest > 0:
             console.print(Text(f"  ... and {fmt.count(rest, 'more row')}; --out writes them all"))
         console.print()
+    if costs := island_rows(report.islands, most=_MAX_ISLANDS):
+        console.print(Text("What FP32 costs a call: casts at the borders of its regions"))
+        console.print(indented(_islands_table(costs)))
+        console.print()
     if gaps := coverage_gaps(report.unknown_ops, report.uncaptured, report.unmatched_rules):
         console.print(gap_section("Not covered", gaps))
         console.print()
@@ -208,6 +218,19 @@ def _rows_table(groups: Sequence[list[AuditRow]]) -> Table:
         nodes = sum(row.nodes for row in rows)
         share = sum(row.macs_share for row in rows)
         table.add_row(f"{nodes:,}", fmt.percent(share), _row_text(rows))
+    return table
+
+
+def _islands_table(rows: Sequence[IslandRow]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("casts", "cast", "wider"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("kept by", overflow="fold")
+    for row in rows:
+        layers = layers_text(row.layers)
+        sizes = (fmt.size(row.cast_bytes), fmt.size(row.wider_bytes))
+        kept = f"{layers}: {short(row.keeper)}, with {ops_text(row.ops)}"
+        table.add_row(f"{row.casts:,}", *sizes, Text(kept))
     return table
 
 
@@ -260,6 +283,8 @@ def audit_markdown(report: AuditReport) -> str:
     lines = [f"# Audit: {escape(report.model.name)} in {report.dtype} on {report.device}"]
     lines += ["", f"{totals_text(report)}. Rules: {', '.join(map(code, report.rules))}."]
     lines += ["", *table(columns, rows, numbers="12")] if rows else []
+    if shown := islands_lines(report.islands):
+        lines += ["", *shown]
     if gaps:
         lines += ["", "## Not covered", ""]
         lines += [f"- {escape(gap.what)}: {escape(gap.reason)}" for gap in gaps]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from amp_convert.plan.islands import Island
+from amp_convert.plan.costs import Island
 from amp_convert.report.sections.grouping import LayerPattern, layer_patterns, pattern_of
 
 LEAD = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport
 from amp_convert.report.sections.grouping import fp32_groups, layer_name, layers_text, ops_text
-from amp_convert.report.sections.islands import LEAD, island_rows
 from amp_convert.report.sections.onnx_summary import onnx_summary
 from amp_convert.report.sections.summary import (
     ARMS,
@@ -16,6 +15,7 @@ from amp_convert.report.sections.summary import (
     verdict_sentence,
     worst_layers,
 )
+from amp_convert.report.writers.islands_markdown import islands_lines
 from amp_convert.report.writers.markdown import code, escape, table
 from amp_convert.report.writers.onnx_markdown import onnx_lines
 from amp_convert.report.writers.training_markdown import training_lines
@@ -31,7 +31,7 @@ def markdown_text(report: RunReport) -> str:
         training_lines(report.training),
         onnx_lines(onnx_summary(report)),
         _fp32(report),
-        _islands(report),
+        islands_lines(report.plan.islands),
         _gaps(report),
         _environment(report),
     )
@@ -121,25 +121,6 @@ def _fp32(report: RunReport) -> list[str]:
     ]
     header = ["nodes", "multiply-adds", "layers", "ops", "reason", "evidence", "rule"]
     return ["## Stays FP32", "", *table(header, rows, numbers="01")]
-
-
-def _islands(report: RunReport) -> list[str]:
-    rows = [
-        [
-            f"{row.islands:,}",
-            f"{row.casts:,}",
-            fmt.size(row.cast_bytes),
-            fmt.size(row.wider_bytes),
-            escape(layers_text(row.layers)),
-            escape(ops_text(row.ops)),
-            escape(f"{row.keeper}: {row.reason}"),
-            escape(row.evidence),
-        ]
-        for row in island_rows(report.plan.islands)
-    ]
-    header = ["islands", "casts", "cast", "wider results", "kept by", "ops", "reason", "evidence"]
-    lines = ["## What FP32 costs", "", LEAD, "", *table(header, rows, numbers="0123")]
-    return lines if rows else []
 
 
 def _gaps(report: RunReport) -> list[str]:

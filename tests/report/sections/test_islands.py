@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
-from amp_convert.plan.islands import Island
+from rich.console import Console
+
+from amp_convert.plan.costs import Island
 from amp_convert.report import RunReport
+from amp_convert.report.sections.audit import (
+    AuditReport,
+    audit_markdown,
+    audit_report,
+    render_audit,
+)
 from amp_convert.report.sections.grouping import LayerPattern
 from amp_convert.report.sections.islands import IslandRow, island_rows
 from amp_convert.report.writers.html_report import html_text
 from amp_convert.report.writers.json_report import json_text
 from amp_convert.report.writers.markdown_report import markdown_text
+from tests.report.builders import HOSTILE, decision, plan_of
 
 NORM = Island(
     layer="layers.0.norm",
@@ -65,3 +75,32 @@ def test_they_are_shown(small_report: RunReport) -> None:
     assert "What FP32 costs" in page
     assert "it averages &lt;b&gt;" in page
     assert "What FP32 costs" not in html_text(report) + markdown_text(report)
+
+
+def test_the_audit_shows_them_too(small_report: RunReport) -> None:
+    plan = replace(plan_of((decision("head"),)), islands=ISLANDS)
+    report = audit_report(plan, small_report.model, "0.1.0")
+    assert AuditReport.model_validate_json(json_text(report)).islands == ISLANDS
+    assert "| 2 | 4 | 5.86 KiB | 800 bytes |" in audit_markdown(report)
+    stream = io.StringIO()
+    render_audit(Console(file=stream, width=80), report)
+    lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+    assert "What FP32 costs a call: casts at the borders of its regions" in lines
+    assert "1 8.79 KiB 400 bytes head: aten.exp, with aten.mul ×2, aten.mean" in lines
+
+
+def test_hostile_names_stay_text(small_report: RunReport) -> None:
+    hostile = [
+        replace(NORM, layer=text, op=text, reason=text, evidence=text, ops=((text, 1),))
+        for text in HOSTILE
+    ]
+    plan = replace(plan_of((decision("head"),)), islands=tuple(hostile))
+    report = audit_report(plan, small_report.model, "0.1.0")
+    stream = io.StringIO()
+    render_audit(Console(file=stream, width=80), report)
+    for text in (stream.getvalue(), audit_markdown(report)):
+        assert not any(c in text for c in "\x1b\x07\x9b\u202e")
+    shown = small_report.model_copy(
+        update={"plan": small_report.plan.model_copy(update={"islands": tuple(hostile)})}
+    )
+    assert "<script>" not in html_text(shown)
