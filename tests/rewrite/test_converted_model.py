@@ -574,6 +574,12 @@ def test_the_plan_holds_inside_autocast(dtype: torch.dtype, train: bool) -> None
                         have = call(x)
                 assert have.dtype is torch.float32
                 assert_same_bits(want.detach(), have.detach())
+        torch._dynamo.reset()
+        compiled = torch.compile(mixed, backend="eager", fullgraph=True)
+        want = compiled(x)
+        with torch.autocast("cpu", dtype=dtype):
+            have = compiled(x)
+        assert_same_bits(want.detach(), have.detach())
 
 
 def test_converting_leaves_buffers_that_operators_write_to_unsaid() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,12 +25,7 @@ def is_plain_call() -> bool:
     )
 
 
-@contextlib.contextmanager
-def autocast_off(inputs: Iterable[Any]) -> Iterator[None]:
-    """No autocast of the caller's on the devices of `inputs`: what the plan has decided, none other
-    may decide again."""
-    devices = {"cpu", *(x.device.type for x in inputs if isinstance(x, torch.Tensor))}
-    with contextlib.ExitStack() as off:
-        for device in sorted(devices - {"meta"}):
-            off.enter_context(torch.autocast(device, enabled=False))
-        yield
+def autocasting(inputs: Iterable[Any]) -> tuple[str, ...]:
+    """The devices of `inputs` whose autocast is on."""
+    devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)} - {"meta"}
+    return tuple(sorted(device for device in devices if torch.is_autocast_enabled(device)))

@@ -33,7 +33,7 @@ from amp_convert.rewrite.kernels import (
     weight_casts,
     whole_slices,
 )
-from amp_convert.rewrite.kernels.transforms import autocast_off, is_plain_call
+from amp_convert.rewrite.kernels.transforms import autocasting, is_plain_call
 
 _ALLOCATING: frozenset[object] = frozenset({products.folded_linear})
 
@@ -114,6 +114,8 @@ class RunningGraph:
     `transforms`; compilers tune for themselves), and for tensors without values, which tell no
     mask.
 
+    The caller's autocast is off in it: what the plan has decided, none other may decide again.
+
     `in_place` are the inputs that the tuned form writes to itself; it wants them as they are, not
     copies.
     """
@@ -134,9 +136,12 @@ class RunningGraph:
         self._watched = (*users, *others[:1])
 
     def __call__(self, *inputs: Any) -> Any:
-        if not torch.compiler.is_compiling() and torch._C._is_any_autocast_enabled():
-            with autocast_off(inputs):
-                return self(*inputs)
+        for device in autocasting(inputs[i] for i in self._watched):
+            with torch.autocast(device, enabled=False):
+                return self(*inputs)  # which looks at the next device
+        return self._run(*inputs)
+
+    def _run(self, *inputs: Any) -> Any:
         if (
             (torch.is_grad_enabled() and not self._training)
             or not is_plain_call()
