@@ -2,9 +2,9 @@
 
 A trace is functional: BatchNorm in training gives the new statistics as results, which are copied
 into the buffers after the call, and the buffers are copied before it, since autograd may have saved
-what was read. Eager's `batch_norm` picks the kernel for the device (cuDNN's, MIOpen's) and writes
-the statistics in place; `num_batches_tracked` is counted up in place. Here both are called as eager
-calls them.
+what was read. Eager's `batch_norm` picks the kernel for the device (cuDNN's, MIOpen's), writes the
+statistics in place, and refuses a batch that has one value a channel (its variance would be NaN);
+`num_batches_tracked` is counted up in place. Here both are called as eager calls them.
 
 A buffer is written in place only where its versions are a chain: the buffer is read by one operator
 alone, what that makes of it by the next alone (a layer that is called twice), the last by the
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.functional import batch_norm
 
 from amp_convert.capture.graph_signature import InputSpec, Source
 
@@ -121,8 +122,8 @@ def _call_as_eager(graph: fx.Graph, node: fx.Node) -> None:
     tensor, weight, bias, *statistics, _, momentum, eps = node.args
     buffers = [_buffer(each) for each in statistics]
     with graph.inserting_before(node):
-        arguments = (tensor, weight, bias, *buffers, True, momentum, eps, True)
-        whole = graph.call_function(aten.batch_norm.default, arguments)
+        arguments = (tensor, *buffers, weight, bias, True, momentum, eps)
+        whole = graph.call_function(batch_norm, arguments)
     for reader in list(node.users):
         if reader.args[1] == 0:
             whole.meta = reader.meta

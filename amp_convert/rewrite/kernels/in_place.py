@@ -63,7 +63,8 @@ def write(
     differentiable: bool = False,
 ) -> None:
     """Let operators write in place where they may; `allocating` are functions of our own that
-    allocate their results. With `differentiable`, autograd may go through the graph."""
+    allocate their results. With `differentiable`, autograd may go through the graph: then these
+    functions must not save their results."""
     written: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or (form := in_place_form(node.target)) is None:
@@ -73,7 +74,7 @@ def write(
         for place in _places(node):
             value = node.args[place]
             if isinstance(value, fx.Node) and _is_free(value, node, written, allocating):
-                if differentiable and not _is_unsaved(value):
+                if differentiable and not _is_unsaved(value, allocating):
                     continue
                 if place:
                     node.args = (value, node.args[0])
@@ -130,8 +131,10 @@ def _needs_no_input(node: fx.Node) -> bool:
     return node.target in _SAVES_NOTHING or node.target in _SAVES_RESULT
 
 
-def _is_unsaved(value: fx.Node) -> bool:
+def _is_unsaved(value: fx.Node, allocating: frozenset[object]) -> bool:
     """Whether what made a value does not save it, and gives it as no view."""
+    if value.target in allocating:
+        return True
     if value.target not in _UNSAVED:
         return False
     wanted, shape = _UNSAVED[value.target], value.meta["shape"]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import batch_norm as batch_norm_in_training
 
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source
 from amp_convert.capture.stored_graph import StoredGraph, restored, stored
@@ -68,7 +69,7 @@ def trained(
         casts.merge(graph, move=False)
         products.fold(graph)
     weight_casts.group(graph, placeholders)
-    in_place.write(graph, differentiable=True)
+    in_place.write(graph, frozenset({batch_norm_in_training}), differentiable=True)
     bindings.bind(graph)
     return _module(graph, graph_module, modules), written
 

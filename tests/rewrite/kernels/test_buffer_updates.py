@@ -89,6 +89,20 @@ def test_a_training_step_copies_no_buffer(dtype: torch.dtype) -> None:
     assert calls["relu_"] == 1
 
 
+def test_one_value_a_channel_is_refused_as_eager_refuses_it() -> None:
+    """Its variance is 0 of 0: it would make the running one NaN, in silence."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    mixed = amp.convert(copy.deepcopy(model), torch.randn(6, 4), dtype=torch.bfloat16)
+    said = []
+    for call in (model, mixed):
+        with pytest.raises(ValueError, match="more than 1 value per channel") as refused:
+            call(torch.randn(1, 4))
+        said.append(str(refused.value))
+        assert all(bool(b.isfinite().all()) for b in call.buffers())
+    assert said[0] == said[1]
+
+
 def test_what_is_not_known_is_written_back() -> None:
     """A moving average in floating point: its new value is copied after the call."""
 
