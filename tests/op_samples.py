@@ -33,6 +33,7 @@ from amp_convert.capture.export import CapturedGraph
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source, UserInput
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.capture.traced_region import record
+from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import op_name
 
 aten = torch.ops.aten
@@ -257,14 +258,14 @@ def captured(call: Call, reader: Any = None) -> Captured:
         outputs = tuple(graph.call_function(reader, (output,)) for output in outputs)
     graph.output(outputs)
     captured_graph = CapturedGraph(
-        mode="eval",
+        mode=Mode.EVAL,
         graph_module=fx.GraphModule({}, graph),
         signature=_signature(module, tensors, len(outputs)),
         constants={},
         nodes=_described(graph),
     )
     trace = record(captured_graph, module, replace(call).fresh().tensors(), {})
-    region = Region("", module, tensors, {}, {"eval": captured_graph}, {"eval": trace})
+    region = Region("", module, tensors, {}, {Mode.EVAL: captured_graph}, {Mode.EVAL: trace})
     return Captured(module, tensors, {}, (region,), (), ())
 
 

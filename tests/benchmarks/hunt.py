@@ -500,6 +500,7 @@ def gradient(subject: Subject, factor: float, luck: random.Random) -> bool:
         scaled = module.graph.call_function(_scaled, (node, factor))
     node.replace_all_uses_with(scaled, lambda user: user is not scaled)
     module.recompile()
+    subject.mixed._run_rewritten()
     try:
         found = compare_gradients(
             subject.mixed, (subject.inputs[0],), {}, None, _loss, scale=1024.0, backoff=0.5
@@ -508,6 +509,7 @@ def gradient(subject: Subject, factor: float, luck: random.Random) -> bool:
         scaled.replace_all_uses_with(node)
         module.graph.erase_node(scaled)
         module.recompile()
+        subject.mixed._run_rewritten()
     return gradients_check(parity(gradients=found), subject.limits).status != "pass"
 
 
