@@ -95,10 +95,5 @@ def runner_of(
 ) -> GraphRunner:
     """A rewritten graph, callable as the module `owner` is, over its tensors; `run` and `in_place`
     as in `GraphRunner`."""
-    captured = rewritten.captured
-    graph_module, signature, constants = (
-        rewritten.graph_module,
-        captured.signature,
-        captured.constants,
-    )
-    return GraphRunner(graph_module, signature, constants, owner, run, in_place)
+    graph, captured = rewritten.graph_module, rewritten.captured
+    return GraphRunner(graph, captured.signature, captured.constants, owner, run, in_place)

@@ -17,6 +17,7 @@ _OWN = ("aten", "prims")
 _ALLOCATE = {
     aten.linear.default, aten.matmul.default, aten.conv1d.default, aten.conv2d.default,
     aten.conv3d.default, aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default,
+    torch.nn.functional.batch_norm,
 }  # fmt: skip
 _GIVES_BACK = {aten.dequantize.self}
 

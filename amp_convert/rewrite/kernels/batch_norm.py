@@ -1,4 +1,5 @@
-"""BatchNorm in inference, by the operator that eager calls.
+"""BatchNorm by its running statistics, by the operator that eager calls: in inference, and where
+a user has frozen it in training.
 
 A trace has `_native_batch_norm_legit_no_training`, which gives statistics as well that nobody
 reads. Eager calls `batch_norm`, which picks the kernel for the device (cuDNN's, MIOpen's).

@@ -47,6 +47,7 @@ _SCALES = {aten.mul.Tensor, aten.div.Tensor}  # by a number: they save nothing
 # Autograd does not keep what these make, and it is no view there. Some are made of others that give
 # views for inputs of other dimensions than these.
 _UNSAVED: dict[object, int | None] = {
+    torch.nn.functional.batch_norm: None,
     aten.convolution.default: None, aten.batch_norm.default: None, aten.layer_norm.default: None,
     aten.group_norm.default: None, aten.addmm.default: None, aten.mm.default: None,
     aten.bmm.default: None, aten.baddbmm.default: None, aten.cat.default: None,
@@ -63,8 +64,7 @@ def write(
     differentiable: bool = False,
 ) -> None:
     """Let operators write in place where they may; `allocating` are functions of our own that
-    allocate their results. With `differentiable`, autograd may go through the graph: then these
-    functions must not save their results."""
+    allocate their results. With `differentiable`, autograd may go through the graph."""
     written: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or (form := in_place_form(node.target)) is None:
@@ -74,7 +74,7 @@ def write(
         for place in _places(node):
             value = node.args[place]
             if isinstance(value, fx.Node) and _is_free(value, node, written, allocating):
-                if differentiable and not _is_unsaved(value, allocating):
+                if differentiable and not _is_unsaved(value):
                     continue
                 if place:
                     node.args = (value, node.args[0])
@@ -131,10 +131,8 @@ def _needs_no_input(node: fx.Node) -> bool:
     return node.target in _SAVES_NOTHING or node.target in _SAVES_RESULT
 
 
-def _is_unsaved(value: fx.Node, allocating: frozenset[object]) -> bool:
+def _is_unsaved(value: fx.Node) -> bool:
     """Whether what made a value does not save it, and gives it as no view."""
-    if value.target in allocating:
-        return True
     if value.target not in _UNSAVED:
         return False
     wanted, shape = _UNSAVED[value.target], value.meta["shape"]

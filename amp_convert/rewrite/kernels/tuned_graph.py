@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import batch_norm as batch_norm_in_training
 
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source
 from amp_convert.capture.stored_graph import StoredGraph, restored, stored
@@ -43,7 +42,6 @@ def tuned(graph_module: fx.GraphModule, signature: Signature, *, exact: bool) ->
     """A copy of `graph_module` for calls without gradients; `signature` is the graph's."""
     graph, _ = _copied(graph_module, signature)
     modules: dict[str, nn.Module] = {}
-    batch_norm.call_as_eager(graph)
     empty_parts.drop(graph)
     _as_eager_calls(graph, modules, exact=exact)
     if not exact:
@@ -69,12 +67,13 @@ def trained(
         casts.merge(graph, move=False)
         products.fold(graph)
     weight_casts.group(graph, placeholders)
-    in_place.write(graph, frozenset({batch_norm_in_training}), differentiable=True)
+    in_place.write(graph, differentiable=True)
     bindings.bind(graph)
     return _module(graph, graph_module, modules), written
 
 
 def _as_eager_calls(graph: fx.Graph, modules: dict[str, nn.Module], *, exact: bool) -> None:
+    batch_norm.call_as_eager(graph)
     whole_slices.drop(graph)
     attention.share_masks(graph, modules)
     if not exact:

@@ -89,6 +89,18 @@ def test_a_training_step_copies_no_buffer(dtype: torch.dtype) -> None:
     assert calls["relu_"] == 1
 
 
+def test_a_norm_that_is_frozen_in_training() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train()
+    model[1].eval()
+    x = torch.randn(5, 3, 6, 6)
+    mixed = amp.convert(copy.deepcopy(model), x, rules="fp32")
+    names = targets(running(mixed, "train").tuned)
+    assert "batch_norm" in names
+    assert "_native_batch_norm_legit_no_training" not in names
+    assert_same_bits(_run(model, x), _run(mixed, x))
+
+
 def test_one_value_a_channel_is_refused_as_eager_refuses_it() -> None:
     """Its variance is 0 of 0: it would make the running one NaN, in silence."""
     torch.manual_seed(0)
