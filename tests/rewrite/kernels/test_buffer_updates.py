@@ -4,16 +4,21 @@ be right they are written back after the call."""
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import amp_convert as amp
+from amp_convert.capture.graph_signature import InputSpec, Source
+from amp_convert.rewrite.kernels import buffer_updates
 from tests.benchmarks.dispatch import counted
 from tests.rewrite.kernels.running import running, targets
 from tests.zoo import assert_same_bits, both_dtypes
+
+aten = torch.ops.aten
 
 
 class Norms(nn.Module):
@@ -74,6 +79,29 @@ def test_buffers_are_those_of_eager(what: str) -> None:
     called = targets(running(mixed, "train").tuned)
     assert called.count("_native_batch_norm_legit_functional") == left
     assert called.count("batch_norm") >= 1 - left
+
+
+@pytest.mark.parametrize("read_again", [False, True])
+def test_an_old_version_that_is_read_later_is_kept(read_again: bool) -> None:
+    """No trace has this order of calls, but a pass might make it: then nothing is written over."""
+    graph = fx.Graph()
+    names = ("x", "mean", "variance")
+    x, mean, variance = (graph.placeholder(name) for name in names)
+    norm = graph.call_function(
+        aten._native_batch_norm_legit_functional.default,
+        (x, None, None, mean, variance, True, 0.1, 1e-5),
+    )
+    made, *new = (graph.call_function(operator.getitem, (norm, i)) for i in (0, 3, 4))
+    if read_again:
+        made = graph.call_function(aten.add.Tensor, (made, mean))
+    graph.output((*new, made))
+    sources = (Source.USER, Source.BUFFER, Source.BUFFER)
+    placeholders = {
+        node: InputSpec(source, str(node.target), mutated=source is Source.BUFFER)
+        for node, source in zip((x, mean, variance), sources, strict=True)
+    }
+    written = buffer_updates.write(graph, placeholders, names[1:])
+    assert written == (frozenset() if read_again else {1, 2})
 
 
 @both_dtypes
