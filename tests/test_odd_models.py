@@ -350,6 +350,33 @@ def test_a_conditional_trains() -> None:
     model(torch.randn(16, 16)).sum().backward()
 
 
+class EitherLayer(Stateful):
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.relu()
+        y = torch.cond(x.mean() > 0, lambda v: self.layer(v), lambda v: self.last(v).log(), (h,))
+        return y.tanh()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("low", [-1.0, 1.0], ids=["both", "one"])
+def test_a_branch_that_no_batch_takes_is_named(low: float) -> None:
+    """Outputs and metrics know nothing of it, so nobody can call it as good as FP32's. What it
+    would compute on the others' values, here the logarithm of negative ones, is no evidence."""
+    torch.manual_seed(0)
+    model = EitherLayer().eval()
+    with torch.no_grad():
+        model.last.bias.fill_(4.0)
+    batches = [(torch.rand(32, 16) * 9 + 1, None), (low * torch.rand(32, 16) * 9 + low, None)]
+    run = amp.check(model, batches[0][0], eval_batches=batches)
+    nodes = next(check for check in run.verdict.checks if check.name == "nodes.finite")
+    if low < 0:
+        assert nodes.status == "pass"
+        assert run.verdict.status == "pass"
+    else:
+        assert run.verdict.status == "inconclusive"
+        assert nodes.status == "unchecked"
+        assert "first last/aten.linear#0: give batches that reach them" in nodes.reason
+
+
 class NeedsGradients(Stateful):
     def forward(self, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()

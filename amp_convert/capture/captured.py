@@ -105,6 +105,8 @@ class Captured:
     training: Captured | None = None
     """The parts to train with, where the train graphs of `regions` could not be had; only their
     train graphs count."""
+    eager_branches: bool = False
+    """Whether what stays eager has a higher-order operator."""
 
     def in_mode(self, mode: Mode) -> Captured:
         """What runs in a mode."""
@@ -138,10 +140,10 @@ class Captured:
 
     @property
     def has_branches(self) -> bool:
-        """Whether a graph has a higher-order operator, such as torch.cond. PyTorch compiles that
+        """Whether the model has a higher-order operator, such as torch.cond. PyTorch compiles that
         anew where it runs, and not at all where something watches the operators inside."""
-        return any(
-            isinstance(node.target, HigherOrderOperator)
+        return self.eager_branches or any(
+            region.graphs[mode].has_choices or isinstance(node.target, HigherOrderOperator)
             for region, mode in self.graphs()
             for node in region.graphs[mode].graph_module.graph.nodes
         )

@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.branches import CHOICE, Owners, inline_branches
 from amp_convert.capture.cast_words import CastWord, Words, words_of
 from amp_convert.capture.export_repairs import (
     detach_no_grad,
@@ -41,7 +42,7 @@ from amp_convert.capture.graph_signature import (
     check_guards,
     signature_of,
 )
-from amp_convert.capture.node_info import NodeInfo, describe
+from amp_convert.capture.node_info import NodeInfo, class_path, describe
 from amp_convert.capture.refusals import refusal_of
 from amp_convert.core import device as devices
 from amp_convert.core.batches import anew
@@ -49,13 +50,15 @@ from amp_convert.core.mode import Mode
 
 _log = logging.getLogger(__name__)
 
-KEPT_META = ("nn_module_stack", "stack_trace", "torch_fn", "shape")
+KEPT_META = ("nn_module_stack", "stack_trace", "torch_fn", "shape", CHOICE)
 
 
 @dataclass(frozen=True)
 class CapturedGraph:
     """One mode of one module as a function of its tensors and the user's inputs. `fixed_sizes` says
     why it takes none but the sizes it was traced with; "" where the first dimensions may vary.
+
+    `has_choices` is whether it computes both branches of a condition.
 
     `meta["shape"]` of a node that gives a tensor has its sizes: numbers, and the expressions of
     those that vary, as text. Equal sizes are equal for every input that the graph takes."""
@@ -66,6 +69,7 @@ class CapturedGraph:
     constants: Mapping[str, torch.Tensor] = field(repr=False)
     nodes: Mapping[str, NodeInfo] = field(repr=False)
     fixed_sizes: str = ""
+    has_choices: bool = False
 
 
 def export_graph(
@@ -76,10 +80,12 @@ def export_graph(
     path: str = "",
     *,
     dynamic: bool = True,
+    flat: bool = True,
     words: Callable[[], Words] = dict,
 ) -> CapturedGraph:
     """Capture `module` in `mode` ("eval" or "train"); `path` is its place in the whole model, and
-    `words` tells what its casts ask for, if a cast is found.
+    `words` tells what its casts ask for, if a cast is found. If `flat`, both branches of a
+    `torch.cond` become part of the graph.
 
     First dimensions stay dynamic where the model allows it; when tracing them fails for a reason
     that a static trace does not share, they are fixed. Raises whatever `torch.export` raises.
@@ -104,6 +110,7 @@ def export_graph(
             program = _program(module, call, args, kwargs, dynamic=False, words=words)
             _log.warning("%s: sizes are fixed in %s mode: %s", path or "the model", mode, fixed)
     graph = program.graph
+    inlined = flat and inline_branches(program.graph_module, _owners(program, module))
     repair(graph)
     out_spec = returned[-1] if returned else program.call_spec.out_spec
     signature = signature_of(program, module, call, bound.arguments, out_spec)
@@ -125,7 +132,21 @@ def export_graph(
         constants={n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)},
         nodes=nodes,
         fixed_sizes=fixed,
+        has_choices=inlined,
     )
+
+
+def _owners(program: torch.export.ExportedProgram, module: nn.Module) -> Owners:
+    """The submodule that holds each of a program's parameters and buffers, by placeholder."""
+    declared = program.graph_signature
+    found = {}
+    for placeholder, name in {
+        **declared.inputs_to_parameters,
+        **declared.inputs_to_buffers,
+    }.items():
+        path = name.rpartition(".")[0]
+        found[placeholder] = (path, class_path(type(module.get_submodule(path))))
+    return found
 
 
 def _size(size: int | torch.SymInt) -> int | str:

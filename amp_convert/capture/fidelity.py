@@ -85,10 +85,8 @@ def check(
     backward, without = True, ""
     try:
         eager = _trace(module, module, args, kwargs, mode, device, backward=backward)
-    except RuntimeError as error:  # some models can be run but not differentiated
-        backward, without = False, f"; gradients were not compared: {error}"
-    except Exception as error:  # noqa: BLE001  whatever the user's model raises in this mode
-        return unchecked(mode, f"the eager model fails in {mode} mode: {error}")
+    except Exception as error:  # noqa: BLE001  some models can be run but not differentiated
+        backward, without = False, f"; gradients were not compared: {first_line(error)}"
     if not backward:
         try:
             eager = _trace(module, module, args, kwargs, mode, device, backward=backward)
@@ -269,10 +267,16 @@ def _custom_backwards(result: Any) -> list[str]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not _is_operators(node):
             found[type(node).__name__.removesuffix("Backward")] = None
         pending += [source for source, _ in node.next_functions]
     return list(found)
+
+
+def _is_operators(node: torch.autograd.function.BackwardCFunction) -> bool:
+    """Whether a backward is that of a higher-order operator of PyTorch's, such as `torch.cond`."""
+    module: str = type(node)._forward_cls.__module__  # type: ignore[attr-defined]
+    return module.startswith("torch._higher_order_ops.")
 
 
 def _gradients(module: nn.Module, result: Any) -> dict[str, torch.Tensor]:

@@ -72,7 +72,7 @@ def _modules(node: fx.Node) -> tuple[str, tuple[str, ...]]:
     """The module path of a node and the classes around it, innermost first."""
     stack = node.meta.get("nn_module_stack") or {}
     stack = {key: entry for key, entry in stack.items() if key != _NO_STACK}
-    entries = [(name, cls if isinstance(cls, str) else _class_path(cls))
+    entries = [(name, cls if isinstance(cls, str) else class_path(cls))
                for name, cls in stack.values()]  # fmt: skip
     if not entries:
         return "", ()
@@ -80,7 +80,8 @@ def _modules(node: fx.Node) -> tuple[str, tuple[str, ...]]:
     return re.sub(r"@\d+", "", entries[-1][0]), tuple(cls for _, cls in reversed(entries))
 
 
-def _class_path(cls: type) -> str:
+def class_path(cls: type) -> str:
+    """A class by its full name."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -17,6 +17,7 @@ import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -99,9 +100,11 @@ def capture(
     if training is not None:
         checks = [(path, found) for path, found in checks if found.mode is Mode.EVAL]
         checks += [(r.path, _fidelity(r, Mode.TRAIN)) for r in training.regions]
-    eager = _eager_macs(model, args, kwargs, regions) if uncaptured else 0
+    eager, compiles = _eager_macs(model, args, kwargs, regions) if uncaptured else (0, False)
     merged = _merged(checks, _how_trained(regions) if training is not None else "")
-    return Captured(model, args, kwargs, regions, uncaptured, merged, eager, training)
+    return Captured(
+        model, args, kwargs, regions, uncaptured, merged, eager, training, eager_branches=compiles
+    )
 
 
 def _for_training(
@@ -123,18 +126,26 @@ def _for_training(
 
 def _eager_macs(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], regions: Sequence[Region]
-) -> int:
-    """The multiply-adds of the whole model less those of its regions: what stays eager."""
+) -> tuple[int, bool]:
+    """The multiply-adds of the whole model less those of its regions, so of what stays eager, and
+    whether PyTorch compiles something in it, as it does a `torch.cond`."""
     device = devices.of_model(model)
     given = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-    with in_mode(model, training=False), torch.no_grad(), preserved_rng(device):
+    watched = mock.patch.object(torch, "compile", wraps=torch.compile)
+    with (
+        watched as compiles,
+        in_mode(model, training=False),
+        torch.no_grad(),
+        preserved_rng(device),
+    ):
         try:
             whole = MacCounter().count(lambda: model(*given[0], **given[1]))
-        except NotImplementedError:  # torch.cond, which then refuses to run until it is forgotten
-            torch.compiler.reset()
-            return 0
+        except NotImplementedError:  # of a torch.cond
+            whole = 0
+    if compiles.called:  # counted once, it would refuse to run until that is forgotten
+        torch.compiler.reset()
     captured = sum(sum(region.traces[Mode.EVAL].macs.values()) for region in regions)
-    return max(whole - captured, 0)
+    return max(whole - captured, 0), compiles.called
 
 
 # --- fallback by submodule -----------------------------------------------------------------------

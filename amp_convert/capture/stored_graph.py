@@ -16,7 +16,9 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-_KEPT = ("shape", "dtype", "recorded")
+from amp_convert.capture.branches import CHOICE
+
+_KEPT = ("shape", "dtype", "recorded", CHOICE)
 
 
 @dataclass(frozen=True)

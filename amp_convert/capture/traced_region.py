@@ -21,6 +21,7 @@ from amp_convert.capture import fidelity
 from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
 from amp_convert.capture.cast_words import Words, cast_words
 from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
+from amp_convert.capture.fidelity import FidelityStatus
 from amp_convert.capture.graph_call import GraphRunner, in_mode
 from amp_convert.capture.hooks import own_hooks_off
 from amp_convert.capture.mac_counter import MacCounter
@@ -150,19 +151,30 @@ def _graph(
     words: Callable[[], Words],
 ) -> CapturedGraph:
     """The graph of one mode. A batch of one is traced as two, so that its size can vary; a model
-    to which one and two are different things is traced as it is."""
+    to which one and two are different things is traced as it is. So is one with a `torch.cond`
+    whose branches cannot both be computed: there they are left alone."""
     graph = export_graph(module, args, kwargs, mode, path, words=words)
+    if graph.has_choices and _status(graph, module, args, kwargs) is not FidelityStatus.IDENTICAL:
+        _log.info("%s: the branches of torch.cond are left alone", path or "the model")
+        graph = export_graph(module, args, kwargs, mode, path, flat=False, words=words)
     traced_args, traced_kwargs = doubled_batch(args, kwargs)
     if traced_args is args and traced_kwargs is kwargs:
         return graph
+    if _status(graph, module, args, kwargs) is not FidelityStatus.DIFFERENT:
+        return graph
+    flat = graph.has_choices
+    return export_graph(module, args, kwargs, mode, path, dynamic=False, flat=flat, words=words)
+
+
+def _status(
+    graph: CapturedGraph, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> FidelityStatus:
+    """What comparing a graph with its module comes to; different where the graph does not run."""
     runner = GraphRunner(graph.graph_module, graph.signature, graph.constants, module)
     try:
-        same = fidelity.check(module, runner, args, kwargs, mode).status != "different"
+        return fidelity.check(module, runner, args, kwargs, graph.mode).status
     except (RuntimeError, ModelError):
-        same = False
-    if same:
-        return graph
-    return export_graph(module, args, kwargs, mode, path, dynamic=False, words=words)
+        return FidelityStatus.DIFFERENT
 
 
 class _Recorder(fx.Interpreter):

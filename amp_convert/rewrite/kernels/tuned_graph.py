@@ -23,6 +23,7 @@ from amp_convert.rewrite.kernels import (
     attention,
     batch_norm,
     bindings,
+    branches,
     buffer_updates,
     casts,
     empty_parts,
@@ -42,6 +43,7 @@ def tuned(graph_module: fx.GraphModule, signature: Signature, *, exact: bool) ->
     """A copy of `graph_module` for calls without gradients; `signature` is the graph's."""
     graph, _ = _copied(graph_module, signature)
     modules: dict[str, nn.Module] = {}
+    branches.nest(graph, modules)
     empty_parts.drop(graph)
     _as_eager_calls(graph, modules, exact=exact)
     if not exact:
@@ -59,6 +61,7 @@ def trained(
     these buffers need no copy before the call, and it returns them as they are."""
     graph, placeholders = _copied(graph_module, signature)
     modules: dict[str, nn.Module] = {}
+    branches.nest(graph, modules)
     written = buffer_updates.write(graph, placeholders, signature.buffer_outputs)
     leaves = [n for n, spec in placeholders.items() if spec.source is not Source.CONSTANT]
     empty_parts.drop(graph, leaves)
@@ -70,6 +73,14 @@ def trained(
     in_place.write(graph, differentiable=True)
     bindings.bind(graph)
     return _module(graph, graph_module, modules), written
+
+
+def untuned(graph_module: fx.GraphModule, signature: Signature) -> fx.GraphModule:
+    """`graph_module` itself or, where it has conditions, a copy that computes one branch."""
+    graph, _ = _copied(graph_module, signature)
+    modules: dict[str, nn.Module] = {}
+    branches.nest(graph, modules)
+    return _module(graph, graph_module, modules) if modules else graph_module
 
 
 def _as_eager_calls(graph: fx.Graph, modules: dict[str, nn.Module], *, exact: bool) -> None:
@@ -112,7 +123,7 @@ class RunningGraph:
     """A graph in two forms: as it was, and one that is tuned for what it is for: for calls without
     gradients, or for training. As it was it runs otherwise, where the call is no plain one (see
     `transforms`; compilers tune for themselves), and for tensors without values, which tell no
-    mask.
+    mask. One branch of a condition is computed wherever somebody can tell which.
 
     The caller's autocast is off in it: what the plan has decided, none other may decide again.
 
@@ -130,6 +141,7 @@ class RunningGraph:
             self.tuned, self.in_place = trained(plain, signature, exact=exact)
         else:
             self.tuned = tuned(plain, signature, exact=exact)
+        self._one_branch = untuned(plain, signature)
         users = [i for i, spec in enumerate(signature.inputs) if spec.source is Source.USER]
         others = [i for i in range(len(signature.inputs)) if i not in users]
         # A model's own tensors have values or not all together.
@@ -142,15 +154,12 @@ class RunningGraph:
         return self._run(*inputs)
 
     def _run(self, *inputs: Any) -> Any:
-        if (
-            (torch.is_grad_enabled() and not self._training)
-            or not is_plain_call()
-            or any(_unreal(inputs[i]) for i in self._watched)
-        ):
-            return self.plain(
-                *(x.clone() if i in self.in_place else x for i, x in enumerate(inputs))
-            )
-        return self.tuned(*inputs)
+        compiled, plain = torch.compiler.is_compiling(), is_plain_call()
+        real = not any(_unreal(inputs[i]) for i in self._watched)
+        if plain and real and (self._training or not torch.is_grad_enabled()):
+            return self.tuned(*inputs)
+        graph = self._one_branch if compiled or (plain and real) else self.plain
+        return graph(*(x.clone() if i in self.in_place else x for i, x in enumerate(inputs)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (stored(self.plain), self._signature, self._exact, self._training)

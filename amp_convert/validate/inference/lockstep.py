@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.branches import Taken
 from amp_convert.capture.graph_signature import Source
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.op_facts import Family, facts_of_target
@@ -45,7 +46,8 @@ def run(
     wants_local: Callable[[fx.Node], bool],
     device: torch.device,
 ) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Run both graphs on their flat inputs, calling `visit` after each node of the FP32 graph.
+    """Run both graphs on their flat inputs, calling `visit` after each node of the FP32 graph that
+    is in no branch that the FP32 model does not take.
 
     Returns the flat outputs of both. `wants_local` says for which nodes to compute a local result.
     """
@@ -64,6 +66,7 @@ class _Lockstep:
         self._wants_local = wants_local
         self._reference_graph = rewritten.captured.graph_module.graph
         given = rewritten.captured.signature.placeholders(self._reference_graph)
+        self._taken = Taken(self._reference_graph)
         self._weights = {n for n, spec in given.items() if spec.source is not Source.USER}
 
     def run(
@@ -77,7 +80,7 @@ class _Lockstep:
             reference.execute(node)
             self._rewind(state)
             holder = self._advance(mixed, pending, node)
-            if node.op == "call_function":
+            if node.op == "call_function" and self._taken(node, reference.values):
                 local = None
                 if self._wants_local(node):
                     self._rewind(state)

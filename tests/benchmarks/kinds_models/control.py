@@ -54,7 +54,7 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.start(x)
         h = torch.cond(
-            x.abs().mean() > 0.85,
+            x[0, 6] > 0,
             lambda h: self.wild(h).tanh(),
             lambda h: self.calm(h).relu(),
             (h,),
