@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from amp_convert.capture.captured import Captured
+from amp_convert.capture.kept import kept_in
 from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch
 from amp_convert.core.device import Device
 from amp_convert.core.errors import UnsupportedModelError, UsageError
+from amp_convert.core.files.cache import Cache
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.optional_packages import require
 from amp_convert.core.progress import Logged, Progress, Silent
@@ -36,7 +38,7 @@ from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import score, user_batches
 from amp_convert.onnx_file import write as onnx_export
 from amp_convert.plan.plan import Plan
-from amp_convert.profile.calibrate import RangeStats, profile
+from amp_convert.profile.calibrate import RangeStats, kept_profile, profile
 from amp_convert.report import (
     ModelInfo,
     OnnxSection,
@@ -60,6 +62,8 @@ from amp_convert.verdict.verdict import Verdict
 
 NODE_BATCHES = 8
 """Nodes are compared on so many batches; outputs and metrics on all."""
+KEPT_BATCHES = 16
+"""What calibration finds on more is not cached: they would have to be in memory at once."""
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 _log = logging.getLogger(__name__)
 
@@ -127,7 +131,7 @@ def _checked(
     progress: Progress,
     work: Path | None,
 ) -> Run:
-    prepared = _prepare(case, settings, progress, trains=True)
+    prepared = _prepare(case, settings, progress, judges=True)
     case, captured = prepared.case, prepared.captured
     progress.stage("plan and rewrite")
     converted = convert_captured(
@@ -286,7 +290,7 @@ def audit(source: str, settings: Settings, progress: Progress) -> tuple[Plan, Mo
     devices.choose(settings.device)
     progress.stage("load the model")
     torch.manual_seed(0)
-    prepared = _prepare(load_case(source), settings, Logged(progress))
+    prepared = _prepare(load_case(source), settings, Logged(progress), judges=False)
     progress.stage("plan")
     dtype = from_name(settings.dtype)
     converted = convert_captured(prepared.captured, prepared.rules, prepared.stats, dtype)
@@ -304,21 +308,24 @@ class _Prepared:
     stats: RangeStats
 
 
-def _prepare(
-    case: Case, settings: Settings, progress: Progress, *, trains: bool = False
-) -> _Prepared:
+def _prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool) -> _Prepared:
+    """Capture and calibrate. A run that `judges` proves its graphs anew."""
     rules = load_rules(settings.rules)
     device = devices.choose(settings.device)
     case = _on_device(case, device.device)
     check_forward(case)
     progress.stage("capture and check against eager FP32")
-    captured = capture(case.model, case.args, case.kwargs)
-    if trains:
-        training_setup.why_not(case, settings, captured)
-    progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
-    batches = _ticking(_batches(case, device, settings.calibrate), progress)
-    tried = [from_name(settings.dtype)] if rules.uses_trials else []
-    stats = profile(captured, batches, tried, probes=rules.uses_probes)
+    with kept_in(Cache.of_user() if settings.cache else None):
+        captured = capture(case.model, case.args, case.kwargs, proofs=judges)
+        if judges:
+            training_setup.why_not(case, settings, captured)
+        progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
+        batches = _ticking(_batches(case, device, settings.calibrate), progress)
+        tried = [from_name(settings.dtype)] if rules.uses_trials else []
+        if settings.calibrate <= KEPT_BATCHES:
+            stats = kept_profile(captured, list(batches), tried, probes=rules.uses_probes)
+        else:
+            stats = profile(captured, batches, tried, probes=rules.uses_probes)
     return _Prepared(case, device, captured, rules, stats)
 
 

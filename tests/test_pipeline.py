@@ -7,14 +7,17 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from amp_convert import pipeline
+from amp_convert.capture import traced_region
 from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.core.progress import Silent
 from amp_convert.loading import user_code as usercode
-from amp_convert.loading.settings import Settings
+from amp_convert.loading.settings import Settings, make_settings
 from amp_convert.pipeline import Run
 from amp_convert.report import RunReport
 from amp_convert.report.records import NodeRecord
@@ -271,3 +274,51 @@ def test_an_error_in_a_batch_names_the_users_line(convert: Callable[..., Run]) -
     line = late.splitlines().index("        yield batch(seed), 1 // (1 - seed)") + 1
     with pytest.raises(ModelError, match=rf"eval_batches\(\) raised Zero.* \(at model.py:{line}\)"):
         convert(late)
+
+
+MODEL = """
+import torch
+
+def build_model():
+    torch.manual_seed({seed})
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+
+def example_inputs():
+    return torch.linspace(-1, 1, 32).reshape(4, 8)
+"""
+
+
+@pytest.mark.traces
+def test_what_was_captured_once_is_not_traced_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    traced: list[Any] = []
+    own = traced_region.export_graph
+    monkeypatch.setattr(
+        traced_region, "export_graph", lambda *a, **k: (traced.append(a), own(*a, **k))[1]
+    )
+    source = tmp_path / "kept.py"
+    source.write_text(MODEL.format(seed=0))
+
+    def traces(job: Callable[..., Any], *rest: Any, **settings: Any) -> tuple[int, Any]:
+        traced.clear()
+        found = job(str(source), make_settings(**settings), Silent(), *rest)
+        return len(traced), found
+
+    assert traces(pipeline.audit, cache=False)[0] == 2
+    count, (first, _) = traces(pipeline.audit)
+    assert count == 2
+    count, (again, _) = traces(pipeline.audit)
+    assert (count, again.eval) == (0, first.eval)
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nop = "aten.gelu"\ncategory = "deny"\nreason = "mine"\n')
+    count, (changed, _) = traces(pipeline.audit, rules=["default", str(rules)])
+    assert count == 0
+    assert "mine" in [decision.reason for decision in changed.eval]
+    assert traces(pipeline.audit, dtype="bfloat16")[0] == 0
+    count, run = traces(pipeline.convert, tmp_path)
+    assert count == 0
+    assert run.plan.eval == first.eval
+    source.write_text(MODEL.format(seed=1))
+    assert traces(pipeline.audit)[0] == 2

@@ -50,7 +50,7 @@ from amp_convert.core.mode import Mode
 
 _log = logging.getLogger(__name__)
 
-KEPT_META = ("nn_module_stack", "stack_trace", "torch_fn", "shape", CHOICE)
+KEPT_META = ("shape", CHOICE)
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,8 @@ def export_graph(
     First dimensions stay dynamic where the model allows it; when tracing them fails for a reason
     that a static trace does not share, they are fixed. Raises whatever `torch.export` raises.
     """
-    call = inspect.signature(module.forward)
-    bound = bind(call, args, kwargs)
-    for name, value in bound.arguments.items():
-        if call.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            bound.arguments[name] = dict(sorted(value.items()))  # no order of keywords is special
+    bound = bound_arguments(module, args, kwargs)
+    call = bound.signature
     args, kwargs = _distinct((bound.args, bound.kwargs))
     device = devices.of_model(module)
     with (
@@ -134,6 +131,18 @@ def export_graph(
         fixed_sizes=fixed,
         has_choices=inlined,
     )
+
+
+def bound_arguments(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """A call's arguments by the names that the module's `forward` has for them."""
+    call = inspect.signature(module.forward)
+    bound = bind(call, args, kwargs)
+    for name, value in bound.arguments.items():
+        if call.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            bound.arguments[name] = dict(sorted(value.items()))  # no order of keywords is special
+    return bound
 
 
 def _owners(program: torch.export.ExportedProgram, module: nn.Module) -> Owners:

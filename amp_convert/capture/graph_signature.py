@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -61,7 +61,7 @@ class SizeGuard:
     """
 
     text: str
-    holds: Callable[[Mapping[str, Any]], bool]
+    holds: _Condition
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,14 @@ class Signature:
         return list(zip(self.user_inputs, given, strict=True))
 
 
+def size_guard(code: str) -> SizeGuard:
+    """A guard from its text, as torch.export writes it."""
+    return SizeGuard(re.sub(r"L\['(\w+)'\]", r"\1", code), _Condition(code))
+
+
 def _guards(program: torch.export.ExportedProgram) -> tuple[SizeGuard, ...]:
-    """What the model's own conditions on sizes came out as. The text is written by torch.export."""
-    return tuple(
-        SizeGuard(re.sub(r"L\['(\w+)'\]", r"\1", code), _Condition(code))
-        for code in getattr(program, "_guards_code", ())
-    )
+    """What the model's own conditions on sizes came out as."""
+    return tuple(size_guard(code) for code in getattr(program, "_guards_code", ()))
 
 
 class UncheckableSizesError(Exception):
@@ -123,7 +125,7 @@ class _Condition:
     size that divides others is 0 or since it uses words that are not known, does not hold."""
 
     def __init__(self, code: str) -> None:
-        self._code = code
+        self.code = code
         self._compiled = compile(code, "<guard>", "eval")
 
     def __call__(self, arguments: Mapping[str, Any]) -> bool:
@@ -134,7 +136,7 @@ class _Condition:
             return False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Condition, (self._code,)
+        return _Condition, (self.code,)
 
 
 _SOURCES = {

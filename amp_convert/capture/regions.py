@@ -23,11 +23,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fidelity
+from amp_convert.capture import fidelity, fingerprint
 from amp_convert.capture.captured import Captured, Region, Uncaptured
 from amp_convert.capture.fidelity import Fidelity, FidelityStatus
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import own_hooks_off
+from amp_convert.capture.kept import kept_plainly
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.observed_calls import ModuleCall, observed_calls
 from amp_convert.capture.pytree_containers import register_containers
@@ -45,6 +46,7 @@ from amp_convert.core.errors import (
     UnsupportedModelError,
 )
 from amp_convert.core.mode import Mode
+from amp_convert.core.plain_data import PlainData
 from amp_convert.core.random_state import preserved_rng
 
 _log = logging.getLogger(__name__)
@@ -57,8 +59,11 @@ def capture(
     *,
     train: bool = True,
     apart: Collection[str] = (),
+    proofs: bool = True,
 ) -> Captured:
     """Capture `model` for calls like `model(*args, **kwargs)`; without `train` for inference only.
+    With `proofs` the graphs are compared with the eager model even where that was done before with
+    the same code and values; without, that result may come from the cache.
 
     The submodules at the paths `apart` become regions of their own, so that what is hooked to them
     runs; what lies around them stays eager.
@@ -90,7 +95,7 @@ def capture(
                 where=problem.location,
                 mend=problem.mend,
             ) from problem.__cause__
-    checks = [(region.path, _fidelity(region, mode)) for region in regions for mode in Mode]
+    checks = [(r.path, _fidelity(r, mode, proofs=proofs)) for r in regions for mode in Mode]
     untrainable = {path: found.untrainable for path, found in checks if found.untrainable}
     regions = tuple(_without_training(r, untrainable.get(r.path, "")) for r in regions)
     training = None
@@ -99,7 +104,7 @@ def capture(
         training = _for_training(model, args, kwargs, regions, apart)
     if training is not None:
         checks = [(path, found) for path, found in checks if found.mode is Mode.EVAL]
-        checks += [(r.path, _fidelity(r, Mode.TRAIN)) for r in training.regions]
+        checks += [(r.path, _fidelity(r, Mode.TRAIN, proofs=proofs)) for r in training.regions]
     eager, compiles = _eager_macs(model, args, kwargs, regions) if uncaptured else (0, False)
     merged = _merged(checks, _how_trained(regions) if training is not None else "")
     return Captured(
@@ -218,11 +223,24 @@ def _times(region: Region, calls: int) -> Region:
 # --- results -------------------------------------------------------------------------------------
 
 
-def _fidelity(region: Region, mode: Mode) -> Fidelity:
+def _fidelity(region: Region, mode: Mode, *, proofs: bool = True) -> Fidelity:
     if mode not in region.graphs:
         return fidelity.unchecked(mode, f"the train graph was not captured: {region.train_failure}")
-    with own_hooks_off(region.module) if region.path else contextlib.nullcontext():
+
+    def checked() -> Fidelity:
         return fidelity.check(region.module, region.runner(mode), region.args, region.kwargs, mode)
+
+    def about() -> str:
+        return fingerprint.of_call(region.module, (region.args, dict(region.kwargs)), str(mode))
+
+    with own_hooks_off(region.module) if region.path else contextlib.nullcontext():
+        if proofs:
+            return checked()
+        kind = f"the fidelity of {region.path or 'the model'}"
+        return kept_plainly(kind, about, checked, _PLAIN)
+
+
+_PLAIN = PlainData(Fidelity, FidelityStatus, Mode)
 
 
 def _without_training(region: Region, why: str) -> Region:

@@ -1,4 +1,4 @@
-"""A graph as plain data, for copies and files.
+"""A graph as plain data, for copies, files and the cache.
 
 FX stores a graph as its Python code and traces that code when it is loaded: calls without tensor
 inputs, such as `torch.rand`, are then run once and for all, and what was known of each node is
@@ -7,6 +7,7 @@ lost. Here nodes are stored as they are.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,18 +22,29 @@ from amp_convert.capture.branches import CHOICE
 _KEPT = ("shape", "dtype", "recorded", CHOICE)
 
 
+_PYTHON = {"_operator": operator, "math": math, "torch": torch}
+
+
 @dataclass(frozen=True)
-class _Ref:
+class NodeRef:
     """A node among the arguments of another."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class _Operator:
-    """One of PyTorch's operators; they cannot be stored."""
+class OperatorRef:
+    """One of PyTorch's operators, by its names in `torch.ops`; they cannot be stored."""
 
     path: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FunctionRef:
+    """A function of Python's or PyTorch's that computes with sizes, or takes a tuple apart."""
+
+    module: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ def stored(graph_module: fx.GraphModule) -> StoredGraph:
 
 
 def _without_nodes(leaf: Any) -> Any:
-    return _Ref(leaf.name) if isinstance(leaf, fx.Node) else leaf
+    return NodeRef(leaf.name) if isinstance(leaf, fx.Node) else leaf
 
 
 def restored(data: StoredGraph) -> fx.GraphModule:
@@ -66,26 +78,32 @@ def restored(data: StoredGraph) -> fx.GraphModule:
     made: dict[str, fx.Node] = {}
 
     def node_of(leaf: Any) -> Any:
-        return made[leaf.name] if isinstance(leaf, _Ref) else leaf
+        return made[leaf.name] if isinstance(leaf, NodeRef) else leaf
 
     for op, name, target, args, kwargs, meta in data.nodes:
         given: Any = map_aggregate((args, kwargs), node_of)
         made[name] = graph.create_node(op, _called(target), given[0], given[1], name)
+        made[name].name = name  # FX would not have one that is a builtin's, as export does
         made[name].meta.update(meta)
     root = dict(data.attributes) or nn.Module()
     return fx.GraphModule(root, graph)
 
 
 def _named(target: Any) -> Any:
+    module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
+    if target is getattr(_PYTHON.get(module), name, None):
+        return FunctionRef(module, name)
     if isinstance(target, torch._ops.OpOverload):
-        return _Operator((target.namespace, target._opname, target._overloadname))
+        return OperatorRef((target.namespace, target._opname, target._overloadname))
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return _Operator(("higher_order", target.name()))
+        return OperatorRef(("higher_order", target.name()))
     return target
 
 
 def _called(target: Any) -> Any:
-    if not isinstance(target, _Operator):
+    if isinstance(target, FunctionRef):
+        return getattr(_PYTHON[target.module], target.name)
+    if not isinstance(target, OperatorRef):
         return target
     found: Any = torch.ops
     for part in target.path:

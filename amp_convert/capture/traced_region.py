@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fidelity
+from amp_convert.capture import fidelity, kept_regions
 from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
 from amp_convert.capture.cast_words import Words, cast_words
 from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
@@ -77,6 +77,13 @@ class CannotCaptureError(Exception):
         self.location = user_line(cause)
         super().__init__(self.reason)
 
+    @classmethod
+    def known(cls, part: Uncaptured) -> CannotCaptureError:
+        """The error of which this is what was said."""
+        error = cls(part.layer, LeftEagerError(Refusal(part.reason, part.mend)))
+        error.location = part.location
+        return error
+
     @property
     def uncaptured(self) -> Uncaptured:
         """The part as one that stays eager."""
@@ -86,8 +93,21 @@ class CannotCaptureError(Exception):
 def traced_region(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: Wanted
 ) -> Region:
+    """The graphs of a module. Raises CannotCaptureError where there are none."""
+    failures = []
+
+    def attempt() -> Region | Uncaptured:
+        try:
+            return _traced(module, args, kwargs, path, wanted)
+        except CannotCaptureError as error:
+            failures.append(error)
+            return error.uncaptured
+
     with own_hooks_off(module) if path else contextlib.nullcontext():
-        return _traced(module, args, kwargs, path, wanted)
+        found = kept_regions.region_of(module, args, kwargs, path, wanted.name, attempt)
+    if isinstance(found, Uncaptured):
+        raise failures[0] if failures else CannotCaptureError.known(found)
+    return found
 
 
 def _traced(

@@ -16,7 +16,7 @@ from amp_convert.loading.settings import load_settings
 
 
 @app.command()
-@flags.taking("dtype", "rules", "device", "calibrate")
+@flags.taking("dtype", "rules", "device", "calibrate", "cache")
 def audit(
     source: flags.Source,
     given: Mapping[str, object],

@@ -76,12 +76,18 @@ _TYPES: dict[type, Any] = {
 def _parameter(name: str) -> inspect.Parameter:
     kind = value_type(name)
     said, flag = option_of(name), f"--{flag_of(name)}"
-    declared = [f"{flag}/--no-{flag_of(name)}"] if name == "train" else [flag]
+    declared = [f"{flag}/{_off(name)}"] if _off(name) else [flag]
     option = typer.Option(*declared, metavar=said.value or None, help=help_of(name))
     annotation: Any = Annotated[_TYPES[kind], option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _off(name: str) -> str:
+    """The flag that switches a setting off, where one is needed."""
+    switch = value_type(name) is bool and Settings.__dataclass_fields__[name].default is not False
+    return f"--no-{flag_of(name)}" if switch else ""
 
 
 def help_of(name: str) -> str:
@@ -98,7 +104,7 @@ def table_of(part: Part) -> str:
         option = option_of(name)
         if option.part is part:
             flag = f"--{flag_of(name)} {option.value}".strip().replace("|", "\\|")
-            flag = "--train`, `--no-train" if name == "train" else flag
+            flag = f"{flag}`, `{_off(name)}" if _off(name) else flag
             text = option.help.format(presets=", ".join(preset_names()))
             default = default_text(name).replace("<", "&lt;")
             rows.append(f"| `{flag}` | {text} | {default} |")

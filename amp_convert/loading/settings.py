@@ -136,6 +136,9 @@ def _onnx(help_text: str, value: str = "", default: str = "") -> Option:
 class Settings:
     """The settings of one run; every field is a flag of the same name.
 
+    `cache` is whether graphs and ranges are kept for later runs, and taken from earlier ones, by
+    the digest of all that they depend on.
+
     `calibrate` and `batches` count batches (the latter: evaluated at most, within `eval_seconds`),
     `steps` optimizer steps, `seeds` training pairs. `tolerance` bounds the relative L2 error of an
     output, and `metric_tolerance` the loss in a metric, relative to its FP32 value; `min_speedup`
@@ -195,6 +198,13 @@ class Settings:
     ] = "keep"
     opset: Annotated[Count | None, _onnx("ONNX opset.", "N", "the first that suffices")] = None
     external_data: Annotated[Switch, _onnx("ONNX weights in a file of their own.")] = False
+    cache: Annotated[
+        Switch,
+        Option(
+            "Keep what tracing and calibrating find, for later runs on the same model.",
+            default="on",
+        ),
+    ] = True
     tolerance: Annotated[
         Amount | None,
         Option("Largest relative L2 error of an output.", "X", "0.02, for bfloat16 0.16"),

@@ -18,13 +18,16 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture import fingerprint
 from amp_convert.capture.branches import Taken
 from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.graph_signature import Source
+from amp_convert.capture.kept import kept_plainly
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES, is_float_tensor
+from amp_convert.core.plain_data import PlainData
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.profile.growth import Growth
 from amp_convert.profile.range_probes import Extremes, probed_extremes
@@ -160,6 +163,28 @@ def profile(
     for name in extremes.keys() & ranges.keys():
         ranges[name] = replace(ranges[name], probed=Range(*extremes[name]))
     return RangeStats(count, ranges, growths)
+
+
+def kept_profile(
+    captured: Captured,
+    batches: Sequence[tuple[Sequence[Any], Mapping[str, Any]]],
+    dtypes: Sequence[torch.dtype],
+    *,
+    probes: bool,
+) -> RangeStats:
+    """`profile`, or what it found before on the same model, code and batches (see `kept`)."""
+
+    def about() -> str:
+        inputs = (captured.args, dict(captured.kwargs), list(batches))
+        return fingerprint.of_call(captured.model, inputs, list(map(str, dtypes)), probes)
+
+    def found() -> RangeStats:
+        return profile(captured, batches, dtypes, probes=probes)
+
+    return kept_plainly("the ranges of the model", about, found, _PLAIN)
+
+
+_PLAIN = PlainData(RangeStats, Range, Growth)
 
 
 def _profile_call(

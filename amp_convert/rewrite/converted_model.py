@@ -180,7 +180,8 @@ class ConvertedModel(nn.Module):
                 rewritten = self.rewritten[region.path][mode]
                 runner = runner_of(rewritten, region.module)
                 with in_mode(region.module, training=mode.is_training):
-                    try_kernels(rewritten, runner.inputs(region.args, region.kwargs))
+                    given = runner.inputs(region.args, region.kwargs)
+                    try_kernels(rewritten, given, region.traces[mode].values)
 
     def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
         """What each region receives when this model is called with these inputs, in eval mode."""

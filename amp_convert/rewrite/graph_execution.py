@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.node_info import NodeInfo
@@ -78,13 +80,75 @@ def execute(running: GraphExecution, node: fx.Node, rewritten: Rewritten) -> Non
         raise KernelError(info, error) from error
 
 
-def try_kernels(rewritten: Rewritten, inputs: Sequence[Any]) -> None:
-    """Run a rewritten graph once, for no other purpose than to see that every kernel takes its
-    dtypes. Raises KernelError for the first that does not."""
+def try_kernels(rewritten: Rewritten, inputs: Sequence[Any], recorded: Mapping[str, Any]) -> None:
+    """See that every kernel takes its dtypes. Raises KernelError for the first that does not.
+    `recorded` are the captured graph's values, as in `Trace`.
+
+    Layers repeat: each operator is called once for each set of dtypes, shapes and numbers that it
+    gets, on zeros. Where that fails, or where a node's values are not known well enough, the graph
+    is run on `inputs`, which alone can say that a kernel is missing.
+    """
+    if _run_on_zeros(rewritten, recorded):
+        return
     running = GraphExecution(rewritten.graph_module, inputs)
     for node in rewritten.graph_module.graph.nodes:
         execute(running, node, rewritten)
         running.free()
+
+
+def _run_on_zeros(rewritten: Rewritten, recorded: Mapping[str, Any]) -> bool:
+    """Whether each kernel takes zeros in the dtypes and shapes that it gets."""
+
+    def known(node: fx.Node) -> Any:
+        number = recorded.get(rewritten.origins.get(node.name, ""))
+        return number if isinstance(number, int | float) else _what_is_known(node)
+
+    tried: set[str] = set()
+    for node in rewritten.graph_module.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                return False
+            continue  # what takes tuples apart, and computes with sizes
+        try:
+            asked = fx.map_arg((node.args, node.kwargs), known)
+        except LookupError:
+            return False
+        signature = f"{node.target} {asked}"
+        if signature in tried:
+            continue
+        tried.add(signature)
+        args, kwargs = pytree.tree_map_only(_Known, _Known.zeros, asked)
+        try:
+            node.target(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A tensor, but for its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: torch.device
+
+    def zeros(self) -> torch.Tensor:
+        """Such a tensor; one whose elements share memory shares it here."""
+        reach = [(n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)]
+        size = 0 if 0 in self.shape else 1 + sum(reach)
+        base = torch.zeros(size, dtype=self.dtype, device=self.device)
+        return base.as_strided(self.shape, self.stride)
+
+
+def _what_is_known(node: fx.Node) -> _Known:
+    value, dtype = node.meta.get("recorded"), node.meta.get("dtype")
+    if value is None or dtype is None or len(value.stride) != len(value.shape):
+        raise LookupError(node.name)
+    return _Known(dtype, value.shape, value.stride, value.device)
 
 
 def runner_of(

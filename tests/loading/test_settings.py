@@ -217,8 +217,8 @@ def test_package_form(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("metric_tolerance = 1", "unknown setting metric_tolerance",
          "Did you mean metric-tolerance?"),
         ("zzz = 1", "unknown setting zzz",
-         "Known are: accumulate, baseline, batches, calibrate, checkpoint, checkpoint-every, "
-         "clip-norm, device, dtype, eval-seconds, external-data, fp32-seeds, initial-scale, "
+         "Known are: accumulate, baseline, batches, cache, calibrate, checkpoint, "
+         "checkpoint-every, clip-norm, device, dtype, eval-seconds, external-data, fp32-seeds, initial-scale, "
          "io-types, loss-scale, margin, metric-tolerance, min-speedup, onnx, opset, out, "
          "rules, scale-backoff, scale-growth, scale-interval, seeds, steps, tolerance, "
          "train, train-metric."),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import amp_convert as amp
 from amp_convert.core.errors import UnsupportedModelError
@@ -77,15 +78,39 @@ class Picky(nn.Module):
         return self.last(torch.ops.amp_convert_tests.fp32_only(self.first(x)))
 
 
+class Products(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.addmm.default:
+            self.seen.append(str([(a.shape, a.dtype) for a in args]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_layers_that_repeat_are_tried_once() -> None:
+    mixed = converted("bert")
+    region, rewritten = mixed.captured.regions[0], mixed.rewritten[""]["eval"]
+    inputs = region.runner("eval").inputs((), example("bert")[2])
+    with torch.no_grad(), Products() as all_of_them:
+        try_kernels(rewritten, inputs, {})
+    with torch.no_grad(), Products() as tried:
+        try_kernels(rewritten, inputs, region.traces["eval"].values)
+    assert len(tried.seen) < len(all_of_them.seen) == 13
+    assert sorted(tried.seen) == sorted(set(all_of_them.seen))
+
+
 def test_a_kernel_that_refuses_is_named() -> None:
     mixed = converted("cnn", "half")
     rewritten = mixed.rewritten[""]["eval"]
-    inputs = mixed.captured.regions[0].runner("eval").inputs(example("cnn")[1], {})
+    region = mixed.captured.regions[0]
+    inputs = region.runner("eval").inputs(example("cnn")[1], {})
     with torch.no_grad():
-        try_kernels(rewritten, inputs)
+        try_kernels(rewritten, inputs, region.traces["eval"].values)
         wrong = [t.long() if torch.is_tensor(t) and t.dim() == 4 else t for t in inputs]
         with pytest.raises(KernelError) as caught:
-            try_kernels(rewritten, [*wrong[:-1], wrong[-1][:, :2]])
+            try_kernels(rewritten, [*wrong[:-1], wrong[-1][:, :2]], {})
     error = caught.value
     assert isinstance(error, UnsupportedModelError)
     assert error.info is not None

@@ -1,0 +1,156 @@
+"""The digest of all that a capture depends on: the same for the same, another for any other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from amp_convert.capture.fingerprint import NoFingerprintError, of_call
+from tests.zoo import BUILDERS, build
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.function: Callable[..., Any] = torch.relu
+        self.config = SimpleNamespace(names={"b", "a", "c"}, eps=1e-5, sizes=[1, 2])
+        self.table = torch.arange(4.0)
+
+
+def digest(model: nn.Module, x: Any = None) -> str:
+    return of_call(model, ((torch.ones(2, 4) if x is None else x,), {}), "eval")
+
+
+def times(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x * factor
+
+
+def local_class(factor: float) -> nn.Module:
+    class Local(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * factor if False else x * factor  # type: ignore[misc]
+
+    return Local()
+
+
+def tied(net: Any) -> None:
+    net.twin = nn.Linear(4, 4)
+    net.twin.weight = nn.Parameter(net.layer.weight.detach().clone())
+    net.twin.bias = nn.Parameter(net.layer.bias.detach().clone())
+
+
+def really_tied(net: Any) -> None:
+    tied(net)
+    net.twin.weight = net.layer.weight
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda net: None,
+    "a weight": lambda net: net.layer.weight.data[0].add_(1e-6),
+    "a buffer": lambda net: net.norm.running_mean.add_(1),
+    "a table": lambda net: net.table.add_(1),
+    "a number": lambda net: setattr(net.config, "eps", 1e-6),
+    "a list": lambda net: net.config.sizes.append(3),
+    "a set": lambda net: net.config.names.add("d"),
+    "the mode of a part": lambda net: net.norm.eval(),
+    "what is trained": lambda net: net.layer.weight.requires_grad_(False),
+    "a function": lambda net: setattr(net, "function", torch.tanh),
+    "a lambda": lambda net: setattr(net, "function", times(2.0)),
+    "another lambda": lambda net: setattr(net, "function", times(3.0)),
+    "a hook": lambda net: net.layer.register_forward_hook(lambda *_: None),
+    "a part": lambda net: setattr(net, "norm", nn.LayerNorm(4)),
+    "a class": lambda net: setattr(net, "more", local_class(2.0)),
+    "another class": lambda net: setattr(net, "more", local_class(3.0)),
+    "a name": lambda net: setattr(net, "other", net.__dict__["_modules"].pop("norm")),
+    "equal weights": tied,
+    "one weight": really_tied,
+}
+
+
+def changed(name: str) -> str:
+    net = Net()
+    CHANGES[name](net)
+    return digest(net)
+
+
+def test_each_change_has_a_digest_of_its_own_and_the_same_each_time() -> None:
+    found = {name: changed(name) for name in CHANGES}
+    assert len(set(found.values())) == len(CHANGES)
+    assert found == {name: changed(name) for name in CHANGES}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.ones(2, 4) + 1, torch.ones(3, 4), torch.ones(2, 4).double(), torch.ones(4, 2).t(),
+     torch.ones(2, 4, requires_grad=True), [torch.ones(2, 4)]],
+)  # fmt: skip
+def test_other_inputs_are_another_call(other: Any) -> None:
+    assert digest(Net(), other) != digest(Net())
+
+
+def test_what_is_set_in_pytorch_counts() -> None:
+    want = digest(Net())
+    with torch.no_grad():
+        assert digest(Net()) != want
+    assert digest(Net()) == want
+
+
+@pytest.mark.parametrize("attribute", [threading.Lock(), (i for i in [1])])
+def test_what_cannot_be_seen_through_has_none(attribute: Any) -> None:
+    net: Any = Net()
+    net.secret = attribute
+    with pytest.raises(NoFingerprintError):
+        digest(net)
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_a_model_that_is_built_again_has_the_same(name: str) -> None:
+    one, two = (
+        of_call(model, (args, kwargs)) for model, args, kwargs in (build(name), build(name))
+    )
+    assert one == two
+
+
+PROGRAM = """
+from amp_convert.capture.fingerprint import of_call, of_code
+import torch, helper
+def main():
+    torch.manual_seed(0)
+    print(of_code(), of_call(helper.Net(), ((torch.ones(2),), {})))
+main()
+"""
+HELPER = """
+import torch
+SCALE = {scale}
+class Net(torch.nn.Module):
+    names = {{"a", "b", "c"}}
+    def __init__(self):
+        super().__init__()
+        self.names = {{"a", "b", "c", "d"}}
+    def forward(self, x):
+        return x * SCALE
+"""
+
+
+def test_other_processes_have_the_same_until_the_code_changes(tmp_path: Path) -> None:
+    """Hashes of text differ from process to process, and with them the order of sets."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def run(scale: str) -> str:
+        (tmp_path / "helper.py").write_text(HELPER.format(scale=scale))
+        command = [sys.executable, "program.py"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert run("2") == run("2") != run("3")
