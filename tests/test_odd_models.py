@@ -374,7 +374,51 @@ def test_a_branch_that_no_batch_takes_is_named(low: float) -> None:
     else:
         assert run.verdict.status == "inconclusive"
         assert nodes.status == "unchecked"
-        assert "first last/aten.linear#0: give batches that reach them" in nodes.reason
+        assert "first last/aten.linear#0: give some early that reach them" in nodes.reason
+
+
+class Guarded(Stateful):
+    """Its branches raise, or have no gradients, on the values of each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cond(
+            x.min() > 0,
+            lambda v: self.layer(v.sqrt() + torch.linalg.cholesky(torch.diag(v[0]))[0]),
+            lambda v: self.layer(v) * 2,
+            (x,),
+        )
+        return self.last(h.tanh())  # type: ignore[no-any-return]
+
+
+def test_a_guarded_operation_is_judged_where_it_runs() -> None:
+    def batches(seed: int) -> Iterator[Any]:
+        for i in range(20):
+            g = torch.Generator().manual_seed(1000 * seed + i)
+            x = (torch.rand(16, 16, generator=g) + 0.1) * (1 if i % 2 else -1)
+            yield x, x.flip(1)
+
+    torch.manual_seed(0)
+    evals = list(batches(7))[:4]
+    run = amp.check(
+        Guarded().eval(), evals[1][0], dtype=torch.bfloat16, eval_batches=evals,
+        train_batches=batches, loss=F.mse_loss,
+    )  # fmt: skip
+    assert not [check for check in run.verdict.checks if check.status == "fail"]
+    nodes = next(check for check in run.verdict.checks if check.name == "nodes.finite")
+    assert nodes.status == "pass"
+
+
+class Exploding(Stateful):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        return torch.cond(x.sum() > 0, lambda v: self.last(v), lambda v: (v * 30).exp(), (h,))  # type: ignore[no-any-return]
+
+
+def test_a_branch_in_fp32_that_no_batch_takes_is_named_as_well() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(16, 16)
+    run = amp.check(Exploding().eval(), x, eval_batches=[(x, None), (x * 2, None)])
+    assert run.verdict.status == "inconclusive"
 
 
 class NeedsGradients(Stateful):

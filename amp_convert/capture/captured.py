@@ -82,8 +82,7 @@ class Region:
 
     def runner(self, mode: Mode) -> GraphRunner:
         """The captured FP32 graph of `mode`, callable like the module."""
-        graph = self.graphs[mode]
-        return GraphRunner(graph.graph_module, graph.signature, graph.constants, self.module)
+        return self.graphs[mode].runner(self.module)
 
 
 RegionCall = tuple[Region, tuple[Sequence[Any], Mapping[str, Any]]]

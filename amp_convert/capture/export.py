@@ -25,7 +25,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.branches import CHOICE, Owners, inline_branches
+from amp_convert.capture.branches import BRANCH, CHOICE, Owners, inline_branches, one_branch
 from amp_convert.capture.cast_words import CastWord, Words, words_of
 from amp_convert.capture.export_repairs import (
     detach_no_grad,
@@ -35,7 +35,7 @@ from amp_convert.capture.export_repairs import (
     repair,
     written_casts,
 )
-from amp_convert.capture.graph_call import bind, in_mode
+from amp_convert.capture.graph_call import GraphRunner, bind, in_mode
 from amp_convert.capture.graph_signature import (
     Signature,
     UncheckableSizesError,
@@ -50,7 +50,7 @@ from amp_convert.core.mode import Mode
 
 _log = logging.getLogger(__name__)
 
-KEPT_META = ("shape", CHOICE)
+KEPT_META = ("shape", CHOICE, BRANCH)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class CapturedGraph:
     """One mode of one module as a function of its tensors and the user's inputs. `fixed_sizes` says
     why it takes none but the sizes it was traced with; "" where the first dimensions may vary.
 
-    `has_choices` is whether it computes both branches of a condition.
+    `has_choices` is whether it has both branches of a condition (see `branches`).
 
     `meta["shape"]` of a node that gives a tensor has its sizes: numbers, and the expressions of
     those that vary, as text. Equal sizes are equal for every input that the graph takes."""
@@ -70,6 +70,11 @@ class CapturedGraph:
     nodes: Mapping[str, NodeInfo] = field(repr=False)
     fixed_sizes: str = ""
     has_choices: bool = False
+
+    def runner(self, owner: nn.Module) -> GraphRunner:
+        """The graph, callable as the module `owner` is."""
+        run = one_branch(self.graph_module) if self.has_choices else None
+        return GraphRunner(self.graph_module, self.signature, self.constants, owner, run)
 
 
 def export_graph(

@@ -3,7 +3,8 @@
 Its graph is run node by node with a hook on every differentiable result, which reduces the result's
 gradient to a histogram of exponents the moment that autograd makes it; no gradient is kept. A value
 that shares its memory with one that its node reads (a view, the access to a tuple) has the other's
-gradient, moved, and is not counted again.
+gradient, moved, and is not counted again. Nor are values in a branch of a condition, which runs as
+a graph of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.branches import one_branch
 from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.node_info import NodeInfo
@@ -56,7 +58,9 @@ class GradientProbe:
     ) -> Any:
         runner = mode_runner(region, mode)
         inputs = runner.inputs(args, kwargs)
-        running = _HookedInterpreter(runner.graph_module, region.graphs[mode].nodes, self._hook)
+        running = _HookedInterpreter(
+            one_branch(runner.graph_module), region.graphs[mode].nodes, self._hook
+        )
         return runner.finish(running.run(*inputs, enable_io_processing=False), inputs)
 
     def _hook(self, info: NodeInfo, tensor: torch.Tensor) -> None:

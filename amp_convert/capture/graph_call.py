@@ -57,7 +57,7 @@ class GraphRunner:
         run: Callable[..., Any] | None = None,
         in_place: frozenset[int] = frozenset(),
     ) -> None:
-        self._run = run or graph_module
+        self.run: Callable[..., Any] = run or graph_module
         self.graph_module, self.signature = graph_module, signature
         self.owner, self._constants = owner, dict(constants)
         self._changes = len(signature.buffer_outputs) + len(signature.input_outputs)
@@ -73,18 +73,18 @@ class GraphRunner:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        run = None if self._run is self.graph_module else self._run
+        run = None if self.run is self.graph_module else self.run
         graph = stored(self.graph_module)
-        return {**self.__dict__, "graph_module": graph, "_run": run, "_flat": None}
+        return {**self.__dict__, "graph_module": graph, "run": run, "_flat": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _flat=flat_call(state["signature"]))
         self.graph_module = restored(state["graph_module"])
-        self._run = state["_run"] or self.graph_module
+        self.run = state["run"] or self.graph_module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs(args, kwargs)
-        return self.finish(self._run(*inputs), inputs)
+        return self.finish(self.run(*inputs), inputs)
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's flat inputs: the module's tensors and the leaves of the user's call. Raises

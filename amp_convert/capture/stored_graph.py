@@ -17,9 +17,9 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from amp_convert.capture.branches import CHOICE
+from amp_convert.capture.branches import BRANCH, CHOICE
 
-_KEPT = ("shape", "dtype", "recorded", CHOICE)
+_KEPT = ("shape", "dtype", "recorded", CHOICE, BRANCH)
 
 
 _PYTHON = {"_operator": operator, "math": math, "torch": torch}

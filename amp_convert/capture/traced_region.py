@@ -22,7 +22,7 @@ from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
 from amp_convert.capture.cast_words import Words, cast_words
 from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
 from amp_convert.capture.fidelity import FidelityStatus
-from amp_convert.capture.graph_call import GraphRunner, in_mode
+from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import own_hooks_off
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.observed_calls import user_line
@@ -174,7 +174,7 @@ def _graph(
     to which one and two are different things is traced as it is. So is one with a `torch.cond`
     whose branches cannot both be computed: there they are left alone."""
     graph = export_graph(module, args, kwargs, mode, path, words=words)
-    if graph.has_choices and _status(graph, module, args, kwargs) is not FidelityStatus.IDENTICAL:
+    if graph.has_choices and not _can_be_looked_into(graph, module, args, kwargs):
         _log.info("%s: the branches of torch.cond are left alone", path or "the model")
         graph = export_graph(module, args, kwargs, mode, path, flat=False, words=words)
     traced_args, traced_kwargs = doubled_batch(args, kwargs)
@@ -186,13 +186,24 @@ def _graph(
     return export_graph(module, args, kwargs, mode, path, dynamic=False, flat=flat, words=words)
 
 
+def _can_be_looked_into(
+    graph: CapturedGraph, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a graph with both branches of a condition is the module, and the branch that is not
+    taken can be run for the shapes of its values."""
+    try:
+        record(graph, module, args, kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    return _status(graph, module, args, kwargs) is FidelityStatus.IDENTICAL
+
+
 def _status(
     graph: CapturedGraph, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> FidelityStatus:
     """What comparing a graph with its module comes to; different where the graph does not run."""
-    runner = GraphRunner(graph.graph_module, graph.signature, graph.constants, module)
     try:
-        return fidelity.check(module, runner, args, kwargs, graph.mode).status
+        return fidelity.check(module, graph.runner(module), args, kwargs, graph.mode).status
     except (RuntimeError, ModelError):
         return FidelityStatus.DIFFERENT
 
@@ -222,7 +233,7 @@ def _value(leaf: Any) -> Any:
 def record(
     graph: CapturedGraph, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Trace:
-    runner = GraphRunner(graph.graph_module, graph.signature, graph.constants, module)
+    runner = graph.runner(module)
     device = devices.of_model(module)
     # Some operators write to buffers without saying so: `instance_norm` in training.
     kept = in_mode(module, training=graph.mode.is_training)

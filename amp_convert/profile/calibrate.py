@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture import fingerprint
-from amp_convert.capture.branches import Taken
+from amp_convert.capture.branches import UNTAKEN, OneBranch
 from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.graph_signature import Source
 from amp_convert.capture.kept import kept_plainly
@@ -218,7 +218,7 @@ def _profile_call(
     profiler.run(*inputs, enable_io_processing=False)
 
 
-class _Profiler(fx.Interpreter):
+class _Profiler(OneBranch):
     """Reduces each value to its range as it is made.
 
     What is made from integer tensors alone, and from what counts itself, may count.
@@ -239,7 +239,7 @@ class _Profiler(fx.Interpreter):
         self.user_to_last_uses = keep_window(graph_module.graph, self.user_to_last_uses)
         self._names = {name: info.identity for name, info in infos.items()}
         self._ranges, self._growths, self._counting = ranges, growths, counting
-        self._is_whole, self._taken = is_whole, Taken(graph_module.graph)
+        self._is_whole = is_whole
         labels = {n: f"{i.short_op} in {i.layer or 'the model itself'}" for n, i in infos.items()}
         self._trials = {d: Trials(graph_module.graph, labels, values, d) for d in growths}
 
@@ -247,7 +247,7 @@ class _Profiler(fx.Interpreter):
         sources = [s for s in n.all_input_nodes if _has_float(self.env[s])]
         may_count = all(source in self._counting for source in sources)
         result = super().run_node(n)
-        if not self._taken(n, self.env):
+        if result is UNTAKEN:
             return result
         name = self._names.get(n.name)
         if name is not None:

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.branches import OneBranch
 from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core.errors import first_line
@@ -70,7 +71,7 @@ class _OutOfBoundsError(Exception):
     """What comes next could end the process."""
 
 
-class _Probe(fx.Interpreter):
+class _Probe(OneBranch):
     """Keeps the largest finite values of each node."""
 
     def __init__(

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.branches import BRANCH, CHOICE
 from amp_convert.core.op_facts import Family, facts_of_target
 
 
@@ -24,7 +25,10 @@ def can_be_tried(node: fx.Node) -> bool:
 
 def repeatable(node: fx.Node) -> bool:
     """Whether running a node once more changes nothing, and gives the same result. Nobody knows
-    that of a custom operator; memory that is not written yet holds something else each time."""
+    that of a custom operator; memory that is not written yet holds something else each time; what
+    is in a branch of a condition, or chooses one, is not always there."""
+    if BRANCH in node.meta or CHOICE in node.meta:
+        return False
     if not isinstance(node.target, torch._ops.OpOverload):
         return getattr(node.target, "__module__", "") == "_operator"
     if node.target.namespace != "aten" or node.target._schema.is_mutable:

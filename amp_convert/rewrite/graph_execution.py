@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.branches import Choices
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core.errors import UnsupportedModelError, first_line
@@ -33,7 +34,8 @@ class KernelError(UnsupportedModelError):
 
 
 class GraphExecution:
-    """One graph being executed, a node at a time; keeps only values that still have a reader."""
+    """One graph being executed, a node at a time; keeps only values that still have a reader. Those
+    in a branch that is not taken are `UNTAKEN`."""
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         self._module = graph_module
@@ -41,6 +43,7 @@ class GraphExecution:
         self._readers = Counter({n: len(n.users) for n in graph_module.graph.nodes})
         self._spent: list[fx.Node] = []
         self._inputs = iter(inputs)
+        self._choices = Choices(graph_module.graph)
 
     def execute(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -48,8 +51,11 @@ class GraphExecution:
         elif node.op == "get_attr":
             self.values[node] = operator.attrgetter(str(node.target))(self._module)
         elif node.op == "call_function":
-            args, kwargs = self.arguments(node)
-            self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = self._choices.instead(node, self.values)
+            if value is None:
+                args, kwargs = self.arguments(node)
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+            self.values[node] = value
         else:
             self.values[node] = self.arguments(node)[0][0]
         self._spent.append(node)

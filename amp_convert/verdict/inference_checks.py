@@ -262,12 +262,14 @@ def nodes_check(plan: Plan, divergence: Divergence | None) -> Check:
     missed = [decision.node for decision in plan.eval if decision.low and decision.node not in seen]
     behind = [node for node in missed if node in divergence.behind_parting]
     unreached = [node for node in missed if node not in behind]
+    unreached += [node for node in divergence.untaken if node not in unreached]
     if unreached or not plan.eval:
         what = "the plan has no node"
         if unreached:
             what = (
-                f"{len(unreached)} low node(s) got no element on any batch, first {unreached[0]}: "
-                "give batches that reach them (other experts, other branches)"
+                f"{len(unreached)} node(s) got no element on any of the {divergence.node_batches} "
+                f"batch(es) on which nodes are compared, first {unreached[0]}: give some early "
+                "that reach them (other experts, other branches)"
             )
         return Check(name, CheckStatus.UNCHECKED, None, 0.0, what)
     if behind:  # said by capture.paths as well

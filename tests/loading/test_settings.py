@@ -218,10 +218,10 @@ def test_package_form(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
          "Did you mean metric-tolerance?"),
         ("zzz = 1", "unknown setting zzz",
          "Known are: accumulate, baseline, batches, cache, calibrate, checkpoint, "
-         "checkpoint-every, clip-norm, device, dtype, eval-seconds, external-data, fp32-seeds, initial-scale, "
-         "io-types, loss-scale, margin, metric-tolerance, min-speedup, onnx, opset, out, "
-         "rules, scale-backoff, scale-growth, scale-interval, seeds, steps, tolerance, "
-         "train, train-metric."),
+         "checkpoint-every, clip-norm, device, dtype, eval-seconds, external-data, "
+         "fp32-seeds, initial-scale, io-types, loss-scale, margin, metric-tolerance, "
+         "min-speedup, onnx, opset, out, rules, scale-backoff, scale-growth, scale-interval, "
+         "seeds, steps, tolerance, train, train-metric."),
         ("dtype = 'fp16'", "dtype is 'fp16'", "Give float16 or bfloat16."),
         ("dtype = ['float16']", "dtype is ['float16']", "Give float16 or bfloat16."),
         ("device = 'gpu'", "device is 'gpu'", "Give auto, cpu, cuda or cuda:N."),

@@ -17,13 +17,13 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from amp_convert.capture.branches import nest, one_branch
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source
 from amp_convert.capture.stored_graph import StoredGraph, restored, stored
 from amp_convert.rewrite.kernels import (
     attention,
     batch_norm,
     bindings,
-    branches,
     buffer_updates,
     casts,
     empty_parts,
@@ -43,7 +43,7 @@ def tuned(graph_module: fx.GraphModule, signature: Signature, *, exact: bool) ->
     """A copy of `graph_module` for calls without gradients; `signature` is the graph's."""
     graph, _ = _copied(graph_module, signature)
     modules: dict[str, nn.Module] = {}
-    branches.nest(graph, modules)
+    nest(graph, modules)
     empty_parts.drop(graph)
     _as_eager_calls(graph, modules, exact=exact)
     if not exact:
@@ -61,7 +61,7 @@ def trained(
     these buffers need no copy before the call, and it returns them as they are."""
     graph, placeholders = _copied(graph_module, signature)
     modules: dict[str, nn.Module] = {}
-    branches.nest(graph, modules)
+    nest(graph, modules)
     written = buffer_updates.write(graph, placeholders, signature.buffer_outputs)
     leaves = [n for n, spec in placeholders.items() if spec.source is not Source.CONSTANT]
     empty_parts.drop(graph, leaves)
@@ -73,14 +73,6 @@ def trained(
     in_place.write(graph, differentiable=True)
     bindings.bind(graph)
     return _module(graph, graph_module, modules), written
-
-
-def untuned(graph_module: fx.GraphModule, signature: Signature) -> fx.GraphModule:
-    """`graph_module` itself or, where it has conditions, a copy that computes one branch."""
-    graph, _ = _copied(graph_module, signature)
-    modules: dict[str, nn.Module] = {}
-    branches.nest(graph, modules)
-    return _module(graph, graph_module, modules) if modules else graph_module
 
 
 def _as_eager_calls(graph: fx.Graph, modules: dict[str, nn.Module], *, exact: bool) -> None:
@@ -141,7 +133,7 @@ class RunningGraph:
             self.tuned, self.in_place = trained(plain, signature, exact=exact)
         else:
             self.tuned = tuned(plain, signature, exact=exact)
-        self._one_branch = untuned(plain, signature)
+        self._one_branch = one_branch(plain)
         users = [i for i, spec in enumerate(signature.inputs) if spec.source is Source.USER]
         others = [i for i in range(len(signature.inputs)) if i not in users]
         # A model's own tensors have values or not all together.

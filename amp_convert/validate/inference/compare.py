@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from amp_convert.capture.branches import BRANCH, one_branch
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.batches import LOSS, Batch, MetricMeans, Score, batch_size, no_score
@@ -220,11 +221,11 @@ class _Comparison:
             reference, mixed = self._tables[""].run(inputs, inputs)
         else:
             set_rng_state(self._device, state)
-            reference, mixed = runner.graph_module(*runner.inputs(args, kwargs)), None
+            reference, mixed = runner.run(*runner.inputs(args, kwargs)), None
             if runner.writes:
                 set_rng_state(self._device, state)
                 graph = self._converted.rewritten[""][Mode.EVAL].graph_module
-                mixed = graph(*runner.inputs(args, kwargs))
+                mixed = one_branch(graph)(*runner.inputs(args, kwargs))
         if mixed is None:
             return runner.results(reference), None
         for name, want, have in runner.changes(reference, mixed):
@@ -271,6 +272,7 @@ class _Comparison:
             costs=(),
             reference_rel_l2=self._reference_rel_l2,
             unvisited=unvisited,
+            untaken=tuple(node for node in unvisited if node in self._in_branches()),
             behind_parting=tuple(node for node in unvisited if node in behind),
             frozen_identical=self._frozen_identical if self.batches else None,
             frozen_outputs=_rows(self._frozen),
@@ -283,6 +285,16 @@ class _Comparison:
             drawn_outside=tuple(sorted(self._drawn)),
             same_inputs=self._inputs.same,
         )
+
+    def _in_branches(self) -> set[str]:
+        """The nodes that only run where a condition says so."""
+        graphs = [region.graphs[Mode.EVAL] for region in self._captured.regions]
+        return {
+            graph.nodes[node.name].identity
+            for graph in graphs
+            for node in graph.graph_module.graph.nodes
+            if BRANCH in node.meta and node.name in graph.nodes
+        }
 
     def _names(self) -> list[str]:
         return self._metrics.names("fp32", "mixed")

@@ -57,7 +57,9 @@ def measure(
                 model = models[name]
                 held = held_bytes((*model.parameters(), *model.buffers()))
                 given = _copied(args, kwargs)
-                if not converted.captured.has_branches:
+                if converted.captured.has_branches:
+                    run(*given)
+                else:
                     peaks[name] = held + peak_bytes(partial(run, *given))
                 attributes.restore()  # a state kept in one would be of the arm's precision
             except Exception as error:  # noqa: BLE001  autocast breaks some models: a result

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.branches import Taken
+from amp_convert.capture.branches import CHOICE, UNTAKEN
 from amp_convert.capture.graph_signature import Source
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.op_facts import Family, facts_of_target
@@ -46,12 +46,17 @@ def run(
     wants_local: Callable[[fx.Node], bool],
     device: torch.device,
 ) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Run both graphs on their flat inputs, calling `visit` after each node of the FP32 graph that
-    is in no branch that the FP32 model does not take.
+    """Run both graphs on their flat inputs, calling `visit` after each node of the FP32 graph, but
+    for those in a branch that one of the two does not take.
 
     Returns the flat outputs of both. `wants_local` says for which nodes to compute a local result.
     """
     return _Lockstep(rewritten, visit, wants_local, device).run(reference_inputs, mixed_inputs)
+
+
+def _marker(value: Any) -> Any:
+    """The value where it is none but stands for one: tensors cannot be looked for."""
+    return value if value is UNTAKEN else None
 
 
 class _Lockstep:
@@ -66,7 +71,6 @@ class _Lockstep:
         self._wants_local = wants_local
         self._reference_graph = rewritten.captured.graph_module.graph
         given = rewritten.captured.signature.placeholders(self._reference_graph)
-        self._taken = Taken(self._reference_graph)
         self._weights = {n for n, spec in given.items() if spec.source is not Source.USER}
 
     def run(
@@ -80,9 +84,10 @@ class _Lockstep:
             reference.execute(node)
             self._rewind(state)
             holder = self._advance(mixed, pending, node)
-            if node.op == "call_function" and self._taken(node, reference.values):
+            both = (reference.values[node], mixed.values[holder])
+            if node.op == "call_function" and UNTAKEN not in map(_marker, both):
                 local = None
-                if self._wants_local(node):
+                if self._wants_local(node) and CHOICE not in node.meta:
                     self._rewind(state)
                     local = self._local(node, reference, mixed)
                 ranks = facts_of_target(node.target).is_a(Family.RANKING)

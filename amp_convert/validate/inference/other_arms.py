@@ -83,7 +83,7 @@ class OtherArms:
                     self._weight(own) if own is value else value
                     for own, value in zip(runner.tensors(), runner.inputs(*given), strict=True)
                 ]  # a buffer that the graph writes to is a copy, and stays as it is
-                return runner.results(runner.graph_module(*inputs))
+                return runner.results(runner.run(*inputs))
             model = self._captured.model
             moved = {name: self._weight(tensor) for name, tensor in model.named_parameters()}
             with in_mode(model, training=False):

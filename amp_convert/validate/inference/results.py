@@ -150,7 +150,8 @@ class Divergence:
     `reference_rel_l2` is the largest relative L2 difference, over all outputs and batches, between
     the captured FP32 graph, which is the reference, and the eager FP32 model; `frozen_identical`
     says whether the frozen model gave the mixed model's bits, NaN being no bits, None where that
-    was not tried. `unvisited` names nodes that no batch reached, or reached with no element.
+    was not tried. `unvisited` names nodes that no batch reached, or reached with no element,
+    `untaken` those of them that are in a branch of a condition.
     `outputs` has also what the model writes to its buffers and inputs. `autocast_outputs` are the
     errors of native `torch.autocast` at the same dtype, empty with a reason where it could not run,
     `frozen_outputs` those of the frozen model, `untuned_outputs` those of the mixed model's graph
@@ -176,6 +177,7 @@ class Divergence:
     costs: tuple[ArmCost, ...]
     reference_rel_l2: float
     unvisited: tuple[str, ...] = ()
+    untaken: tuple[str, ...] = ()
     frozen_identical: bool | None = None
     frozen_outputs: tuple[OutputError, ...] = ()
     untuned_outputs: tuple[OutputError, ...] = ()

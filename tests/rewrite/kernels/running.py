@@ -13,7 +13,7 @@ def running(model: Any, mode: str = "eval") -> RunningGraph:
     """The graph of a mode of a model that was captured whole, converted or frozen."""
     parts = model.__dict__.get("_parts")
     runner = model.__dict__["_callee"] if parts is None else parts[""]._runners[mode]
-    found: RunningGraph = runner._run
+    found: RunningGraph = runner.run
     return found
 
 

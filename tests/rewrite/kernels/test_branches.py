@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amp_convert as amp
-from tests.capture.test_branches import FUNCTIONS, Branching, X, nested, plain, several_results
+from tests.capture.test_branches import (
+    FUNCTIONS,
+    Branching,
+    X,
+    nested,
+    plain,
+    several_results,
+    two_dtypes,
+)
 from tests.rewrite.kernels.running import running, targets
+from tests.zoo import same_bits
 
 
 class Products(TorchDispatchMode):
@@ -49,7 +58,32 @@ def test_fp32_throughout_is_eager_bit_for_bit(function: Callable[..., Any]) -> N
         for x in (X, -X):
             want, have = (results(m, parameters, x) for m in (model, mixed))
             for a, b in zip((*want[0], *want[1]), (*have[0], *have[1]), strict=True):
-                assert (a is None and b is None) or torch.equal(a, b)
+                assert (a is None and b is None) or same_bits(a, b)
+
+
+def test_the_caller_may_write_to_a_result() -> None:
+    model = Branching(plain)
+    mixed = amp.convert(model, (X,), rules="fp32")
+    for x in (X, -X):
+        want, have = model(x).add_(1), mixed(x).add_(1)
+        assert torch.equal(want, have)
+        have.sum().backward()
+
+
+def test_a_loss_of_one_of_the_results_has_gradients_for_all() -> None:
+    model = Branching(several_results)
+    mixed = amp.convert(model, (X,), rules="fp32")
+    for each in (model, mixed):
+        model.zero_grad()
+        each(X)[1].sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_autocasts_plan_takes_one_branch_as_well() -> None:
+    """Its two sides have two dtypes."""
+    mixed = amp.convert(Branching(two_dtypes), (X,), dtype=torch.bfloat16, rules="autocast")
+    for mode in ("eval", "train"):
+        assert "where" not in targets(running(mixed, mode).tuned)
 
 
 @pytest.mark.parametrize("function", [several_results, nested])
