@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from amp_convert.capture.captured import Captured
-from amp_convert.capture.kept import kept_in
+from amp_convert.capture.kept.answers import kept_in
 from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch

@@ -35,7 +35,7 @@ def traced_once(request: pytest.FixtureRequest, shared_cache: Path) -> Iterator[
     if "capture" in path.parts or request.node.get_closest_marker("traces"):
         yield
         return
-    from amp_convert.capture.kept import kept_in
+    from amp_convert.capture.kept.answers import kept_in
     from amp_convert.core.files.cache import Cache
 
     with kept_in(Cache(shared_cache)):

@@ -25,7 +25,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.branches import BRANCH, CHOICE, Owners, inline_branches, one_branch
+from amp_convert.capture.branches import BRANCH, CHOICE, Owners, inline_branches
 from amp_convert.capture.cast_words import CastWord, Words, words_of
 from amp_convert.capture.export_repairs import (
     detach_no_grad,
@@ -43,6 +43,7 @@ from amp_convert.capture.graph_signature import (
     signature_of,
 )
 from amp_convert.capture.node_info import NodeInfo, class_path, describe
+from amp_convert.capture.one_branch import one_branch
 from amp_convert.capture.refusals import refusal_of
 from amp_convert.core import device as devices
 from amp_convert.core.batches import anew

@@ -23,12 +23,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fidelity, fingerprint
+from amp_convert.capture import fidelity
 from amp_convert.capture.captured import Captured, Region, Uncaptured
 from amp_convert.capture.fidelity import Fidelity, FidelityStatus
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import own_hooks_off
-from amp_convert.capture.kept import kept_plainly
+from amp_convert.capture.kept import fingerprint
+from amp_convert.capture.kept.answers import kept_plainly
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.observed_calls import ModuleCall, observed_calls
 from amp_convert.capture.pytree_containers import register_containers

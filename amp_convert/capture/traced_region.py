@@ -17,13 +17,14 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fidelity, kept_regions
+from amp_convert.capture import fidelity
 from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
 from amp_convert.capture.cast_words import Words, cast_words
 from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
 from amp_convert.capture.fidelity import FidelityStatus
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import own_hooks_off
+from amp_convert.capture.kept import graphs as kept_graphs
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.observed_calls import user_line
 from amp_convert.capture.refusals import Refusal, refusal_of
@@ -104,7 +105,7 @@ def traced_region(
             return error.uncaptured
 
     with own_hooks_off(module) if path else contextlib.nullcontext():
-        found = kept_regions.region_of(module, args, kwargs, path, wanted.name, attempt)
+        found = kept_graphs.region_of(module, args, kwargs, path, wanted.name, attempt)
     if isinstance(found, Uncaptured):
         raise failures[0] if failures else CannotCaptureError.known(found)
     return found

@@ -18,11 +18,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fingerprint
 from amp_convert.capture.branches import UNTAKEN, OneBranch
 from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.graph_signature import Source
-from amp_convert.capture.kept import kept_plainly
+from amp_convert.capture.kept import fingerprint
+from amp_convert.capture.kept.answers import kept_plainly
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode
@@ -172,7 +172,7 @@ def kept_profile(
     *,
     probes: bool,
 ) -> RangeStats:
-    """`profile`, or what it found before on the same model, code and batches (see `kept`)."""
+    """`profile`, or what it found before on the same model and batches (see `kept.answers`)."""
 
     def about() -> str:
         inputs = (captured.args, dict(captured.kwargs), list(batches))

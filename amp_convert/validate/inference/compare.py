@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from amp_convert.capture.branches import BRANCH, one_branch
+from amp_convert.capture.branches import BRANCH
 from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.one_branch import one_branch
 from amp_convert.core import device as devices
 from amp_convert.core.batches import LOSS, Batch, MetricMeans, Score, batch_size, no_score
 from amp_convert.core.errors import ModelError

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TypeVar
 
-from amp_convert.capture import fingerprint
+from amp_convert.capture.kept import fingerprint
 from amp_convert.core.files import digests
 from amp_convert.core.files.cache import Cache, Entry
 from amp_convert.core.plain_data import NotPlainError, PlainData

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.capture.fingerprint import NoFingerprintError, of_call
+from amp_convert.capture.kept.fingerprint import NoFingerprintError, of_call
 from tests.zoo import BUILDERS, build
 
 
@@ -123,7 +123,7 @@ def test_a_model_that_is_built_again_has_the_same(name: str) -> None:
 
 
 PROGRAM = """
-from amp_convert.capture.fingerprint import of_call, of_code
+from amp_convert.capture.kept.fingerprint import of_call, of_code
 import torch, helper
 def main():
     torch.manual_seed(0)

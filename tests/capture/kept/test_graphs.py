@@ -12,8 +12,8 @@ from torch import nn
 
 from amp_convert.capture import traced_region
 from amp_convert.capture.captured import Captured
-from amp_convert.capture.kept import kept_in
-from amp_convert.capture.kept_regions import _arithmetic
+from amp_convert.capture.kept.answers import kept_in
+from amp_convert.capture.kept.graphs import _arithmetic
 from amp_convert.capture.regions import capture
 from amp_convert.core.files.cache import Cache
 from tests.zoo import assert_same_bits, build

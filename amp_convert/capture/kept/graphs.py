@@ -1,4 +1,4 @@
-"""What capturing a module came to, as an entry of the cache (see `kept`), and back.
+"""What capturing a module came to, as an entry of the cache (see `answers`), and back.
 
 Graphs come back bound to the module at hand. What cannot be written plainly (a graph with regions
 of its own, a sparse constant, an output structure that PyTorch knows no name for) is captured anew
@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fingerprint
 from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
 from amp_convert.capture.export import CapturedGraph, bound_arguments
 from amp_convert.capture.graph_signature import (
@@ -27,7 +26,8 @@ from amp_convert.capture.graph_signature import (
     UserInput,
     size_guard,
 )
-from amp_convert.capture.kept import kept
+from amp_convert.capture.kept import fingerprint
+from amp_convert.capture.kept.answers import kept
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.capture.stored_graph import (
     FunctionRef,
