@@ -13,7 +13,7 @@ NEIGHBOURS := .venv-neighbours/.stamp
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-gpu bench-onnx dispatch healthy hunt kinds fuzz kill clean
+.PHONY: help demo test test-slow lint bench bench-gpu bench-onnx dispatch healthy hunt kinds fuzz kill clean
 
 help: ## Say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -22,8 +22,11 @@ demo: $(STAMP) ## Convert a real sentence encoder to FP16 and judge the result
 	$(BIN)/amp-convert examples/minilm.py
 	@echo "The report is in reports/minilm/: open report.html there, or read report.md."
 
-test: $(STAMP) ## Run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+test: $(STAMP) ## Run the test suite, but for the slow tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
+
+test-slow: $(STAMP) ## Run the slow tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow
 
 lint: $(STAMP) ## Check style, types and the order of imports
 	$(BIN)/ruff check .

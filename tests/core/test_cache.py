@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from amp_convert.core.files import hidden_folders
 from amp_convert.core.files.cache import Cache, Entry
 
 KEY, OTHER = "a" * 64, "b" * 64
@@ -93,6 +94,15 @@ def test_a_folder_that_cannot_be_is_no_error(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "file" / "cache")
     cache.put(KEY, Entry(1))
     assert cache.get(KEY) is None
+
+
+def test_what_a_killed_run_left_is_deleted(tmp_path: Path) -> None:
+    with hidden_folders.fresh(tmp_path / f"{KEY}.safetensors", hidden_folders.Kind.PART) as folder:
+        left = tmp_path / folder.name
+    left.mkdir()
+    (left / "half").write_text("")
+    Cache(tmp_path).put(OTHER, Entry(1))
+    assert [path.name for path in tmp_path.iterdir()] == [f"{OTHER}.safetensors"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x08" + bytes(7) + b"{}      "])

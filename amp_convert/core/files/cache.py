@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from amp_convert.core.atomic_files import write_file
-from amp_convert.core.files import digests
+from amp_convert.core.files import digests, hidden_folders
 from amp_convert.core.files.reading import LARGEST, parse_json, read_file
 
 LIMIT = 2**30
@@ -83,6 +83,7 @@ class Cache:
         return self._folder / f"{key}.safetensors"
 
     def _make_room(self) -> None:
+        hidden_folders.sweep(self._folder, _NAME)
         found = []
         for path in self._folder.iterdir():
             if _NAME.fullmatch(path.name):
