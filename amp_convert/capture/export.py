@@ -49,7 +49,6 @@ from amp_convert.core import device as devices
 from amp_convert.core.batches import anew
 from amp_convert.core.mode import Mode
 
-_log = logging.getLogger(__name__)
 
 KEPT_META = ("shape", CHOICE, BRANCH)
 
@@ -111,15 +110,11 @@ def export_graph(
             program, fixed = _dynamic_program(module, call, args, kwargs, words)
         if program is None:
             program = _program(module, call, args, kwargs, dynamic=False, words=words)
-            _log.warning("%s: sizes are fixed in %s mode: %s", path or "the model", mode, fixed)
     graph = program.graph
     inlined = flat and inline_branches(program.graph_module, _owners(program, module))
     repair(graph)
     out_spec = returned[-1] if returned else program.call_spec.out_spec
     signature = signature_of(program, module, call, bound.arguments, out_spec)
-    for given in signature.user_inputs:
-        if given.shape and given.shape[0] is not None:
-            _log.info("input %s: its first dimension is fixed at %d", given.path, given.shape[0])
     nodes = describe(graph, path)
     # What tracing left behind is read; its fake tensors would only stand in the way of a copy.
     for node in graph.nodes:

@@ -108,7 +108,19 @@ def traced_region(
         found = kept_graphs.region_of(module, args, kwargs, path, wanted.name, attempt)
     if isinstance(found, Uncaptured):
         raise failures[0] if failures else CannotCaptureError.known(found)
+    _tell_of_sizes(found)
     return found
+
+
+def _tell_of_sizes(region: Region) -> None:
+    for mode, graph in region.graphs.items():
+        if graph.fixed_sizes:
+            name = region.path or "the model"
+            _log.warning("%s: sizes are fixed in %s mode: %s", name, mode, graph.fixed_sizes)
+        for given in graph.signature.user_inputs:
+            if given.shape and given.shape[0] is not None:
+                size = given.shape[0]
+                _log.info("input %s: its first dimension is fixed at %d", given.path, size)
 
 
 def _traced(
