@@ -49,7 +49,6 @@ from amp_convert.core import device as devices
 from amp_convert.core.batches import anew
 from amp_convert.core.mode import Mode
 
-
 KEPT_META = ("shape", CHOICE, BRANCH)
 
 
