@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from amp_convert.capture.captured import Captured
 from amp_convert.capture.kept.answers import kept_in
@@ -322,8 +323,10 @@ def _prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool
         progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
         batches = _ticking(_batches(case, device, settings.calibrate), progress)
         tried = [from_name(settings.dtype)] if rules.uses_trials else []
-        if settings.calibrate <= KEPT_BATCHES:
-            stats = kept_profile(captured, list(batches), tried, probes=rules.uses_probes)
+        if settings.cache and settings.calibrate <= KEPT_BATCHES:
+            # They may all be one tensor, which the user fills anew for each.
+            drawn = [pytree.tree_map_only(torch.Tensor, torch.clone, batch) for batch in batches]
+            stats = kept_profile(captured, drawn, tried, probes=rules.uses_probes)
         else:
             stats = profile(captured, batches, tried, probes=rules.uses_probes)
     return _Prepared(case, device, captured, rules, stats)

@@ -242,7 +242,6 @@ def test_memory_that_runs_out_in_capture_is_not_an_unsupported_model() -> None:
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.traces
 def test_sizes_that_are_fixed_are_told(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ from amp_convert.capture.fidelity import Fidelity, FidelityStatus
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import own_hooks_off
 from amp_convert.capture.kept import fingerprint
-from amp_convert.capture.kept.answers import kept_plainly
+from amp_convert.capture.kept.answers import kept
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.observed_calls import ModuleCall, observed_calls
 from amp_convert.capture.pytree_containers import register_containers
@@ -46,8 +46,9 @@ from amp_convert.core.errors import (
     ModelError,
     UnsupportedModelError,
 )
+from amp_convert.core.files.cache import Entry
 from amp_convert.core.mode import Mode
-from amp_convert.core.plain_data import PlainData
+from amp_convert.core.plain_data import NotPlainError, PlainData
 from amp_convert.core.random_state import preserved_rng
 
 _log = logging.getLogger(__name__)
@@ -238,10 +239,21 @@ def _fidelity(region: Region, mode: Mode, *, proofs: bool = True) -> Fidelity:
         if proofs:
             return checked()
         kind = f"the fidelity of {region.path or 'the model'}"
-        return kept_plainly(kind, about, checked, _PLAIN)
+        return kept(kind, about, checked, _written, _read)
 
 
 _PLAIN = PlainData(Fidelity, FidelityStatus, Mode)
+
+
+def _written(found: Fidelity) -> Entry:
+    if found.status is not FidelityStatus.IDENTICAL:
+        raise NotPlainError(found.reason)  # what came in between may be gone the next time
+    return Entry(_PLAIN.write(found))
+
+
+def _read(entry: Entry) -> Fidelity:
+    found: Fidelity = _PLAIN.read(entry.document)
+    return found
 
 
 def _without_training(region: Region, why: str) -> Region:

@@ -22,7 +22,18 @@ from amp_convert.capture.branches import BRANCH, CHOICE
 _KEPT = ("shape", "dtype", "recorded", CHOICE, BRANCH)
 
 
-_PYTHON = {"_operator": operator, "math": math, "torch": torch}
+_FUNCTIONS: dict[str, Any] = {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module, names in (
+        (operator, "getitem add sub mul floordiv truediv mod neg eq ne lt le gt ge and_ or_ not_"),
+        (math, "floor ceil trunc sqrt"),
+        (torch, "sym_max sym_min sym_float sym_int sym_ite sym_not sym_sum"),
+    )
+    for name in names.split()
+    if hasattr(module, name)
+}
+"""The functions that take tuples apart and compute with sizes, by name: a closed list, since the
+name may come from a file."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,8 @@ class OperatorRef:
 
 @dataclass(frozen=True)
 class FunctionRef:
-    """A function of Python's or PyTorch's that computes with sizes, or takes a tuple apart."""
+    """One of `_FUNCTIONS`."""
 
-    module: str
     name: str
 
 
@@ -90,9 +100,9 @@ def restored(data: StoredGraph) -> fx.GraphModule:
 
 
 def _named(target: Any) -> Any:
-    module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
-    if target is getattr(_PYTHON.get(module), name, None):
-        return FunctionRef(module, name)
+    for name, function in _FUNCTIONS.items():
+        if target is function:
+            return FunctionRef(name)
     if isinstance(target, torch._ops.OpOverload):
         return OperatorRef((target.namespace, target._opname, target._overloadname))
     if isinstance(target, torch._ops.HigherOrderOperator):
@@ -102,7 +112,7 @@ def _named(target: Any) -> Any:
 
 def _called(target: Any) -> Any:
     if isinstance(target, FunctionRef):
-        return getattr(_PYTHON[target.module], target.name)
+        return _FUNCTIONS[target.name]
     if not isinstance(target, OperatorRef):
         return target
     found: Any = torch.ops

@@ -201,10 +201,9 @@ class Settings:
     cache: Annotated[
         Switch,
         Option(
-            "Keep what tracing and calibrating find, for later runs on the same model.",
-            default="on",
+            "Keep what tracing and calibrating find, and take it from earlier runs.",
         ),
-    ] = True
+    ] = False
     tolerance: Annotated[
         Amount | None,
         Option("Largest relative L2 error of an output.", "X", "0.02, for bfloat16 0.16"),

@@ -18,9 +18,10 @@ from contextvars import ContextVar
 from typing import TypeVar
 
 from amp_convert.capture.kept import fingerprint
+from amp_convert.core.errors import first_line
 from amp_convert.core.files import digests
 from amp_convert.core.files.cache import Cache, Entry
-from amp_convert.core.plain_data import NotPlainError, PlainData
+from amp_convert.core.plain_data import PlainData
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -63,33 +64,30 @@ def kept(
     session = _SESSION.get()
     if session is None:
         return compute()
-    cache, (code, loaded) = session.cache, session.code
+    cache = session.cache
     try:
+        code, loaded = session.code
         asked = about()
-    except fingerprint.NoFingerprintError as error:
-        _log.info("%s: not kept: %s", kind, error)
-        return compute()
-    key = digests.of_text(f"{kind} {code} {asked}")
-    entry = cache.get(key)
-    if entry is not None and _is_of_today(entry):
-        try:
+        key = digests.of_text(f"{kind} {code} {asked}")
+        entry = cache.get(key)
+        if entry is not None and _is_of_today(entry):
             found = read(Entry(entry.document["answer"], entry.tensors))
-        except (NotPlainError, KeyError, TypeError) as error:
-            _log.info("%s: what was kept is left aside: %s", kind, error)
-        else:
             _log.info("%s: kept from before", kind)
             return found
+    except Exception as error:  # noqa: BLE001  the model's own objects and a file's content are asked
+        _log.info("%s: not kept: %s", kind, first_line(error))
+        return compute()
     answer = compute()
     try:
         # What is not left as it was is another thing the next time.
-        if about() == asked:
-            written = write(answer)
-            imported = dict(fingerprint.loaded_since(loaded))
-            cache.put(
-                key, Entry({"imported": imported, "answer": written.document}, written.tensors)
-            )
-    except (NotPlainError, fingerprint.NoFingerprintError) as error:
-        _log.info("%s: not kept: %s", kind, error)
+        if about() != asked:
+            _log.info("%s: not kept: computing it changed the model or its surroundings", kind)
+            return answer
+        made = write(answer)
+        imported = dict(fingerprint.loaded_since(loaded))
+        cache.put(key, Entry({"imported": imported, "answer": made.document}, made.tensors))
+    except Exception as error:  # noqa: BLE001  the same
+        _log.info("%s: not kept: %s", kind, first_line(error))
     return answer
 
 

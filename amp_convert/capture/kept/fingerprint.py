@@ -1,8 +1,8 @@
 """All that a capture depends on, as one digest: code, weights, shapes, and what runs them.
 
-- *Code*: the text of every file of the user's that is imported, and the numbers and words in its
-  global names; of installed packages each imported file's size and time; the versions of Python,
-  PyTorch and amp-convert's own text.
+- *Code*: the text of every file of the user's that is imported, and what its global names hold, as
+  far as some function of the user's reads a name like that; of installed packages each imported
+  file's size and time; the versions of Python, PyTorch and amp-convert's own text.
 - *The model*: each module's class and attributes, as pickle sees them, so with whatever a config
   object holds; of tensors the values. Functions that pickle knows no name for, such as lambdas,
   are digested by their code and all that they close over, and so are classes that stand in no
@@ -35,7 +35,6 @@ from torch import nn
 import amp_convert
 from amp_convert.core.files import digests
 
-_PLAIN = (int, float, complex, str, bytes, bool, type(None))
 _OWN = os.path.dirname(os.path.abspath(amp_convert.__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
@@ -52,7 +51,7 @@ def of_call(module: Any, inputs: Any, *others: object) -> str:
 
 def _set_in_pytorch() -> tuple[Any, ...]:
     device = str(torch.get_default_device())
-    chosen = {k: v for k, v in os.environ.items() if k.startswith(("TORCH", "PYTORCH"))}
+    chosen = {k: v for k, v in os.environ.items() if k.startswith(("TORCH_", "PYTORCH"))}
     return (
         torch.get_default_dtype(),
         device,
@@ -70,13 +69,54 @@ def _set_in_pytorch() -> tuple[Any, ...]:
 
 
 def of_code() -> str:
-    """The digest of all code that is loaded."""
+    """The digest of all code that is loaded. Raises NoFingerprintError where a global value that it
+    reads has none."""
     parts: list[Any] = [_own_text(), sys.version, platform.platform(), torch.__version__]
-    for name, file in sorted(_loaded_files()):
-        parts.append((name, of_file(file)))
-        if not _installed(file):
-            parts.append(_globals(sys.modules[name]))
+    files = sorted(_loaded_files())
+    parts += [(name, of_file(file)) for name, file in files]
+    own = [sys.modules[name] for name, file in files if not _installed(file)]
+    read = frozenset().union(*(_names_read(module) for module in own))
+    digester = _Digester()
+    for module in own:
+        for name, value in sorted(vars(module).items()):
+            if name in read and name[:2] != "__" and not _is_code(value):
+                try:
+                    parts.append((module.__name__, name, digester.digest(value)))
+                except NoFingerprintError as error:
+                    what = f"{module.__name__}.{name}: {error}"
+                    raise NoFingerprintError(what) from error
     return digests.of_text(repr(parts))
+
+
+def _is_code(value: Any) -> bool:
+    """Whether a global is a module, or a function or class that stands in a file."""
+    if isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+        return True
+    return isinstance(value, types.FunctionType | type) and _has_name(value)
+
+
+def _names_read(module: types.ModuleType) -> frozenset[str]:
+    """The names of globals and attributes that the functions of a module read."""
+    key = (module.__name__, id(module))
+    if key not in _NAMES_READ:
+        found: set[str] = set()
+        pending: list[Any] = [*vars(module).values()]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, types.CodeType):
+                found.update(value.co_names)
+                pending += value.co_consts
+            elif isinstance(value, types.FunctionType):
+                pending.append(value.__code__)
+            elif isinstance(value, type) and value.__module__ == module.__name__:
+                pending += [_seen_through(v) for v in vars(value).values() if v is not value]
+            elif isinstance(value, tuple):  # of what was seen through
+                pending += [v for v in value if isinstance(v, types.FunctionType)]
+        _NAMES_READ[key] = frozenset(found)
+    return _NAMES_READ[key]
+
+
+_NAMES_READ: dict[tuple[str, int], frozenset[str]] = {}
 
 
 def loaded_code() -> frozenset[str]:
@@ -88,17 +128,19 @@ def of_file(file: str) -> str:
     """The digest of a file of code: of its text, or for an installed one of its size and time."""
     path = Path(file)
     try:
+        if not path.is_file():
+            return "none"
         if not _installed(file):
             return digests.of_file(path)
         state = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return "none"
     return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def _loaded_files() -> Iterable[tuple[str, str]]:
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
+        file = getattr(module, "__dict__", {}).get("__file__")  # __getattr__ may be a user's
         if not isinstance(file, str) or name.partition(".")[0] in sys.stdlib_module_names:
             continue
         if not file.startswith((_OWN, _TORCH)):
@@ -118,12 +160,6 @@ def _installed(file: str) -> bool:
 def _own_text() -> str:
     files = sorted(Path(_OWN).rglob("*.py"))
     return digests.of_text("".join(digests.of_file(file) for file in files))
-
-
-def _globals(module: types.ModuleType) -> list[tuple[str, str]]:
-    """The plain values among a module's names, which its functions may read."""
-    held = dict(vars(module))
-    return sorted((n, repr(v)) for n, v in held.items() if isinstance(v, _PLAIN) and n[:2] != "__")
 
 
 # --- objects -------------------------------------------------------------------------------------
@@ -170,6 +206,8 @@ class _Digester:
             return (kind.__name__, sorted(self.digest(item) for item in value))
         if kind is weakref.ref:
             return ("weakref", self.digest(value()))
+        if kind is types.BuiltinFunctionType and not _is_method(value):
+            return ("builtin", str(value.__module__), value.__qualname__)
         if kind is types.ModuleType:
             return ("module", value.__name__)
         if kind is types.FunctionType and not _has_name(value):
@@ -240,6 +278,12 @@ def _seen_through(value: Any) -> Any:
     if isinstance(value, functools.cached_property):
         return ("cached_property", value.func)
     return value
+
+
+def _is_method(function: types.BuiltinFunctionType) -> bool:
+    """Whether a function of C's belongs to a value: pybind11 keeps something of its own there."""
+    owner = type(function.__self__).__name__
+    return not (owner in ("module", "NoneType", "PyCapsule") or owner.startswith("pybind11"))
 
 
 def _has_name(value: Any) -> bool:

@@ -80,8 +80,11 @@ _PLAIN = PlainData(
 
 
 def _written(found: Region | Uncaptured) -> Entry:
+    # What stood in the way may be gone the next time: a full memory, a server that was down.
     if isinstance(found, Uncaptured):
-        return Entry(_PLAIN.write(found))
+        raise NotPlainError("it could not be captured")
+    if found.train_failure:
+        raise NotPlainError("it has no train graph")
     tensors: dict[str, torch.Tensor] = {}
     graphs = {str(mode): _graph_data(graph, tensors) for mode, graph in found.graphs.items()}
     held = {
@@ -101,6 +104,11 @@ def _graph_data(graph: CapturedGraph, tensors: dict[str, torch.Tensor]) -> dict[
         if constant.layout is not torch.strided or constant.is_quantized or 0 in constant.stride():
             raise NotPlainError(f"the constant {name} is no plain tensor")
         tensors[f"{graph.mode} {name}"] = constant
+    for op, _, target, *_ in plain.nodes:
+        try:
+            _check_call(op, target)
+        except ValueError as error:
+            raise NotPlainError(str(error)) from error
     return {
         "nodes": list(plain.nodes),
         "infos": dict(graph.nodes),
@@ -120,8 +128,6 @@ def _read(
     entry: Entry, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Region | Uncaptured:
     held = _PLAIN.read(entry.document)
-    if isinstance(held, Uncaptured):
-        return held
     try:
         graphs = {
             Mode(mode): _graph(Mode(mode), data, entry.tensors, module, args, kwargs)
@@ -162,6 +168,8 @@ def _graph(
         name: _laid_out(tensors[f"{mode} {name}"].to(device), stride)
         for name, (device, stride) in data["constants"].items()
     }
+    for op, _, target, *_ in data["nodes"]:
+        _check_call(op, target)
     graph_module = restored(StoredGraph(tuple(data["nodes"]), {}))
     return CapturedGraph(
         mode=mode,
@@ -182,11 +190,23 @@ def _laid_out(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
     ).copy_(tensor)
 
 
+def _check_call(op: str, target: Any) -> None:
+    """Raises ValueError for a node that does more than compute."""
+    if op in ("placeholder", "output") or (op == "call_function" and type(target) is FunctionRef):
+        return
+    if op == "call_function" and type(target) is OperatorRef and target.path[0] == "aten":
+        _, name, overload = target.path
+        found = getattr(getattr(torch.ops.aten, name), overload)
+        if not found._schema.is_mutable and name not in ("from_file", "save"):
+            return
+    raise ValueError(f"{target} is no operator that is kept")
+
+
 def _arithmetic(code: str) -> str:
     """The text of a condition on sizes, which is evaluated: raises ValueError for one that does
     anything but compute with them."""
     for node in ast.walk(ast.parse(code, mode="eval")):
-        fine = isinstance(node, _ARITHMETIC)
+        fine = isinstance(node, _ARITHMETIC) and not isinstance(node, ast.Pow)
         if isinstance(node, ast.Name):
             fine = node.id in ("L", "math", "torch")
         elif isinstance(node, ast.Attribute):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -131,15 +132,16 @@ def main():
 main()
 """
 HELPER = """
-import torch
-SCALE = {scale}
+import os, torch
+SCALE = {{"of": [torch.tensor(float(os.environ["SCALE"]))]}}
+unread = os.urandom(8)
 class Net(torch.nn.Module):
     names = {{"a", "b", "c"}}
     def __init__(self):
         super().__init__()
         self.names = {{"a", "b", "c", "d"}}
     def forward(self, x):
-        return x * SCALE
+        return x * SCALE["of"][0] + {code}
 """
 
 
@@ -147,10 +149,15 @@ def test_other_processes_have_the_same_until_the_code_changes(tmp_path: Path) ->
     """Hashes of text differ from process to process, and with them the order of sets."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
-    def run(scale: str) -> str:
-        (tmp_path / "helper.py").write_text(HELPER.format(scale=scale))
-        command = [sys.executable, "program.py"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    def run(scale: str, code: str = "1") -> str:
+        (tmp_path / "helper.py").write_text(HELPER.format(code=code))
+        done = subprocess.run(
+            [sys.executable, "program.py"], cwd=tmp_path, env={**os.environ, "SCALE": scale},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
         return done.stdout
 
-    assert run("2") == run("2") != run("3")
+    want = run("2")
+    assert run("2") == want
+    assert run("3") != want
+    assert run("2", "2") != want

@@ -13,8 +13,9 @@ from torch import nn
 from amp_convert.capture import traced_region
 from amp_convert.capture.captured import Captured
 from amp_convert.capture.kept.answers import kept_in
-from amp_convert.capture.kept.graphs import _arithmetic
+from amp_convert.capture.kept.graphs import _arithmetic, _check_call
 from amp_convert.capture.regions import capture
+from amp_convert.capture.stored_graph import FunctionRef, OperatorRef, StoredGraph, restored
 from amp_convert.core.files.cache import Cache
 from tests.zoo import assert_same_bits, build
 
@@ -79,28 +80,50 @@ def test_the_second_capture_is_the_first_without_a_trace(name: str, traces: list
     assert_same_bits(want, have)
 
 
-class Looping(nn.Module):
-    """It can be captured in parts alone."""
+class Failing(nn.Module):
+    """Training fails as long as something is away."""
+
+    away = True
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layer, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.layer = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        while x.abs().max() > 0.5:
-            x = self.layer(x) / 2
-        return self.last(x)
+        if self.training and Failing.away:
+            raise OSError("the server is down")
+        return self.layer(x)  # type: ignore[no-any-return]
 
 
 @pytest.mark.usefixtures("cache")
-def test_what_could_not_be_captured_is_known_as_well(traces: list[Any]) -> None:
-    one = capture(Looping(), (X,), {})
-    count = len(traces)
-    two = capture(Looping(), (X,), {})
-    assert len(traces) == count
-    assert_same(one, two)
-    assert one.uncaptured[0].location
+def test_a_failure_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert capture(Failing(), (X,), {}).regions[0].train_failure
+    monkeypatch.setattr(Failing, "away", False)
+    assert not capture(Failing(), (X,), {}).regions[0].train_failure
+
+
+CRAFTED: list[tuple[str, Any]] = [
+    ("call_method", "__reduce__"),
+    ("get_attr", "__globals__"),
+    ("call_function", OperatorRef(("aten", "from_file", "default"))),
+    ("call_function", OperatorRef(("aten", "add_", "Tensor"))),
+    ("call_function", OperatorRef(("inductor", "_alloc_from_pool", "default"))),
+    ("call_function", print),
+]
+
+
+@pytest.mark.parametrize(("op", "target"), CRAFTED)
+def test_a_graph_from_a_file_can_only_compute(op: str, target: Any) -> None:
+    with pytest.raises(ValueError, match="no operator that is kept"):
+        _check_call(op, target)
+
+
+@pytest.mark.parametrize("name", ["_operator.attrgetter", "_operator.call", "torch.load"])
+def test_functions_by_name_are_a_closed_list(name: str) -> None:
+    graph = StoredGraph((("call_function", "f", FunctionRef(name), (), {}, {}),), {})
+    with pytest.raises(KeyError):
+        restored(graph)
 
 
 class Scaled(nn.Module):
@@ -137,7 +160,8 @@ def test_conditions_on_sizes_come_back() -> None:
 
 @pytest.mark.parametrize(
     "code", ["__import__('os')", "L['x'].__class__", "(lambda: 0)()", "[x for x in L]",
-             "torch.load('f')", "L['x'].size()[0] > f'{1}'", "exec('1')", "L.pop('x')", "1; 2"],
+             "torch.load('f')", "L['x'].size()[0] > f'{1}'", "exec('1')", "L.pop('x')", "1; 2",
+             "9**9 > 1"],
 )  # fmt: skip
 def test_a_condition_from_a_file_can_only_compute(code: str) -> None:
     with pytest.raises((ValueError, SyntaxError)):
