@@ -323,3 +323,28 @@ def test_what_was_captured_once_is_not_traced_again(
     assert run.plan.eval == first.eval
     source.write_text(MODEL.format(seed=1))
     assert traces(pipeline.audit)[0] == 2
+
+
+REFILLED = (
+    MODEL.format(seed=0)
+    + """
+held = torch.empty(4, 8)
+
+def eval_batches():
+    for size in (1000.0, 1.0):
+        yield held.fill_(size), None
+"""
+)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_batches_that_are_one_tensor_are_measured_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "refilled.py"
+    source.write_text(REFILLED)
+    case, settings = pipeline.load_case(str(source)), make_settings(cache=cache)
+    stats = pipeline._prepare(case, settings, Silent(), judges=False).stats
+    assert stats.batches == 2
+    assert max(r.abs_max for name, r in stats.ranges.items() if " input " in name) == 1000
