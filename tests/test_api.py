@@ -58,6 +58,7 @@ def test_public_names_are_what_they_say() -> None:
 # --- convert -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [
@@ -76,6 +77,7 @@ def test_every_form_of_example_inputs(args: Any, kwargs: Any) -> None:
     assert isinstance(mixed, amp.ConvertedModel)
 
 
+@pytest.mark.slow
 def test_keywords_that_were_given_are_used() -> None:
     model, shift = net(), torch.ones(2)
     mixed = amp.convert(model, X, {"scale": 2.0, "shift": shift}, rules="fp32")
@@ -88,6 +90,7 @@ def test_float16_and_default_rules_are_the_default() -> None:
     assert amp.convert(net(), X, dtype=torch.bfloat16).plan.dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_every_form_of_rules(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(
@@ -131,6 +134,7 @@ def test_for_inference_alone_there_is_no_training_graph() -> None:
         mixed(X)
 
 
+@pytest.mark.slow
 def test_parts_for_inference_alone_have_no_training_graphs() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:

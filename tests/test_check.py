@@ -37,6 +37,7 @@ def accuracy(outputs: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
     return {"accuracy": float((outputs.argmax(1) == target).float().mean())}
 
 
+@pytest.mark.slow
 def test_it_gives_the_report_the_verdict_and_the_converted_model() -> None:
     model = net()
     run = amp.check(model, X, eval_batches=batches, metrics=accuracy, name="points")
@@ -69,6 +70,7 @@ def test_a_setting_that_would_do_nothing_is_refused(settings: Any, said: str) ->
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_baseline_gates_the_result(tmp_path: Path) -> None:
     from amp_convert.gate.baseline import baseline_of
 
@@ -117,6 +119,7 @@ def test_the_folder_is_that_of_the_command(tmp_path: Path) -> None:
     assert run.files == ()
 
 
+@pytest.mark.slow
 def test_the_command_is_a_thin_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same checks in the same order, whoever asks; a time is another each time."""
     write(tmp_path, TRAINED)
@@ -181,6 +184,7 @@ class Branching(nn.Module):
         return self.last(h if h.sum() > 0 else -h)
 
 
+@pytest.mark.slow
 def test_the_log_tells_what_stays_eager(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="amp_convert"):
         amp.convert(Branching(), X)
@@ -189,6 +193,7 @@ def test_the_log_tells_what_stays_eager(caplog: pytest.LogCaptureFixture) -> Non
     assert "the top level stays eager" in told
 
 
+@pytest.mark.slow
 def test_without_a_listener_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     amp.convert(Branching(), X)
     assert "amp_convert" not in capfd.readouterr().err

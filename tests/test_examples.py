@@ -111,6 +111,7 @@ def test_functions_have_the_names_and_parameters_of_the_contract(
     assert found == {name: SIGNATURES[name] for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["char_gpt", "digits_cnn", "minilm"])
 def test_building_twice_gives_the_same_model_and_leaves_the_random_state(example: str) -> None:
     module = load(example)
@@ -129,6 +130,7 @@ def test_building_twice_gives_the_same_model_and_leaves_the_random_state(example
     assert {p.dtype for p in first.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_digits_cnn_has_batch_norm_and_in_place_relu(digits_model: nn.Module) -> None:
     assert any(isinstance(layer, nn.BatchNorm2d) for layer in digits_model.modules())
     relus = [layer for layer in digits_model.modules() if isinstance(layer, nn.ReLU)]
@@ -136,6 +138,7 @@ def test_digits_cnn_has_batch_norm_and_in_place_relu(digits_model: nn.Module) ->
     assert all(layer.inplace for layer in relus)
 
 
+@pytest.mark.slow
 def test_digits_cnn_recognises_the_test_digits(digits: ModuleType, digits_model: nn.Module) -> None:
     right = count = 0
     for images, labels in digits.eval_batches():
@@ -265,6 +268,7 @@ def test_char_gpt_metric_of_known_logits(char_gpt: ModuleType) -> None:
     assert set(char_gpt.lower_is_better) == {"bits_per_character"}
 
 
+@pytest.mark.slow
 def test_char_gpt_loss_and_optimizer_train_a_fresh_network(
     char_gpt: ModuleType, fresh_gpt: nn.Module
 ) -> None:
@@ -303,6 +307,7 @@ def test_minilm_inputs_hold_whole_sentences_padded_to_one_length(minilm: ModuleT
     assert all(torch.equal(examples[name], tokens[name][:32]) for name in tokens)
 
 
+@pytest.mark.slow
 def test_minilm_fp32_agrees_with_itself(minilm: ModuleType, encoder: nn.Module) -> None:
     batches = list(minilm.eval_batches())
     assert len(batches) == 6
@@ -317,6 +322,7 @@ def test_minilm_fp32_agrees_with_itself(minilm: ModuleType, encoder: nn.Module) 
         assert minilm.metrics(vectors.roll(1, 0), target)["neighbour_agreement"] < 0.5
 
 
+@pytest.mark.slow
 def test_minilm_neighbours_are_those_found_one_by_one(minilm: ModuleType) -> None:
     _, target = list(minilm.eval_batches())[1]
     index = target["index"].double()

@@ -64,6 +64,7 @@ def regression() -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 @both_dtypes
 @pytest.mark.parametrize("rules", ["default", "half"])
 def test_a_regression_of_a_year(regression: nn.Module, rules: str, dtype: torch.dtype) -> None:
@@ -88,6 +89,7 @@ def test_a_regression_of_a_year(regression: nn.Module, rules: str, dtype: torch.
         assert in_fp32(run, "output-error") == {"4/aten.linear#0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", ["default", "half"])
 def test_two_channels_that_are_tiny(rules: str) -> None:
     torch.manual_seed(0)
@@ -129,6 +131,7 @@ class Euler(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @both_dtypes
 def test_increments_under_a_unit_in_the_last_place(dtype: torch.dtype) -> None:
     """All of them lost, what the model does is off by 0.93 in FP16 and 2.74 in BF16."""
@@ -147,6 +150,7 @@ def test_increments_under_a_unit_in_the_last_place(dtype: torch.dtype) -> None:
     assert float((mixed - exact).norm() / exact.norm()) < (1e-3 if dtype == torch.float16 else 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [7, 8])
 def test_too_few_samples_for_a_spread_never_pass_over_an_error(size: int) -> None:
     """Every prediction of a year is 2005.0."""
@@ -158,6 +162,7 @@ def test_too_few_samples_for_a_spread_never_pass_over_an_error(size: int) -> Non
     assert checks(run)["outputs.channels"].status == ("unchecked" if size < 8 else "fail")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_few_samples_are_no_false_alarm(size: int) -> None:
     for seed in range(3):
@@ -177,6 +182,7 @@ class PassesOn(nn.Module):
         return self.layer(x), t
 
 
+@pytest.mark.slow
 def test_comparing_leaves_the_users_own_data_alone() -> None:
     times = torch.randn(16, dtype=torch.float64) + 2000
     batches = [((torch.randn(16, 8), times.clone()), None) for _ in range(2)]
@@ -198,6 +204,7 @@ class Flat(nn.Module):
         return torch.cat([y, y + 2e-4], 2).movedim(2, self.axis)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [1, 2])
 def test_a_class_that_rounding_takes_is_lost(axis: int) -> None:
     run = amp.check(Flat(axis).eval(), torch.randn(8, 50, 4), rules="half")
@@ -220,6 +227,7 @@ class Finds(nn.Module):
         return torch.nonzero(self.net(x).amax(1) >= 4.0)
 
 
+@pytest.mark.slow
 def test_detections_of_one_arm_alone() -> None:
     def batch(i: int) -> Tensor:
         x = torch.rand(16, 8, generator=seeded(i))
@@ -247,6 +255,7 @@ class Ranked(nn.Module):
         return rows, best
 
 
+@pytest.mark.slow
 def test_rows_that_changed_places_among_near_equal_scores() -> None:
     torch.manual_seed(1)
     run = amp.check(
@@ -287,6 +296,7 @@ def f1_if_any(outputs: Tensor, target: Tensor) -> dict[str, float]:
     return {"f1": float(2 * (found & target).sum() / (found.sum() + target.sum()))}
 
 
+@pytest.mark.slow
 def test_a_metric_that_one_arm_lacks_on_some_batches() -> None:
     batches = [edge(i) for i in range(8)]
     run = amp.check(identity(), batches[0][0], eval_batches=batches, metrics=f1_if_any)
@@ -307,6 +317,7 @@ def test_a_name_in_lower_is_better_that_no_metric_has() -> None:
     assert failed(run) == ["metrics.error_rate"]
 
 
+@pytest.mark.slow
 def test_metrics_that_refuse_what_the_mixed_model_gives() -> None:
     """As scikit-learn's do where there is NaN: that is the mixed model's fault, and no error."""
 
@@ -347,6 +358,7 @@ class Named(nn.Module):
         return Outputs(y, 2 * y)
 
 
+@pytest.mark.slow
 def test_metrics_of_a_class_of_the_users_are_tried_too() -> None:
     batches = [edge(2 * i) for i in range(4)]
     run = amp.check(
@@ -381,6 +393,7 @@ def test_metrics_that_judge_nothing() -> None:
     assert kept.verdict.status == same.verdict.status == "inconclusive"
 
 
+@pytest.mark.slow
 def test_metrics_that_write_to_what_they_are_given_spoil_nothing() -> None:
     batches = [edge(2 * i) for i in range(4)]
 
@@ -411,6 +424,7 @@ def small_net() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
 
 
+@pytest.mark.slow
 def test_hard_batches_that_come_late() -> None:
     run = amp.check(small_net(), torch.randn(8, 16), eval_batches=late)
     assert "outputs.finite" in failed(run)
@@ -433,6 +447,7 @@ class Ids(nn.Module):
         return y if mask is None else y * mask[..., None]
 
 
+@pytest.mark.slow
 def test_zeros_beside_a_mask_of_ones_are_placeholders_and_one_label_is_none() -> None:
     torch.manual_seed(0)
     zeros, ones = torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8)
@@ -454,6 +469,7 @@ class Writes(nn.Module):
         return y.clamp(-1, 1)
 
 
+@pytest.mark.slow
 def test_what_is_written_to_an_input_is_compared_on_every_batch() -> None:
     def batches() -> Iterator[Any]:
         for i in range(12):
@@ -479,6 +495,7 @@ class Scores(nn.Module):
         return {"y": y, "size": y.abs().mean().item(), "loss": float("nan")}
 
 
+@pytest.mark.slow
 def test_numbers_among_the_outputs_have_a_tolerance() -> None:
     torch.manual_seed(0)
     run = amp.check(Scores().eval(), torch.randn(16, 8))
@@ -487,6 +504,7 @@ def test_numbers_among_the_outputs_have_a_tolerance() -> None:
     assert 0 < row.rel_l2 < 1e-3
 
 
+@pytest.mark.slow
 def test_an_example_of_zeros() -> None:
     run = amp.check(small_net(), torch.zeros(2, 16))
     assert run.exit_code == 3
@@ -508,6 +526,7 @@ class SwitchesOff(nn.Module):
         return self.c(h)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", ["default", "half", "autocast"])
 def test_where_the_model_switches_autocast_off(rules: str) -> None:
     torch.manual_seed(0)
@@ -540,6 +559,7 @@ class Spectrum(nn.Module):
         return torch.complex(h[:, :16].float(), h[:, 16:].float())
 
 
+@pytest.mark.slow
 def test_a_complex_output_is_counted_by_its_elements() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 16, generator=seeded(0))
@@ -577,6 +597,7 @@ class Router(nn.Module):
         return (torch.einsum("tef,efd->ted", hidden, self.down) * gates[..., None]).sum(1)
 
 
+@pytest.mark.slow
 def test_the_gates_of_a_router_stay_fp32() -> None:
     batches = [(torch.randn(256, 32, generator=seeded(i)), None) for i in range(3)]
     run = amp.check(Router().eval(), batches[0][0], eval_batches=batches)
@@ -601,6 +622,7 @@ def labelled_batches(seed: int, count: int = 400) -> Iterator[tuple[Tensor, Tens
     return (labelled(64, seed * 10000 + i) for i in range(count))
 
 
+@pytest.mark.slow
 def test_where_nothing_was_learnt_nothing_was_tested() -> None:
     run = amp.check(
         small_net(),
@@ -633,6 +655,7 @@ class Draws(nn.Module):
         return self.head(x) * factor  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_eval", [True, False])
 def test_random_numbers_from_outside_of_torch(in_eval: bool) -> None:
     torch.manual_seed(0)
@@ -661,6 +684,7 @@ class TwoHeads(nn.Module):
         return self.p(x), F.normalize(self.r(x), dim=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"loss_scale": "64"}], ids=["dynamic", "static"])
 def test_a_head_whose_gradients_vanish_beside_the_others(settings: dict[str, Any]) -> None:
     """Its loss has a weight of 1e-10: many of its gradients are zeroed; all at a scale of 64."""

@@ -10,6 +10,7 @@ from tests.benchmarks.healthy_models import HEALTHY
 SAMPLE = ("digits-mlp", "graph-gat", "recommender-factors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_healthy_model_passes(name: str) -> None:
     (model,) = (model for model in HEALTHY if model.name == name)

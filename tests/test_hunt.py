@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.benchmarks.hunt import SIZED, UNSIZED, hunt
 
 
+@pytest.mark.slow
 def test_planted_faults_are_seen() -> None:
     found = hunt(200)
     assert [fault for fault in found if fault.missed] == []

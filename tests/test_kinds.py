@@ -15,6 +15,7 @@ SAMPLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_model_ends_as_it_should(name: str) -> None:
     (kind,) = (kind for kind in KINDS if kind.name == name)

@@ -28,6 +28,7 @@ class Scripted(nn.Module):
         return self.layer(self.script(x))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_scripted_part_stays_eager_and_the_rest_is_converted() -> None:
     torch.manual_seed(0)
     run = amp.check(Scripted().eval(), torch.randn(16, 8))
@@ -48,6 +49,7 @@ class Features(nn.Module):
         return features
 
 
+@pytest.mark.slow
 def test_a_model_that_writes_into_its_inputs() -> None:
     torch.manual_seed(0)
     inputs = ({"x": torch.randn(16, 8)},)
@@ -71,6 +73,7 @@ class Graph(nn.Module):
         return self.two(h)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_sparse_buffer_trains() -> None:
     torch.manual_seed(0)
 
@@ -122,6 +125,7 @@ def dense(seed: int) -> nn.Module:
     return Dense()
 
 
+@pytest.mark.slow
 def test_parameters_that_are_used_outside_of_their_modules_train() -> None:
     """Their names differ from model to model, as Keras numbers layers over all models."""
 
@@ -163,6 +167,7 @@ class Denoiser(nn.Module):
         return Output(sample=self.layer(x))
 
 
+@pytest.mark.slow
 def test_output_classes_whose_entries_have_no_names() -> None:
     torch.manual_seed(0)
     run = amp.check(Denoiser().eval(), torch.randn(16, 16))
@@ -186,6 +191,7 @@ class Forces(nn.Module):
         return energy.detach(), -gradient
 
 
+@pytest.mark.slow
 def test_a_gradient_inside_of_the_forward_pass() -> None:
     """The layers are converted, and run forward and backward inside of the eager model."""
     torch.manual_seed(0)
@@ -231,6 +237,7 @@ class Calls(Stateful):
         return self.last(self.layer(x))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [Hidden, Counted, Cached])
 def test_state_in_an_attribute_is_carried_on(of: type[Stateful]) -> None:
     """A graph would hold the state of one call for ever: the parts are converted, the rest runs."""
@@ -249,11 +256,13 @@ def test_state_in_an_attribute_is_carried_on(of: type[Stateful]) -> None:
         torch.testing.assert_close(a, b, rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_a_count_of_calls_is_no_state() -> None:
     torch.manual_seed(0)
     assert amp.convert(Calls().eval(), torch.randn(16, 16)).captured.is_whole
 
 
+@pytest.mark.slow
 def test_each_arm_of_a_training_has_a_state_of_its_own() -> None:
     def batches(seed: int) -> Iterator[Any]:
         for i in range(40):
@@ -290,6 +299,7 @@ class InPlace(Stateful):
         return self.last(self.layer(x.mul_(2)))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_the_users_inputs_are_as_they_were() -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 16)
@@ -310,6 +320,7 @@ class Compressed(nn.Module):
         return self.last(F.relu(self.adjacency @ self.layer(x)))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_buffer_in_a_compressed_sparse_format() -> None:
     torch.manual_seed(0)
     run = amp.check(Compressed().eval(), torch.randn(16, 16))
@@ -318,6 +329,7 @@ def test_a_buffer_in_a_compressed_sparse_format() -> None:
     assert run.converted.freeze()(torch.randn(16, 16)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_sparse_input() -> None:
     class Propagates(Stateful):
         def forward(self, adjacency: Tensor, x: Tensor) -> Tensor:
@@ -334,6 +346,7 @@ class Switch(Stateful):
         return self.last(y)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_conditional_trains() -> None:
     """PyTorch compiles it where it runs, and refuses to for ever after it was watched once."""
 
@@ -357,6 +370,7 @@ class EitherLayer(Stateful):
         return y.tanh()  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low", [-1.0, 1.0], ids=["both", "one"])
 def test_a_branch_that_no_batch_takes_is_named(low: float) -> None:
     """Outputs and metrics know nothing of it, so nobody can call it as good as FP32's. What it
@@ -446,6 +460,7 @@ class Split(nn.Module):
         return q + k + v  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_splits_into_other_numbers_of_parts() -> None:
     torch.manual_seed(0)
     assert amp.convert(Split().eval(), torch.randn(8, 16), train=False).plan.share_macs_low() == 1.0
@@ -466,6 +481,7 @@ class Repeats(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_the_work_of_a_part_is_that_of_all_its_calls() -> None:
     torch.manual_seed(0)
     plan = amp.convert(Repeats().eval(), torch.randn(16, 32), train=False).plan
@@ -474,6 +490,7 @@ def test_the_work_of_a_part_is_that_of_all_its_calls() -> None:
     assert plan.total_macs() == 20 * 16 * 32 * 32
 
 
+@pytest.mark.slow
 def test_targets_may_be_gradients() -> None:
     def batches() -> Iterator[Any]:
         for _ in range(2):
@@ -497,6 +514,7 @@ class EmptyCache(nn.Module):
         return self.last(torch.cat([cache, self.layer(x)]))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_nodes_that_are_empty_for_any_input_are_no_gap() -> None:
     torch.manual_seed(0)
     run = amp.check(EmptyCache().eval(), torch.randn(16, 16))
@@ -518,6 +536,7 @@ class Tokens(Stateful):
         return self.last(self.layer(self.state))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_state_is_seen_where_a_model_refuses_other_inputs() -> None:
     torch.manual_seed(0)
     converted = amp.convert(Tokens().eval(), torch.tensor([[1, 4, 7, 2]]), train=False)
@@ -543,6 +562,7 @@ class Converges(nn.Module):
         return self.head(z)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_what_lies_behind_a_loop_that_ends_elsewhere_is_judged_by_the_outputs() -> None:
     torch.manual_seed(0)
     batches = [(torch.randn(16, 32), None) for _ in range(4)]

@@ -118,6 +118,7 @@ def timeless(report: RunReport) -> RunReport:
     return report.model_copy(update={"created": "", "inference": inference, "verdict": verdict})
 
 
+@pytest.mark.slow
 def test_stages_are_announced_in_order(convert: Callable[..., Run]) -> None:
     progress = Recorder()
     convert(COUNTING, progress, calibrate=2, batches=3)
@@ -133,6 +134,7 @@ def test_stages_are_announced_in_order(convert: Callable[..., Run]) -> None:
     assert progress.advanced == ["calibrate"] * 2 + ["compare with FP32"] * 3
 
 
+@pytest.mark.slow
 def test_settings_bound_the_batches(convert: Callable[..., Run]) -> None:
     report = convert(COUNTING, calibrate=2, batches=3).report
     assert report.plan.calibration_batches == 2
@@ -143,6 +145,7 @@ def test_settings_bound_the_batches(convert: Callable[..., Run]) -> None:
     assert (report.inference.batches_given, report.inference.stopped) == (100, "asked")
 
 
+@pytest.mark.slow
 def test_without_eval_batches_the_example_inputs_are_the_only_one(
     convert: Callable[..., Run],
 ) -> None:
@@ -155,6 +158,7 @@ def test_without_eval_batches_the_example_inputs_are_the_only_one(
     assert report.inference.metrics_reason == "model defines no metrics"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_so(convert: Callable[..., Run]) -> None:
     environment = convert(MLP).report.environment
@@ -187,6 +191,7 @@ def test_a_named_device_is_the_reason(convert: Callable[..., Run]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_captured_is_listed_and_the_rest_converted(
     convert: Callable[..., Run],
 ) -> None:
@@ -212,6 +217,7 @@ def test_what_cannot_be_captured_is_listed_and_the_rest_converted(
         assert 0 < error < 2e-3
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_report(convert: Callable[..., Run]) -> None:
     first = convert(COUNTING, batches=2)
     torch.rand(7)  # what happened before must not matter
@@ -222,6 +228,7 @@ def test_two_runs_give_the_same_report(convert: Callable[..., Run]) -> None:
     assert timeless(other.report).inference != timeless(first.report).inference
 
 
+@pytest.mark.slow
 def test_the_report_tells_of_this_model_and_this_plan(convert: Callable[..., Run]) -> None:
     run = convert(COUNTING)
     model = run.report.model
@@ -234,6 +241,7 @@ def test_the_report_tells_of_this_model_and_this_plan(convert: Callable[..., Run
     assert not torch.equal(outputs, run.converted.captured.model(torch.ones(4, 8)))
 
 
+@pytest.mark.slow
 def test_tolerances_reach_the_verdict(convert: Callable[..., Run]) -> None:
     report = convert(MLP, tolerance=0.5, metric_tolerance=0.25).report
     checks = {check.name: check for check in report.verdict.checks}
@@ -241,6 +249,7 @@ def test_tolerances_reach_the_verdict(convert: Callable[..., Run]) -> None:
     assert checks["metrics.score"].threshold == 0.75
 
 
+@pytest.mark.slow
 def test_the_audit_plans_as_the_conversion_does(convert: Callable[..., Run]) -> None:
     run = convert(COUNTING)
     progress = Recorder()
@@ -269,6 +278,7 @@ def test_not_training_is_no_refusal(convert: Callable[..., Run]) -> None:
     assert report.training.status == "unchecked"
 
 
+@pytest.mark.slow
 def test_an_error_in_a_batch_names_the_users_line(convert: Callable[..., Run]) -> None:
     late = MLP.replace("yield batch(seed), None", "yield batch(seed), 1 // (1 - seed)")
     line = late.splitlines().index("        yield batch(seed), 1 // (1 - seed)") + 1
@@ -288,6 +298,7 @@ def example_inputs():
 """
 
 
+@pytest.mark.slow
 def test_what_was_captured_once_is_not_traced_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def gpt(folder: Path, text: str, *flags: str, steps: int = 20) -> Outcome:
     return amp(folder, "model.py", "--device", "cpu", "--steps", f"{steps}", "--json", *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_digits_cnn_trains_as_fp32_does(dtype: str, tmp_path: Path) -> None:
     flags = ["--device", "cpu", "--dtype", dtype, "--json"]
@@ -71,6 +72,7 @@ def test_digits_cnn_trains_as_fp32_does(dtype: str, tmp_path: Path) -> None:
     assert outcome.json["training"]["run"]["steps"] == 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_char_gpt_trains_as_fp32_does(dtype: str, tmp_path: Path) -> None:
     outcome = gpt(tmp_path, WHOLE, "--dtype", dtype)
@@ -81,6 +83,7 @@ def test_char_gpt_trains_as_fp32_does(dtype: str, tmp_path: Path) -> None:
     assert losses["mixed"][-1] < losses["mixed"][0] - 1
 
 
+@pytest.mark.slow
 def test_char_gpt_with_a_tiny_loss_and_no_scale_fails(tmp_path: Path) -> None:
     """The loss times 1e-6: FP16 has no number for nearly all of its gradients."""
     outcome = gpt(tmp_path, TINY, "--loss-scale", "none", steps=8)

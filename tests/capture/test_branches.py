@@ -112,6 +112,7 @@ def targets(captured: Captured, mode: Mode = Mode.EVAL) -> list[Any]:
     return [node.target for node in graph.nodes if node.op == "call_function"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_the_graph_of_both_branches_is_the_eager_model(function: Callable[..., Any]) -> None:
     """Outputs and gradients, bit for bit, whichever branch is taken; eager gives zeros for the
@@ -128,6 +129,7 @@ def test_the_graph_of_both_branches_is_the_eager_model(function: Callable[..., A
         assert torch.ops.aten.where.self in called
 
 
+@pytest.mark.slow
 def test_an_operator_of_a_branch_has_the_layer_whose_weights_it_reads_and_the_users_line() -> None:
     nodes = capture(Branching(plain), (X,), {}).regions[0].graphs[Mode.EVAL].nodes
     linear = [n for n in nodes.values() if n.short_op == "aten.linear"]
@@ -141,6 +143,7 @@ def drawing(m: Any, x: Tensor) -> Any:
     return torch.cond(x.sum() > 0, lambda v: m.dropout(v), lambda v: v * 2, (m.first(x),))
 
 
+@pytest.mark.slow
 def test_a_branch_that_draws_is_left_alone_where_it_draws() -> None:
     captured = capture(Branching(drawing), (X,), {})
     assert torch.ops.higher_order.cond not in targets(captured)

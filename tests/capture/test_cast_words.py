@@ -49,6 +49,7 @@ CASES: dict[str, tuple[Callable[..., torch.Tensor], list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CASES)
 def test_what_a_cast_asks_for(what: str) -> None:
     between, expected = CASES[what]
@@ -105,6 +106,7 @@ def test_a_rule_that_denies_everything_has_the_last_word() -> None:
     assert [d.precision for d in denied.plan.eval if d.op == "aten.to"] == ["float32"]
 
 
+@pytest.mark.slow
 def test_lines_are_paired_by_order_and_left_alone_where_their_numbers_differ() -> None:
     class Loops(nn.Module):
         def __init__(self, tracing: bool) -> None:

@@ -22,6 +22,7 @@ aten = torch.ops.aten
 # --- functional form -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_model
 def test_no_operator_changes_its_input(name: str) -> None:
     for graph in captured(name).regions[0].graphs.values():
@@ -199,6 +200,7 @@ def test_a_size_that_the_trace_fixed_is_fixed(case: str) -> None:
 # --- side effects --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_capture_leaves_flags_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
     module[1].eval()

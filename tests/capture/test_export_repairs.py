@@ -79,6 +79,7 @@ def test_no_check_of_traced_dtypes_remains() -> None:
     assert not any("assert" in str(target) for target in targets(graph))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "drop",
     [nn.functional.dropout, nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout],

@@ -249,6 +249,7 @@ class _Spectral(nn.Module):
         return torch.fft.irfft(kept, n=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "parts"),
     [
@@ -268,6 +269,7 @@ def test_a_graph_without_a_derivative_is_trained_in_parts(
     assert "the captured graph has no gradients: slice_scatter does not support" in train.reason
 
 
+@pytest.mark.slow
 def test_a_graph_without_the_models_gradients_is_for_inference_alone() -> None:
     why = "torch.export drops the backward that _Reversed defines"
     made, x = _Adversarial(), torch.randn(4, 8)

@@ -58,6 +58,7 @@ def test_a_call_that_fits_takes_the_fast_way(ours: GraphRunner) -> None:
         assert [id(leaf) for leaf in flat] == [id(leaf) for leaf in ours._leaves(args, kwargs)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     positional=st.integers(0, 4),
@@ -105,6 +106,7 @@ def test_what_was_assumed_of_sizes_is_asked() -> None:
         made.inputs((torch.randn(2, 4),), {})
 
 
+@pytest.mark.slow
 def test_what_holds_more_than_tensors_is_left_to_the_slow_way() -> None:
     class Pair(nn.Module):
         def forward(self, pair: Any) -> torch.Tensor:

@@ -22,6 +22,7 @@ from tests.validate.training.test_gradient_step import (
 )
 
 
+@pytest.mark.slow
 def test_activation_gradients_belong_to_nodes() -> None:
     of = shared()
     watched = GradientProbe(of.captured)
@@ -63,6 +64,7 @@ def _retained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.grad for name, value in kept.items() if value.grad is not None}
 
 
+@pytest.mark.slow
 def test_a_value_that_the_loss_does_not_read_has_no_gradient() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -132,6 +132,7 @@ def test_inputs_and_tensors_stand_in_the_graphs_order() -> None:
 # --- the order of a call's leaves ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_way_to_spell_a_call() -> None:
     a, b, c = torch.full((3,), 1.0), torch.full((3,), 10.0), torch.full((3,), 100.0)
     run, _ = runner(X, {"a": a, "b": b}, power=2, late=c)

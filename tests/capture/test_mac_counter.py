@@ -67,6 +67,7 @@ CASES: dict[str, tuple[nn.Module, list[tuple[int, ...]], dict[str, int]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_counts(case: str, device: str) -> None:

@@ -100,6 +100,7 @@ def test_the_recorded_run_knows_every_value(name: str) -> None:
         assert sum(trace.macs.values()) > 0
 
 
+@pytest.mark.slow
 def test_recorded_values_of_a_small_model() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -148,6 +149,7 @@ class RowByRow(nn.Module):
         return torch.cat([self.linear(row) for row in x.split(1)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 6])
 def test_a_fixed_batch_is_the_examples_even_if_it_is_one(rows: int) -> None:
     """A batch of one is traced as two, which is another thing to a model such as this."""
@@ -162,6 +164,7 @@ def test_a_fixed_batch_is_the_examples_even_if_it_is_one(rows: int) -> None:
 # --- side effects --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [branching, lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout())])
 def test_capture_leaves_the_model_alone(
     build: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
@@ -183,6 +186,7 @@ def test_capture_leaves_the_model_alone(
 # --- in parts ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_outermost_parts_that_can_be_captured_are() -> None:
     found = capture(branching(), (X,), {})
     assert not found.is_whole
@@ -199,6 +203,7 @@ def test_the_outermost_parts_that_can_be_captured_are() -> None:
     assert layers == {"first.0", "first.1", "first.2", "blocks.0", "blocks.1.inner", "last"}
 
 
+@pytest.mark.slow
 def test_fidelity_of_parts_is_the_worst_of_them() -> None:
     found = capture(branching(), (X,), {})
     assert [(f.mode, f.status) for f in found.fidelity] == [
@@ -221,6 +226,7 @@ class OtherPathWhileTraced(nn.Module):
         return self.linear(x) * (2 if torch.compiler.is_exporting() else 1)
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_another_path_while_traced_is_found_out() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), OtherPathWhileTraced())
@@ -230,6 +236,7 @@ def test_a_model_that_takes_another_path_while_traced_is_found_out() -> None:
     assert evaluated.max_rel_l2 == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", ["fp32", "default"])
 def test_a_model_in_parts_works_like_any_other(rules: str) -> None:
     model = branching()
@@ -252,6 +259,7 @@ def test_a_model_in_parts_works_like_any_other(rules: str) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_model_in_parts_is_compared_in_parts() -> None:
     model = branching()
     mixed = amp.convert(model, X)
@@ -269,6 +277,7 @@ def test_a_model_in_parts_is_compared_in_parts() -> None:
     assert twice.accumulated_rel_l2 > twice.local_rel_l2
 
 
+@pytest.mark.slow
 def test_a_model_in_parts_trains() -> None:
     model, twin = branching(), branching()
     mixed = amp.convert(model, X, rules="fp32").train()
@@ -279,6 +288,7 @@ def test_a_model_in_parts_trains() -> None:
     assert int(model.first[1].num_batches_tracked) == 2
 
 
+@pytest.mark.slow
 def test_the_original_keeps_its_own_parts() -> None:
     """Converted parts stand in for its own only while the converted model runs, or fails to."""
     model, twin = branching(), branching()
@@ -293,6 +303,7 @@ def test_the_original_keeps_its_own_parts() -> None:
     assert_same_bits(twin(X), model(X))
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_model_in_parts_is_independent() -> None:
     mixed = amp.convert(branching(), X)
     for original in (mixed, mixed.freeze()):
@@ -318,6 +329,7 @@ class CalledWithTwoShapes(nn.Module):
         return self.other(y) if y.sum() < 1e9 else y
 
 
+@pytest.mark.slow
 def test_a_part_that_one_graph_cannot_serve_stays_eager() -> None:
     torch.manual_seed(0)
     model = CalledWithTwoShapes()
@@ -329,6 +341,7 @@ def test_a_part_that_one_graph_cannot_serve_stays_eager() -> None:
     torch.testing.assert_close(mixed(X), model(X), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_part_that_is_not_reached_stays_as_it_is() -> None:
     class Net(Branching):
         def __init__(self) -> None:
@@ -387,6 +400,7 @@ def test_a_model_that_fails_in_eager_mode_is_not_called_unsupported() -> None:
 # --- what models do ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_explicit_casts_hold_in_the_mixed_graph() -> None:
     """`.float()` does nothing in FP32; behind a layer that became FP16 it is an upcast."""
 
@@ -414,6 +428,7 @@ def test_explicit_casts_hold_in_the_mixed_graph() -> None:
         assert [t.dtype for t in result] == [torch.float32, torch.float16, torch.float32]
 
 
+@pytest.mark.slow
 def test_a_constant_of_the_models_own() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -434,6 +449,7 @@ def test_a_constant_of_the_models_own() -> None:
         assert_same_bits(mixed(X), mixed.freeze()(X))
 
 
+@pytest.mark.slow
 def test_an_input_that_the_model_changes() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -457,6 +473,7 @@ def test_an_input_that_the_model_changes() -> None:
                                rtol=1e-2, atol=1e-2)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_calls_of_a_whole_model_are_its_inputs() -> None:
     found = captured("cnn")
     args = example("cnn")[1]
@@ -466,6 +483,7 @@ def test_calls_of_a_whole_model_are_its_inputs() -> None:
     assert found.device == torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_calls_of_parts_are_what_the_parts_receive() -> None:
     model = branching()
     found = capture(model, (X,), {})

@@ -20,6 +20,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_table_says_which_and_why(probe: Path) -> None:
     outcome = amp(probe, "audit", "probe.py")
     assert outcome.code == 0
@@ -56,6 +57,7 @@ def test_json_and_out_say_the_same(probe: Path, tmp_path: Path) -> None:
     assert row["reason"].split(":")[0] in (out / "audit.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_folder_is_named_at_the_end(probe: Path, tmp_path: Path) -> None:
     out = tmp_path / "audit"
     assert amp(probe, "audit", "probe.py", "--out", str(out)).out.endswith(
@@ -63,6 +65,7 @@ def test_the_folder_is_named_at_the_end(probe: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_nothing_stays_fp32(tmp_path: Path) -> None:
     write(tmp_path, MLP)
     lines = [line.rstrip() for line in amp(tmp_path, "audit", "model.py").out.splitlines()]
@@ -73,6 +76,7 @@ def test_nothing_stays_fp32(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_audit_and_the_conversion_plan_alike(tmp_path: Path) -> None:
     write(tmp_path, PROBE)
     flags = ["model.py", "--dtype", "bfloat16", "--json"]

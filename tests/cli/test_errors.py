@@ -317,6 +317,7 @@ def test_debug_shows_the_traceback_before_the_line(tmp_path: Path) -> None:
     assert "Traceback" not in amp(tmp_path, "model.py").err
 
 
+@pytest.mark.slow
 def test_a_fault_of_our_own_is_one_line_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_a_report_passes_against_its_own_baseline(made: Path) -> None:
     outcome = amp(made, "gate", REPORT, "--baseline", BASELINE)
     assert (outcome.code, outcome.err) == (0, "")
@@ -51,6 +52,7 @@ def test_the_same_model_passes_again(folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "rules", "expected"),
     [
@@ -87,6 +89,7 @@ def test_each_regression_is_found(
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_larger_error_fails_unless_the_factor_allows_it(folder: Path) -> None:
     write(folder, LESS_EXACT)
     outcome = amp(folder, "model.py", "--baseline", BASELINE)
@@ -121,6 +124,7 @@ def test_a_report_that_fails_itself_fails_the_gate(folder: Path) -> None:
     assert {f["kind"] for f in outcome.json["findings"]} == {"verdict", "check"}
 
 
+@pytest.mark.slow
 def test_with_json_the_gate_goes_to_stderr(folder: Path) -> None:
     write(folder, WORSE_SCORE)
     outcome = amp(folder, "model.py", "--baseline", BASELINE, "--json")
@@ -145,6 +149,7 @@ def test_update_writes_what_the_gate_then_accepts(folder: Path) -> None:
     assert [entry.name for entry in (folder / "baselines").iterdir()] == ["model.json"]
 
 
+@pytest.mark.slow
 def test_update_refuses_a_failing_report(folder: Path) -> None:
     before = (folder / BASELINE).read_bytes()
     write(folder, OVERFLOWING)

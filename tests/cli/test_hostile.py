@@ -18,6 +18,7 @@ GOOD = net("return self.a(x)")
 CUSTOM = "\nclass Stop(BaseException):\n    pass\n"
 
 
+@pytest.mark.slow
 def test_a_model_that_moves_to_another_folder_does_not_take_ours_along(tmp_path: Path) -> None:
     """What it opens itself is looked for where it went."""
     (tmp_path / "data").mkdir()
@@ -64,7 +65,7 @@ def test_what_is_no_exception_is_the_models_error(text: str, said: str, tmp_path
 def test_even_where_it_is_run_by_a_library(
     raised: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def capture(*_: object) -> None:
+    def capture(*_: object, **__: object) -> None:
         names: dict[str, type[BaseException]] = {}
         exec(CUSTOM, names)
         raise eval(raised, names)
@@ -209,6 +210,7 @@ def test_names_that_no_file_could_hold(text: str, said: str, tmp_path: Path) -> 
     assert said in refused(tmp_path, "model.py")
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder(tmp_path: Path) -> None:
     """The second, which the first one starts, is refused; the first one's report is whole."""
     write(

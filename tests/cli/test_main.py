@@ -132,6 +132,7 @@ def test_junit_has_a_test_a_check(done: tuple[Path, Outcome], report: dict[str, 
     assert suite.get("skipped") in ("3", "4")  # performance.inference, where FP16 is fast
 
 
+@pytest.mark.slow
 def test_batch_norm_is_captured_in_both_modes(tmp_path: Path) -> None:
     write(tmp_path, CNN, "cnn.py")
     outcome = amp(tmp_path, "cnn.py", "--json", "--dtype", "bfloat16")
@@ -144,6 +145,7 @@ def test_batch_norm_is_captured_in_both_modes(tmp_path: Path) -> None:
     assert {entry.name for entry in (tmp_path / "reports/cnn").iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_json_is_the_report_and_nothing_else(tmp_path: Path) -> None:
     printing = net("print('from forward')\n        return self.a(x)")
     write(tmp_path, "print('from the file')\n" + printing)
@@ -156,6 +158,7 @@ def test_json_is_the_report_and_nothing_else(tmp_path: Path) -> None:
     assert not (tmp_path / "reports").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_old_report_whole(tmp_path: Path) -> None:
     write(tmp_path, MLP)
     assert amp(tmp_path, "model.py").code == 0
@@ -173,6 +176,7 @@ def test_a_run_that_fails_leaves_the_old_report_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "reports").iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
     interrupting = MLP.replace(
         "    for seed in range(3):", "    raise KeyboardInterrupt\n    if 0:"
@@ -203,6 +207,7 @@ def test_the_guards_keep_the_same_model_from_overflowing(tmp_path: Path) -> None
     assert decisions(tmp_path)["/aten.mul#0"]["dtype"] == "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("forward", "why"),
     [
@@ -306,6 +311,7 @@ RELU_IN_FP32 = '[[rule]]\nlayer = "1"\ncategory = "deny"\nreason = "because"\n'
 # Sources and settings
 
 
+@pytest.mark.slow
 def test_a_model_in_a_package(tmp_path: Path) -> None:
     (tmp_path / "shapes").mkdir()
     write(tmp_path, "", "shapes/__init__.py")

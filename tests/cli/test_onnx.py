@@ -25,6 +25,7 @@ def onnx_checks(report: Any) -> dict[str, str]:
     return {c["name"]: c["status"] for c in checks if c["name"].startswith("onnx")}
 
 
+@pytest.mark.slow
 def test_the_file_lies_in_the_report_folder_and_is_judged(tmp_path: Path) -> None:
     write(tmp_path, MLP)
     outcome = amp(tmp_path, "model.py", "--onnx", "--json")
@@ -45,6 +46,7 @@ def test_the_file_lies_in_the_report_folder_and_is_judged(tmp_path: Path) -> Non
     assert not list(tmp_path.glob("**/.*amp-convert*"))
 
 
+@pytest.mark.slow
 def test_what_the_provider_has_no_kernel_for_is_unchecked(tmp_path: Path) -> None:
     """ONNX Runtime's CPU provider has no BF16 matrix product; the file is written all the same."""
     write(tmp_path, MLP)
@@ -61,6 +63,7 @@ def test_what_the_provider_has_no_kernel_for_is_unchecked(tmp_path: Path) -> Non
     assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.BFLOAT16}
 
 
+@pytest.mark.slow
 def test_its_flags_ask_for_it(tmp_path: Path) -> None:
     """Low inputs and outputs, another opset, and weights in a file of their own."""
     write(tmp_path, MLP.replace("16", "640"))  # small weights stay inside
@@ -104,6 +107,7 @@ def test_a_missing_package_is_named_before_any_work(
     )
 
 
+@pytest.mark.slow
 def test_a_model_in_parts_is_no_onnx_model_and_the_rest_is_reported(tmp_path: Path) -> None:
     write(tmp_path, net(BRANCH))
     outcome = amp(tmp_path, "model.py", "--onnx", "--json")
@@ -139,6 +143,7 @@ def example_inputs():
 """
 
 
+@pytest.mark.slow
 def test_an_operator_without_a_translation_goes_by_its_own_name_and_line(tmp_path: Path) -> None:
     """The exporter speaks of prims.prod, which nobody wrote."""
     write(tmp_path, CUMPROD)
@@ -177,6 +182,7 @@ def example_inputs():
 """
 
 
+@pytest.mark.slow
 def test_a_file_with_sequences_of_tensors_runs_node_by_node(tmp_path: Path) -> None:
     """PyTorch translates nn.EmbeddingBag into a loop that builds up a sequence."""
     write(tmp_path, BAG)

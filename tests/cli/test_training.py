@@ -147,6 +147,7 @@ def test_wrong_flags_before_the_file_is_run(flags: str, message: str, tmp_path: 
 # What the file does not define
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "said"),
     [
@@ -180,6 +181,7 @@ def test_without_a_loss_or_batches_training_is_unchecked(
         assert asked.error == f"training was asked for, but {said}. {DEFINE}"
 
 
+@pytest.mark.slow
 def test_training_that_is_switched_off(tmp_path: Path) -> None:
     write(tmp_path, loss("raise RuntimeError('it was trained')"))
     outcome = amp(tmp_path, "model.py", "--no-train", "--json")
@@ -189,6 +191,7 @@ def test_training_that_is_switched_off(tmp_path: Path) -> None:
     assert amp(tmp_path, "model.py", "--json").json["training"]["reason"] == reason
 
 
+@pytest.mark.slow
 def test_a_model_without_a_train_graph(tmp_path: Path) -> None:
     """It can be used but not trained: unchecked, and with --train not supported."""
     branch = (
@@ -216,6 +219,7 @@ def test_a_model_without_a_train_graph(tmp_path: Path) -> None:
 # What the file's functions do wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -370,6 +374,7 @@ def test_a_mistake_in_the_model_file(text: str, message: str, tmp_path: Path) ->
     assert refused(tmp_path, text).error == message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_no_number_in_fp32_is_said_before_any_mixed_step(
     value: str, tmp_path: Path
@@ -384,6 +389,7 @@ def test_a_loss_that_is_no_number_in_fp32_is_said_before_any_mixed_step(
     assert outcome.err.count("the loss was called") == 1
 
 
+@pytest.mark.slow
 def test_a_batch_that_only_the_eager_model_takes(tmp_path: Path) -> None:
     """The graph was captured for one length of the second dimension."""
     text = net("return self.a(x).mean(1)").replace(
@@ -406,6 +412,7 @@ def test_a_checkpoint_folder_with_something_else_is_refused(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_a_metric_that_there_is_not(tmp_path: Path) -> None:
     flags = ("--seeds", "5", "--margin", "0.1", "--train-metric", "acuracy")
     assert refused(tmp_path, TRAINED, "model.py", *flags).error == (
@@ -416,6 +423,7 @@ def test_a_metric_that_there_is_not(tmp_path: Path) -> None:
 # Batches that run out
 
 
+@pytest.mark.slow
 def test_batches_that_run_out_before_the_steps_leave_it_open(tmp_path: Path) -> None:
     write(tmp_path, TRAINED)
     outcome = amp(tmp_path, "model.py", "--steps", "10", "--json")
@@ -445,6 +453,7 @@ def test_fewer_batches_than_a_step_takes(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_without_steps_the_batches_decide_how_many(tmp_path: Path) -> None:
     write(tmp_path, TRAINED)
     outcome = amp(tmp_path, "model.py", "--json")
@@ -459,6 +468,7 @@ def test_without_steps_the_batches_decide_how_many(tmp_path: Path) -> None:
 # What is trained, and what is said of it
 
 
+@pytest.mark.slow
 def test_a_run_that_passes_has_every_check_on_training(tmp_path: Path) -> None:
     write(tmp_path, TRAINED)
     write(tmp_path, TRAINED.replace("range(6)", "range(20)"))  # six steps teach too little
@@ -481,6 +491,7 @@ def test_a_run_that_passes_has_every_check_on_training(tmp_path: Path) -> None:
     assert [arm["arm"] for arm in training["run"]["arms"]] == ["fp32", "mixed", "autocast", "noise"]
 
 
+@pytest.mark.slow
 def test_settings_of_training_from_pyproject_and_flags(tmp_path: Path) -> None:
     text = scheduler("return torch.optim.lr_scheduler.StepLR(optimizer, 2)")
     write(tmp_path, text + "def initial_model(seed):\n    return build_model()\n")
@@ -496,6 +507,7 @@ def test_settings_of_training_from_pyproject_and_flags(tmp_path: Path) -> None:
     assert low.json["training"]["loss_scaling"] == "none"
 
 
+@pytest.mark.slow
 def test_a_loss_that_refuses_low_precision_is_given_fp32(tmp_path: Path) -> None:
     """Native autocast gives it FP16, and fails, as with the losses that PyTorch bans there."""
     refuse = "if outputs.dtype != torch.float32: raise TypeError('it takes FP32')"
@@ -520,6 +532,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     return folder, amp(folder, "fp32-seeds", "model.py", *flags)
 
 
+@pytest.mark.slow
 def test_a_baseline_is_a_file_that_seeds_take_their_margin_from(
     measured: tuple[Path, Outcome],
 ) -> None:
@@ -541,6 +554,7 @@ def test_a_baseline_is_a_file_that_seeds_take_their_margin_from(
     assert [pair["seed"] for pair in training["pairs"]] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_margin_of_the_users_own(tmp_path: Path) -> None:
     """One that would let a model pass that has learnt nothing is refused."""
     write(tmp_path, TRAINED)

@@ -189,6 +189,7 @@ def pretended(kind: str) -> Iterator[torch.device]:
             yield device
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["meta", "fake cpu", pytest.param("fake cuda", marks=NO_CUDA)])
 @pytest.mark.parametrize("name", ["cnn", "bert", "lstm"])
 def test_a_model_without_values(kind: str, name: str) -> None:
@@ -227,6 +228,7 @@ def test_a_model_without_values(kind: str, name: str) -> None:
         api.compare(model, mixed, [(args, kwargs)])
 
 
+@pytest.mark.slow
 def test_the_plan_on_meta_is_the_plan_on_the_cpu_but_for_evidence() -> None:
     """Where no guard fires, values do not matter."""
     torch.manual_seed(0)

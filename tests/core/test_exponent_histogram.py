@@ -193,6 +193,7 @@ def test_the_scaled_loss_stays_in_fp32() -> None:
     assert "out of FP32's range" not in advice(1.0).reason
 
 
+@pytest.mark.slow
 @given(st.floats(2.0**-60, 60000.0, width=32))
 def test_the_recommended_scale_is_the_largest_that_fits(largest: float) -> None:
     scale = advice(largest).scale

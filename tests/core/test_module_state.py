@@ -83,6 +83,7 @@ class Refines(nn.Module):
         return z
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "name", "said"),
     [

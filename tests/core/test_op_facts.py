@@ -168,6 +168,7 @@ def plan_of(function: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
     return [(d.dtype, d.reason, d.rewrite) for d in computing]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), SAME, ids=[other for _, other in SAME])
 def test_another_name_gets_the_same_plan(one: str, other: str) -> None:
     for dtype in LOW_DTYPES:

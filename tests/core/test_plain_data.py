@@ -37,6 +37,7 @@ LEAVES = (
 HASHABLE = st.integers() | st.text() | st.sampled_from([torch.float16, Colour.RED])
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         LEAVES,

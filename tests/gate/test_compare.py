@@ -287,6 +287,7 @@ def reports(draw: st.DrawFn) -> RunReport:
     )
 
 
+@pytest.mark.slow
 @given(reports())
 def test_any_passing_report_passes_against_its_own_baseline(run: RunReport) -> None:
     text = baseline_text(baseline_of(run))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
+
 from amp_convert.gate.renamed import _matched
 from tests.growth import assert_linear
 
@@ -14,6 +16,7 @@ def test_equal_graphs_match_node_by_node() -> None:
     assert list(_matched(LAYER * 2_000, LAYER * 2_000)) == [(i, i) for i in range(10_000)]
 
 
+@pytest.mark.slow
 def test_what_repeats_itself_takes_linear_time() -> None:
     """Each layer has lost a node and got another: no run of equal operators is long."""
     other = ["aten.linear", "aten.silu", "aten.linear", "aten.mul", "aten.add", "aten.layer_norm"]

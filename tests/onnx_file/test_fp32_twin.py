@@ -47,12 +47,14 @@ def has_twin_of(mixed: ConvertedModel) -> bool:
     return has_twin(mixed.captured.regions[0], mixed.rewritten[""]["eval"])
 
 
+@pytest.mark.slow
 @exportable("t5")
 def test_a_model_with_clamped_masks_has_none(name: str) -> None:
     assert not has_twin_of(converted(name))
 
 
 # One of each kind of graph: exporting both ways takes long.
+@pytest.mark.slow
 @exportable("cnn", "lstm", "transformer", "bert", "gpt2", "llama", "vit")
 def test_a_twin_computes_what_the_fp32_export_does(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -66,6 +68,7 @@ def test_a_twin_computes_what_the_fp32_export_does(
     check_twin(twin, own, mixed, tmp_path)
 
 
+@pytest.mark.slow
 def test_so_does_a_twin_of_a_bf16_model(tmp_path: Path) -> None:
     mixed, twin = converted("cnn", dtype=torch.bfloat16), fp32_twin("cnn", torch.bfloat16)
     check_twin(twin, onnx_program.fp32_model(mixed.captured.regions[0], 22), mixed, tmp_path)
@@ -82,6 +85,7 @@ def check_twin(twin: ir.Model, own: ir.Model, mixed: ConvertedModel, folder: Pat
     assert operators(own) - moved <= operators(twin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [attention, feed_forward, convolutions])
 def test_powers_of_two_change_no_bit(build: Callable[[], Staged], tmp_path: Path) -> None:
     mixed = build().convert()
@@ -106,6 +110,7 @@ class Masked(nn.Module):
         return torch.softmax(scores + (1 - mask[:, None]) * -1e9, -1) @ x
 
 
+@pytest.mark.slow
 def test_a_clamped_mask_has_no_twin(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, mask = torch.randn(2, 5, 16) * 8, torch.ones(2, 5)
@@ -121,6 +126,7 @@ def test_a_clamped_mask_has_no_twin(tmp_path: Path) -> None:
     assert torch.allclose(have, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("io_types", ["keep", "low"])
 def test_a_twin_has_fp32_borders(io_types: IoTypes, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -151,6 +157,7 @@ class HalvedInABranch(nn.Module):
         return found + x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [Halved, HalvedInABranch])
 def test_a_model_with_low_values_of_its_own_has_no_twin(
     build: type[nn.Module], tmp_path: Path
@@ -165,6 +172,7 @@ def test_a_model_with_low_values_of_its_own_has_no_twin(
     assert torch.equal(Session(str(tmp_path / "m.onnx")).run([x])[0], want)
 
 
+@pytest.mark.slow
 def test_where_the_exporter_refuses_it_the_original_is_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +187,7 @@ def test_where_the_exporter_refuses_it_the_original_is_exported(
     assert torch.equal(results(made.fp32(), mixed, tmp_path)[0], want)
 
 
+@pytest.mark.slow
 def test_a_twin_can_be_made_twice(tmp_path: Path) -> None:
     mixed = converted("cnn")
     exported = export(mixed, tmp_path / "low.onnx")

@@ -56,6 +56,7 @@ def perceptron(dtype: torch.dtype = torch.float16, **options: Any) -> tuple[Any,
 # --- every model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_exportable
 @both_dtypes
 def test_each_value_has_the_dtype_of_its_plan(name: str, dtype: torch.dtype) -> None:
@@ -156,6 +157,7 @@ def larger(name: str) -> list[torch.Tensor]:
     return [torch.cat([t, t.flip(0)[:1]]) for t in ordered_inputs(name).values()]
 
 
+@pytest.mark.slow
 @exportable("cnn", "lstm", "bert", "t5", "clip")
 def test_fp32_files_compute_what_pytorch_computes(name: str) -> None:
     model, _, _ = example(name)
@@ -177,6 +179,7 @@ def test_fp16_files_take_every_batch_size(name: str) -> None:
         torch.testing.assert_close(first, few, rtol=0, atol=2e-2 * float(few.abs().max()))
 
 
+@pytest.mark.slow
 @exportable("cnn", "lstm", "whisper", "clip")
 def test_low_borders_leave_out_the_casts_there(name: str) -> None:
     kept, low = exported(name), exported(name, io_types="low")
@@ -191,6 +194,7 @@ def test_low_borders_leave_out_the_casts_there(name: str) -> None:
 # --- what is in the file -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_small_model_is_written_as_this(tmp_path: Path) -> None:
     mixed, _ = perceptron()
     assert mixed.plan.low_nodes() == 3
@@ -238,6 +242,7 @@ def test_a_small_model_is_written_as_this(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, state[name].half().numpy())
 
 
+@pytest.mark.slow
 def test_the_reference_evaluator_computes_what_pytorch_computes(tmp_path: Path) -> None:
     """ONNX's own definition of each operator, in NumPy: within one step of the FP16 result."""
     mixed, x = perceptron()
@@ -250,6 +255,7 @@ def test_the_reference_evaluator_computes_what_pytorch_computes(tmp_path: Path) 
     assert np.abs(have - want).max() <= step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 20, 23])
 def test_the_opset_can_be_set(opset: int, tmp_path: Path) -> None:
     class Gelu(nn.Module):
@@ -262,6 +268,7 @@ def test_the_opset_can_be_set(opset: int, tmp_path: Path) -> None:
     assert ("Gelu" in {node.op_type for node in proto.graph.node}) == (opset >= 20)
 
 
+@pytest.mark.slow
 def test_bf16_convolution_needs_opset_22(tmp_path: Path) -> None:
     mixed = converted("cnn", "default", torch.bfloat16)
     assert exported("cnn", torch.bfloat16).opset == 22
@@ -270,6 +277,7 @@ def test_bf16_convolution_needs_opset_22(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_norm_has_one_dtype(tmp_path: Path) -> None:
     """The CPU keeps FP32 scale and bias beside a low input; ONNX has one dtype for the three."""
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
@@ -282,6 +290,7 @@ def test_a_norm_has_one_dtype(tmp_path: Path) -> None:
     np.testing.assert_array_equal(scale, model[1].weight.detach().half().numpy())
 
 
+@pytest.mark.slow
 def test_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -316,6 +325,7 @@ def test_the_file_does_not_name_folders_of_this_machine() -> None:
 # --- structures ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_outputs_of_every_kind(tmp_path: Path) -> None:
     """An input, a weight and one result twice; integers, and what is no tensor."""
 
@@ -350,6 +360,7 @@ def test_outputs_of_every_kind(tmp_path: Path) -> None:
     assert torch.equal(have["y"], have["again"])
 
 
+@pytest.mark.slow
 def test_state_is_left_out_and_said(tmp_path: Path) -> None:
     class Counting(nn.Module):
         seen: torch.Tensor
@@ -369,6 +380,7 @@ def test_state_is_left_out_and_said(tmp_path: Path) -> None:
     assert [value.name for value in file.outputs] == ["output"]
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_may_grow(tmp_path: Path) -> None:
     mixed = amp.convert(Perceptron(), torch.randn(1, 64))
     file = export_onnx(mixed, tmp_path / "m.onnx")
@@ -376,6 +388,7 @@ def test_a_batch_of_one_may_grow(tmp_path: Path) -> None:
     assert run(file, torch.randn(5, 64))[0].shape == (5, 64)
 
 
+@pytest.mark.slow
 def test_sizes_that_need_not_agree_have_names_of_their_own(tmp_path: Path) -> None:
     class Pair(nn.Module):
         def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -387,6 +400,7 @@ def test_sizes_that_need_not_agree_have_names_of_their_own(tmp_path: Path) -> No
     assert file.outputs[0].shape == ("left_batch", "right_batch")
 
 
+@pytest.mark.slow
 def test_an_input_is_named_by_its_path(tmp_path: Path) -> None:
     class Nested(nn.Module):
         def forward(self, data: dict[str, Any], *, scale: torch.Tensor) -> torch.Tensor:
@@ -401,6 +415,7 @@ def test_an_input_is_named_by_its_path(tmp_path: Path) -> None:
 # --- the file ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_external_data_lie_beside_the_model(tmp_path: Path) -> None:
     mixed, x = perceptron()
     file = export_onnx(mixed, tmp_path / "m.onnx", external_data=True)
@@ -419,6 +434,7 @@ def test_external_data_lie_beside_the_model(tmp_path: Path) -> None:
     assert torch.equal(run(file, x)[0], run(inside, x)[0])
 
 
+@pytest.mark.slow
 def test_many_weights_go_into_external_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +446,7 @@ def test_many_weights_go_into_external_data(
     assert export_onnx(mixed, tmp_path / "m.onnx").external_data == "m.onnx.data"
 
 
+@pytest.mark.slow
 def test_fp16_files_are_half_the_size(tmp_path: Path) -> None:
     mixed, x = perceptron(width=512)
     half = export_onnx(mixed, tmp_path / "half.onnx")
@@ -438,6 +455,7 @@ def test_fp16_files_are_half_the_size(tmp_path: Path) -> None:
     assert half.bytes / whole.bytes == pytest.approx(0.5, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_failing_check_leaves_the_old_file_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,6 +472,7 @@ def test_a_failing_check_leaves_the_old_file_whole(
     assert (tmp_path / "m.onnx").read_bytes() == b"the old one"
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_is(tmp_path: Path) -> None:
     mixed, x = perceptron()
     mixed.train()
@@ -504,6 +523,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
+@pytest.mark.slow
 def test_an_operator_without_translation_is_named_with_its_layer(tmp_path: Path) -> None:
     class Custom(nn.Module):
         def __init__(self) -> None:
@@ -528,6 +548,7 @@ def test_an_operator_without_translation_is_named_with_its_layer(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_the_exporter_refuses_is_said_with_its_layer(tmp_path: Path) -> None:
     """PyTorch's exporter takes attention with heads only, in FP32 as well."""
 
@@ -542,6 +563,7 @@ def test_what_the_exporter_refuses_is_said_with_its_layer(tmp_path: Path) -> Non
     assert "(at 0 tests/onnx_file/test_write.py:" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_model_captured_in_parts_is_refused(tmp_path: Path) -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:

@@ -61,6 +61,7 @@ def error(found: Staged, mixed: ConvertedModel) -> float:
     return float((have - want).norm() / want.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["softmax", "sdpa"])
 @pytest.mark.parametrize("tokens", [FULL, NONE], ids=["some", "all"])
@@ -80,6 +81,7 @@ def test_a_clamped_mask_is_as_good_as_fp32(
     assert torch.equal(clamped(*found.args), clamped.freeze()(*found.args))
 
 
+@pytest.mark.slow
 def test_without_it_the_guards_keep_the_scores_in_fp32(tmp_path: Path) -> None:
     plan = staged(-1e9, fused=True).plan(without_rewrite(tmp_path))
     found = {d.node: d.rule for d in plan.eval if "guard" in d.rule}
@@ -95,6 +97,7 @@ def test_without_it_the_guards_keep_the_scores_in_fp32(tmp_path: Path) -> None:
     assert all(d.clamp is None for d in plan.eval)
 
 
+@pytest.mark.slow
 def test_the_whole_plan_with_a_clamped_mask() -> None:
     plan = staged(-1e9).plan()
     masks = ["masked_fill", "slice", "unsqueeze", "add", "softmax"]
@@ -118,6 +121,7 @@ def test_the_whole_plan_with_a_clamped_mask() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True], ids=["softmax", "sdpa"])
 def test_minus_infinity_stays(fused: bool) -> None:
     found = staged(-torch.inf, fused=fused)
@@ -128,6 +132,7 @@ def test_minus_infinity_stays(fused: bool) -> None:
     assert clamp.args[0].target is torch.ops.aten.eq.Scalar
 
 
+@pytest.mark.slow
 def test_a_mask_that_is_also_read_as_a_number_is_not_clamped() -> None:
     class Both(Attention):
         def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -225,6 +225,7 @@ def graphs(draw: st.DrawFn) -> tuple[dict[int, Category | None], Edges]:
     return categories, tuple(edges)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(graphs())
 def test_painting_is_the_naive_reading_of_the_rules(

@@ -47,6 +47,7 @@ def _rules(tmp_path) -> str:  # type: ignore[no-untyped-def]
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [3, 5])
 def test_an_island_between_two_layers(tmp_path, rows: int) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
@@ -75,6 +76,7 @@ def test_an_island_between_two_layers(tmp_path, rows: int) -> None:  # type: ign
     assert seen.moved == 2 * values * (4 + 2)
 
 
+@pytest.mark.slow
 def test_what_costs_nothing_is_none() -> None:
     class Weights(nn.Module):
         def __init__(self) -> None:

@@ -80,6 +80,7 @@ def readers(consumers: Any) -> list[tuple[str, str]]:
 # --- the node itself -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_site_has_the_operator_the_result_and_the_batches() -> None:
     at = sites_of(lambda m, x: (x + 1).tanh())["tanh"]
     assert (at.op, at.shape, at.batches) == ("aten.tanh", (2, 4), 3)
@@ -88,6 +89,7 @@ def test_a_site_has_the_operator_the_result_and_the_batches() -> None:
     assert at.result.abs_max == at.operands[0].range.abs_max + 1
 
 
+@pytest.mark.slow
 def test_operands_are_named_as_in_the_schema_and_weights_by_their_name() -> None:
     at = sites_of(lambda m, x: m.layer(x + m.offset))
     assert [(o.argument, o.weight, o.shape) for o in at["linear"].operands] == [
@@ -103,6 +105,7 @@ def test_operands_are_named_as_in_the_schema_and_weights_by_their_name() -> None
     assert [o.argument for o in at["linear"].weights] == ["weight", "bias"]
 
 
+@pytest.mark.slow
 def test_what_the_kernel_takes_in_fp32_is_no_operand() -> None:
     """Batch normalisation everywhere, layer normalisation on the CPU."""
 
@@ -115,22 +118,26 @@ def test_what_the_kernel_takes_in_fp32_is_no_operand() -> None:
     assert arguments(sites_of(norms, device="cuda")["layer_norm"]) == ["input", "weight", "bias"]
 
 
+@pytest.mark.slow
 def test_a_table_that_is_looked_up_is_an_operand() -> None:
     """It is stored low once the model is frozen."""
     at = sites_of(lambda m, i: m.table(i), torch.tensor([[1, 2], [3, 4]]))["embedding"]
     assert [(o.argument, o.weight) for o in at.operands] == [("weight", "p_table_weight")]
 
 
+@pytest.mark.slow
 def test_integers_booleans_and_doubles_are_no_operands() -> None:
     at = sites_of(lambda m, x: torch.where(x > 0.7, x, x * x.double()))
     assert arguments(at["where"]) == ["self"]
     assert arguments(sites_of(lambda m, x: x * torch.tensor([1, 2, 3, 4]))["mul"]) == ["self"]
 
 
+@pytest.mark.slow
 def test_every_tensor_of_a_list_is_an_operand() -> None:
     assert arguments(sites_of(lambda m, x: torch.cat([x, x.tanh()]))["cat"]) == ["tensors"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compute", "node", "scalars"),
     [
@@ -149,6 +156,7 @@ def test_scalars_are_the_number_arguments(
     assert sites_of(compute)[node].scalars == scalars
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compute", "node", "axes"),
     [
@@ -185,6 +193,7 @@ DENOMINATORS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float | No
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("denominator", "eps"), DENOMINATORS.values(), ids=DENOMINATORS)
 def test_eps_is_found_through_views_and_roots(
     denominator: Callable[[torch.Tensor], torch.Tensor], eps: float | None
@@ -218,6 +227,7 @@ def test_a_reader_comes_with_what_it_reads_and_with_what_it_makes() -> None:
     assert consumer.result == at["mul"].result
 
 
+@pytest.mark.slow
 def test_a_value_that_is_read_twice_has_two_readers() -> None:
     at = sites_of(lambda m, x: torch.atan2(x.tanh(), x.tanh()) + m.layer(x))
     assert readers(at["tanh"].feeds) == [("atan2", "self")]
@@ -243,6 +253,7 @@ PATHS: dict[str, tuple[Callable[..., Any], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "ends"), PATHS.values(), ids=PATHS)
 def test_a_value_reaches_sines_and_exponentials_through_arithmetic(
     path: Callable[..., Any], ends: list[str]
@@ -251,6 +262,7 @@ def test_a_value_reaches_sines_and_exponentials_through_arithmetic(
     assert sorted(op for op, _ in readers(at["tanh"].reaches)) == ends
 
 
+@pytest.mark.slow
 def test_what_is_reached_comes_with_the_range_that_it_reads() -> None:
     at = sites_of(lambda m, x: (x.tanh() * 100).sin())
     (sine,) = at["tanh"].reaches
@@ -262,6 +274,7 @@ def test_what_is_reached_comes_with_the_range_that_it_reads() -> None:
     assert readers(at["tanh"].reaches) == [("exp", "self")], "on two paths, but once"
 
 
+@pytest.mark.slow
 def test_it_is_known_whether_a_product_lies_between() -> None:
     at = sites_of(lambda m, x: (lambda h: (h / 2 + h).exp())(x.tanh()))
     assert {end.scaled for end in at["tanh"].reaches} == {False, True}
@@ -289,6 +302,7 @@ def attend(m: Module, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     return (hide(x.tanh(), hidden).reshape(4, 2) + 1).softmax(-1).sum()
 
 
+@pytest.mark.slow
 def test_what_ends_in_softmaxes_alone_is_a_mask() -> None:
     assert masked(attend) == ["tanh", "masked_fill", "reshape", "add"]
     assert masked(attend, masks=False) == []
@@ -297,6 +311,7 @@ def test_what_ends_in_softmaxes_alone_is_a_mask() -> None:
     assert (read["add"], read["softmax"], read["sum"]) == ([True], [True], [False])
 
 
+@pytest.mark.slow
 def test_what_anything_else_reads_as_well_is_none() -> None:
     assert masked(lambda m, x, h: (lambda y: (y.softmax(-1), y * 2))(hide(x, h))) == []
     assert masked(lambda m, x, h: (hide(x, h) * 2).softmax(-1)) == ["mul"]

@@ -289,6 +289,7 @@ def test_a_change_in_the_file_is_a_change_in_the_plan(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_node_that_differs_between_the_graphs_is_given_back_as_it_was(tmp_path: Path) -> None:
     staged = Staged.of(Trained(), ramp(2, 8))
     first = staged.plan()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -28,6 +29,7 @@ class Careful(nn.Module):
         return self.last(torch.tanh((left.float() if self.explicit else left) + right))
 
 
+@pytest.mark.slow
 def test_what_follows_an_explicit_cast_to_fp32_stays_there() -> None:
     x = ramp(2, 8)
     plain, careful = (Staged.of(Careful(flag), x).plan() for flag in (False, True))
@@ -40,6 +42,7 @@ def test_what_follows_an_explicit_cast_to_fp32_stays_there() -> None:
     assert decision(careful, "/tanh#0").reason.endswith("; follows aten.to, which stays in FP32")
 
 
+@pytest.mark.slow
 def test_no_rule_moves_an_explicit_cast() -> None:
     staged = Staged.of(Careful(True), ramp(2, 8))
     plan = staged.plan(rules_with(rule("allow", node="/aten.to#0"), preset="half"))
@@ -88,6 +91,7 @@ class Written(nn.Module):
         return self.last(h.index_put((index,), h[:1], accumulate=self.accumulate))
 
 
+@pytest.mark.slow
 def test_a_write_that_adds_up_is_denied() -> None:
     inputs = (ramp(3, 8), torch.tensor([0, 0]))
     for accumulate in (False, True):
@@ -108,6 +112,7 @@ class Strided(nn.Module):
         return self.last(h.as_strided((2, 4), (8, 2))), self.last(x.as_strided((2, 4), (8, 1)))
 
 
+@pytest.mark.slow
 def test_raw_memory_is_read_as_it_lies() -> None:
     plan = Staged.of(Strided(), ramp(2, 8)).plan("half")
     found = [d for d in plan.eval if d.op == "aten.as_strided"]
@@ -189,6 +194,7 @@ class Forked(nn.Module):
         return self.right(h) if float(h.sum()) > 0 else h
 
 
+@pytest.mark.slow
 def test_parts_are_planned_under_their_own_names() -> None:
     plan = Staged.of(Forked(), torch.full((2, 4), 1e-3)).plan()
     assert [d.node for d in plan.eval] == ["left.part.0/aten.linear#0", "right/aten.linear#0"]

@@ -33,6 +33,7 @@ class Hot(nn.Module):
 COOL, WARM = torch.full((2, 4), 0.5), torch.full((2, 4), 1.25)
 
 
+@pytest.mark.slow
 def test_a_guard_pins_the_nodes_that_meet_the_value_and_no_other() -> None:
     plan = Staged.of(Hot(), COOL, calibration=[(COOL,), (WARM,)]).plan()
     assert table(plan) == rows(
@@ -63,6 +64,7 @@ def hot() -> Staged:
     return Staged.of(Hot(), COOL, calibration=[(WARM,)])
 
 
+@pytest.mark.slow
 def test_thresholds_come_from_the_rules_file(hot: Staged, tmp_path: Path) -> None:
     def guarded(line: str) -> list[str]:
         file = tmp_path / "mine.toml"
@@ -87,6 +89,7 @@ def test_presets_that_convert_whatever_comes_have_no_guards(hot: Staged) -> None
         assert [d.rule for d in hot.plan(preset).eval if "guard" in d.rule] == []
 
 
+@pytest.mark.slow
 def test_bf16_has_the_range_of_fp32(hot: Staged) -> None:
     assert hot.plan("default", BF16).low_nodes() == 5
 
@@ -117,6 +120,7 @@ def test_nan_and_infinity_in_calibration_are_never_safe(
     assert (found.rule, found.evidence) == ("guard activation-range", evidence)
 
 
+@pytest.mark.slow
 def test_an_input_that_the_cast_would_overflow_keeps_its_reader_in_fp32() -> None:
     """100000 is no FP16 number, small as the product is: the cast would make it infinite."""
     staged = Staged.of(Faint(1e-3), torch.full((2, 4), 1e5))
@@ -126,6 +130,7 @@ def test_an_input_that_the_cast_would_overflow_keeps_its_reader_in_fp32() -> Non
     assert torch.isfinite(staged.convert().eval()(*staged.args)).all()
 
 
+@pytest.mark.slow
 def test_a_weight_out_of_range_keeps_its_reader_in_fp32() -> None:
     plan = Staged.of(Faint(1e5), torch.full((2, 4), 1e-3)).plan()
     found = decision(plan, "part.0/linear#0")
@@ -143,6 +148,7 @@ def test_a_weight_that_would_lose_its_digits_keeps_its_reader_in_fp32() -> None:
     assert staged.plan(rules_with(weight_tiny_share=False, activation_floor=False)).low_nodes() == 1
 
 
+@pytest.mark.slow
 def test_parameters_that_stay_fp32_are_not_guarded() -> None:
     """BatchNorm reads its running variance, here 10 million, in FP32."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
@@ -151,6 +157,7 @@ def test_parameters_that_stay_fp32_are_not_guarded() -> None:
     assert [d.low for d in plan.eval if d.decided] == [True, True, True]
 
 
+@pytest.mark.slow
 def test_without_values_there_is_no_evidence_and_no_guard() -> None:
     with torch.device("meta"):
         staged = Staged.of(Hot(), torch.empty(2, 4))

@@ -112,6 +112,7 @@ class Branching(nn.Module):
         return self.norm(kept), self.out(kept)
 
 
+@pytest.mark.slow
 def test_denying_a_layer_lowers_none_of_its_inputs() -> None:
     """`relu` is denied, since it leads from exp to an infer op; pinning that op to FP32 is no
     ground to round its input."""
@@ -139,6 +140,7 @@ class WithUnknown(nn.Module):
         return self.last(torch.relu(damped(torch.relu(damped(self.first(x))))))
 
 
+@pytest.mark.slow
 def test_an_unknown_op_stays_fp32_stops_painting_and_is_counted() -> None:
     staged = Staged.of(WithUnknown(), ramp(2, 8))
     plan = staged.plan()

@@ -90,6 +90,7 @@ def attention(scale: Callable[[torch.Tensor], torch.Tensor] = SCALINGS["divided"
     return Staged.of(Attention(scale), 4 * torch.randn(2, 16, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALINGS.values(), ids=SCALINGS)
 def test_scores_that_are_scaled_before_are_as_good_as_in_fp32(
     scale: Callable[[torch.Tensor], torch.Tensor],
@@ -103,6 +104,7 @@ def test_scores_that_are_scaled_before_are_as_good_as_in_fp32(
     assert error(of) <= error(of, OFF) + torch.finfo(F16).eps
 
 
+@pytest.mark.slow
 def test_the_whole_plan_of_scores() -> None:
     of = attention()
     assert scaled(of.plan()) == {
@@ -279,6 +281,7 @@ def graded(model: nn.Module, args: tuple[Any, ...]) -> list[nn.Parameter]:
     return found
 
 
+@pytest.mark.slow
 def test_a_node_is_compared_with_the_reference_times_its_factor() -> None:
     of = feed_forward()
     divergence = amp.compare(of.model.eval(), of.convert().eval(), [of.args])
@@ -310,6 +313,7 @@ class Net(FeedForward):
         return self.compute(self, x / 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_what_cannot_take_the_factor_back_is_left_alone(
     compute: Callable[..., torch.Tensor],
@@ -322,6 +326,7 @@ def test_what_cannot_take_the_factor_back_is_left_alone(
     assert "guard activation-range" in guards_of(of.plan())
 
 
+@pytest.mark.slow
 def test_scores_that_their_own_rounding_spoils_stay_in_fp32() -> None:
     """Scores of up to 170: an error of 0.04 in one is 4 % of its probability."""
     of = attention(lambda scores: scores / 4096.0)
@@ -329,6 +334,7 @@ def test_scores_that_their_own_rounding_spoils_stay_in_fp32() -> None:
     assert guards_of(of.plan()) == {"guard activation-range"}
 
 
+@pytest.mark.slow
 def test_a_value_divided_by_itself_is_left_alone() -> None:
     class Ratio(nn.Module):
         def __init__(self) -> None:
@@ -345,6 +351,7 @@ def test_a_value_divided_by_itself_is_left_alone() -> None:
     assert error(of) < 2e-3
 
 
+@pytest.mark.slow
 def test_scores_that_are_a_mask_as_well_are_left_alone() -> None:
     """Far below zero they leave the range even when they are scaled."""
 
@@ -365,6 +372,7 @@ def test_scores_that_are_a_mask_as_well_are_left_alone() -> None:
     assert error(of) < 2e-3
 
 
+@pytest.mark.slow
 def test_an_outlier_channel_does_not_push_the_other_weights_out() -> None:
     """One channel of weights of 40, the others of 2e-4; the next layer ignores the one."""
     torch.manual_seed(0)
@@ -378,6 +386,7 @@ def test_an_outlier_channel_does_not_push_the_other_weights_out() -> None:
     assert error(of) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.75])
 def test_training_knows_the_range_behind_a_dropout(share: float) -> None:
     """The eval graph has none: in training it is that of what the dropout reads, scaled up."""
@@ -391,6 +400,7 @@ def test_training_knows_the_range_behind_a_dropout(share: float) -> None:
     assert [d.low for d in of.plan(OFF).train if d.op == "aten.linear"] == [False, False]
 
 
+@pytest.mark.slow
 def test_each_is_switched_by_its_own_rule() -> None:
     scores, layers = attention(), feed_forward()
     assert scaled(scores.plan(only("scale_scores")))
@@ -399,6 +409,7 @@ def test_each_is_switched_by_its_own_rule() -> None:
     assert not scaled(layers.plan(only("scale_scores")))
 
 
+@pytest.mark.slow
 def test_in_range_nothing_is_scaled() -> None:
     for of in (attention(), feed_forward()):
         assert scaled(of.plan("default", BF16)) == {}
@@ -435,6 +446,7 @@ def test_a_saved_plan_scales_as_the_first_did(headroom: float, tmp_path: Any) ->
         assert [d.reason for d in again.eval] == [d.reason for d in first.eval]
 
 
+@pytest.mark.slow
 @given(
     up=st.floats(1.0, 1e9), middle=st.floats(1e-3, 1e3), seed=st.integers(0, 3), bias=st.booleans()
 )

@@ -47,6 +47,7 @@ def ranges_over(staged: Staged, *batches: torch.Tensor) -> RangeStats:
     return profile(staged.captured, [((batch,), {}) for batch in batches])
 
 
+@pytest.mark.slow
 def test_every_float_value_has_its_largest_magnitude(staged: Staged) -> None:
     """scaled is [[2, -8, 0], [-6, -2, 0]], its row maxima [2, 0], shifted [5, 3]."""
     found = {name: seen.abs_max for name, seen in staged.stats.ranges.items()}
@@ -67,6 +68,7 @@ def test_every_float_value_has_its_largest_magnitude(staged: Staged) -> None:
     assert [value for name, value in found.items() if "lifted" in name] == [3.0]
 
 
+@pytest.mark.slow
 def test_only_weights_have_a_share_of_tiny_values(staged: Staged) -> None:
     """Of the table's three nonzero values two are under 2**-14; zeros do not count."""
     shares = {n: r.tiny_share for n, r in staged.stats.ranges.items() if r.tiny_share is not None}
@@ -127,6 +129,7 @@ def test_keywords_reach_the_model(staged: Staged) -> None:
     assert stats.ranges["/aten.mul#0"].abs_max == 28.0
 
 
+@pytest.mark.slow
 def test_calibration_leaves_no_trace() -> None:
     """Neither in the random state, nor in training flags, gradients or running statistics."""
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
@@ -289,6 +292,7 @@ def counting(*batches: tuple[torch.Tensor, torch.Tensor]) -> dict[str, bool]:
 EVEN, WHOLE = torch.tensor([[0, 2, 4]]), torch.full((1, 3), 7.0)
 
 
+@pytest.mark.slow
 def test_what_is_made_of_integers_alone_counts_and_a_buffer_does() -> None:
     found = counting((WHOLE, EVEN))
     made = {"_to_copy", "_to_copy#1", "neg", "arange", "unsqueeze", "sub", "abs", "mul", "div"}

@@ -30,6 +30,7 @@ class Square(nn.Module):
         return x.square().neg()
 
 
+@pytest.mark.slow
 def test_the_largest_of_both_probes_are_kept() -> None:
     """100 times 3 is 300, less than the spike of 1e4; 100 times 200 is more."""
     assert probed(Square(), torch.full((2, 3), 3.0)) == {
@@ -85,6 +86,7 @@ def test_an_index_out_of_bounds_ends_a_probe_and_nothing_else() -> None:
     assert "table/embedding#0" not in found
 
 
+@pytest.mark.slow
 def test_on_a_gpu_nothing_is_computed_that_could_be_an_index() -> None:
     """There an index out of bounds ends the process, and no `except` helps."""
     args = (torch.tensor([0.5, 1.2, 0.7]),)
@@ -124,6 +126,7 @@ def test_nothing_is_left_behind() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_parts_are_probed_with_what_the_model_hands_them() -> None:
     class Parts(nn.Module):
         """Data-dependent control flow between two layers, and a state in an attribute."""

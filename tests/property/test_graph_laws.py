@@ -36,6 +36,7 @@ COVERING = covering(times=2)
 # --- the laws ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(COVERING)))
 def test_laws_on_every_operation(number: int) -> None:
     the_laws_hold(COVERING[number], LOW_DTYPES[number % 2])

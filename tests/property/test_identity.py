@@ -75,6 +75,7 @@ def test_fp32_rules_change_nothing(name: str, train: bool) -> None:
     assert not mixed.rewritten[""]["eval"].casts
 
 
+@pytest.mark.slow
 def test_training_mode_has_something_to_get_wrong() -> None:
     """BatchNorm's statistics move and dropout drops, or the test above would prove nothing."""
     original = example("cnn")[0]
@@ -316,6 +317,7 @@ def built(further: str) -> Example:
     return model.eval(), args, kwargs
 
 
+@pytest.mark.slow
 @every_further
 def test_fp32_rules_change_nothing_in_further_models(built: Example) -> None:
     original, args, _ = built
@@ -326,6 +328,7 @@ def test_fp32_rules_change_nothing_in_further_models(built: Example) -> None:
         assert_same_bits([want.outputs, want.gradients], [have.outputs, have.gradients])
 
 
+@pytest.mark.slow
 @every_further
 @both_dtypes
 def test_autocast_rules_are_autocast_in_further_models(
@@ -350,6 +353,7 @@ def test_autocast_rules_are_autocast_in_further_models(
             assert_same_bits(eager(args[0], args[1].to(dtype)), have)
 
 
+@pytest.mark.slow
 @both_dtypes
 def test_what_autocast_rules_change_in_gradients(dtype: torch.dtype) -> None:
     """A value that several products read is cast once, and autocast casts it for each: the sum of

@@ -230,6 +230,7 @@ def _killed_at(line: int, out: Path) -> bool:
     return status != 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_run_killed_at_any_line_leaves_a_whole_report(out: Path) -> None:

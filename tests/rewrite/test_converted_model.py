@@ -65,6 +65,7 @@ def test_state_is_the_originals_own(name: str) -> None:
     assert [n for n, _ in original.named_buffers()] == [n for n, _ in mixed.named_buffers()]
 
 
+@pytest.mark.slow
 def test_load_state_dict_changes_the_outputs() -> None:
     (model, x), (other, _) = net(), net()
     with torch.no_grad():
@@ -78,6 +79,7 @@ def test_load_state_dict_changes_the_outputs() -> None:
     assert_same_bits(amp.convert(other.eval(), x)(x), after)
 
 
+@pytest.mark.slow
 def test_an_optimizer_step_changes_the_outputs() -> None:
     model, x = net()
     mixed = amp.convert(model, x).eval()
@@ -130,6 +132,7 @@ class Tied(nn.Module):
         return self.head(x) + self.head(x.relu())
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_tied_and_are_cast_once() -> None:
     torch.manual_seed(0)
     model, ids = Tied(), torch.randint(0, 11, (3, 5))
@@ -181,6 +184,7 @@ def test_batch_norm_statistics_move_as_in_eager_mode(rules: str) -> None:
             torch.testing.assert_close(have, want, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_converted_model_has_the_originals_mode() -> None:
     model, x = net()
     assert amp.convert(model.train(), x).training
@@ -226,6 +230,7 @@ class DropsLayers(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", ["fp32", "autocast"])
 def test_a_model_that_cannot_be_captured_whole_for_training_trains_in_parts(rules: str) -> None:
     torch.manual_seed(0)
@@ -271,6 +276,7 @@ def test_a_model_captured_for_inference_only_refuses_to_train() -> None:
         mixed.train()(x)
 
 
+@pytest.mark.slow
 def test_conversion_leaves_the_original_as_it_was() -> None:
     model, x = net()
     model.train()
@@ -376,6 +382,7 @@ def test_other_batch_sizes(name: str) -> None:
             torch.testing.assert_close(leaves(have)[path], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_a_batch_of_one_as_example(size: int) -> None:
     model, x = net()
@@ -409,6 +416,7 @@ class WithDefault(nn.Module):
         return self.linear(x if other is None else x + other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_inputs_that_do_not_fit(case: str) -> None:
     args, kwargs, message = REFUSED[case]
@@ -419,6 +427,7 @@ def test_inputs_that_do_not_fit(case: str) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.slow
 def test_defaults_may_be_given_or_left_out() -> None:
     x = torch.ones(2, 6)
     mixed = amp.convert(WithDefault(), x)
@@ -431,6 +440,7 @@ def test_defaults_may_be_given_or_left_out() -> None:
 # --- the original's other face -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -455,6 +465,7 @@ def test_weights_keep_their_dtypes(change: Callable[[nn.Module], nn.Module]) -> 
     assert mixed.float().to("cpu").train() is mixed
 
 
+@pytest.mark.slow
 def test_attributes_are_the_originals() -> None:
     bert, mixed = example("bert")[0], converted("bert")
     assert mixed.config is bert.config
@@ -480,6 +491,7 @@ def test_a_copy_is_independent() -> None:
     assert int(model.norm.num_batches_tracked) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_numbers_are_eagers(dtype: torch.dtype) -> None:
     """Dropout of the converted model drops what dropout of the original does."""
@@ -530,6 +542,7 @@ def _loss(tree: Any) -> torch.Tensor:
     return sum((t.float().square().mean() for t in floats), torch.zeros(()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ["cnn", "bert"])
 def test_torch_compile(name: str, train: bool) -> None:
@@ -548,6 +561,7 @@ def test_torch_compile_with_inductor(train: bool) -> None:
     compiled_like_eager(mixed, "inductor", *args, train=train, **kwargs)
 
 
+@pytest.mark.slow
 @both_dtypes
 @pytest.mark.parametrize("train", [False, True])
 def test_the_plan_holds_inside_autocast(dtype: torch.dtype, train: bool) -> None:
@@ -582,6 +596,7 @@ def test_the_plan_holds_inside_autocast(dtype: torch.dtype, train: bool) -> None
         assert_same_bits(want.detach(), have.detach())
 
 
+@pytest.mark.slow
 def test_converting_leaves_buffers_that_operators_write_to_unsaid() -> None:
     """`instance_norm` writes its statistics in training, and no schema says so."""
     torch.manual_seed(0)

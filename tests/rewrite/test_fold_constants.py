@@ -114,6 +114,7 @@ def test_a_table_is_cast_once_and_looked_up_low() -> None:
 # --- storage -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_are_stored_low_in_half_the_memory(dtype: torch.dtype) -> None:
     model, x = perceptron()
@@ -143,6 +144,7 @@ def test_a_tied_weight_is_stored_once() -> None:
     assert size(amp.convert(model, ids).freeze()) == 50 * 32 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_table_that_is_read_in_fp32_is_held_once(tied: bool) -> None:
     """Its entries go where FP32 is wanted. Where the table is a head as well, they are low, and
@@ -198,6 +200,7 @@ def test_names_stay_the_originals() -> None:
     assert "encoder.layer.0.attention.self.query.weight" in kept
 
 
+@pytest.mark.slow
 def test_the_state_dict_makes_the_round_trip() -> None:
     model, x = perceptron()
     frozen = amp.convert(model, x).freeze()
@@ -252,6 +255,7 @@ def test_the_converted_model_is_left_as_it_was() -> None:
     assert all(p.dtype == torch.float32 and p.requires_grad for p in mixed.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", ["fp32", "default"])
 def test_it_does_not_follow_later_weights(rules: str) -> None:
     model, x = perceptron()
@@ -301,6 +305,7 @@ def test_a_buffer_that_the_model_changes_stays_state() -> None:
     assert float(model.calls) == 0
 
 
+@pytest.mark.slow
 def test_fold_keeps_what_is_random() -> None:
     """Noise made from a weight's shape is not a constant."""
 
@@ -319,6 +324,7 @@ def test_fold_keeps_what_is_random() -> None:
     assert not torch.equal(frozen(x), frozen(x))
 
 
+@pytest.mark.slow
 def test_fold_gives_values_by_name() -> None:
     model, x = perceptron(layers=2, width=4)
     mixed = amp.convert(model, x)
@@ -333,6 +339,7 @@ def test_fold_gives_values_by_name() -> None:
     assert all(t.dtype == torch.float16 for t in folded.tensors.values())
 
 
+@pytest.mark.slow
 def test_wide_values_are_not_rounded_and_have_the_same_names() -> None:
     """Also where one weight is read in both dtypes, and a value is computed from weights."""
 

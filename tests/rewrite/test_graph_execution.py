@@ -20,6 +20,7 @@ from tests.zoo import (
 X = torch.linspace(-2, 2, 40).reshape(5, 8)
 
 
+@pytest.mark.slow
 def test_a_running_graph_keeps_only_what_is_still_needed() -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
@@ -120,6 +121,7 @@ def test_a_kernel_that_refuses_is_named() -> None:
     assert "\n" not in error.cause
 
 
+@pytest.mark.slow
 def test_an_operator_without_a_low_kernel_is_kept_in_fp32(tmp_path: Any) -> None:
     """Only running it shows: the plan then names what it said as its evidence."""
     mixed = amp.convert(Picky().eval(), X, rules="half")

@@ -33,6 +33,7 @@ def net() -> nn.Module:
 # --- hooks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_hook_at_capture_is_in_the_graph() -> None:
     model = net()
     model[0].a.register_forward_hook(lambda module, inputs, output: output * 2)
@@ -43,6 +44,7 @@ def test_a_hook_at_capture_is_in_the_graph() -> None:
     assert torch.equal(amp.convert(model, X, rules="fp32")(X), expected)
 
 
+@pytest.mark.slow
 def test_a_hook_that_comes_later_runs_and_sees_each_call_once() -> None:
     model, seen = net(), []
     mixed = amp.convert(model, X)
@@ -63,6 +65,7 @@ def test_a_hook_that_comes_later_runs_and_sees_each_call_once() -> None:
     assert len(seen) == 4
 
 
+@pytest.mark.slow
 def test_a_hook_that_changes_a_value_counts() -> None:
     model = net()
     mixed = amp.convert(model, X, rules="fp32")
@@ -78,6 +81,7 @@ def minus_one(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Ten
     return output - 1
 
 
+@pytest.mark.slow
 def test_a_hook_in_place_of_another_is_another() -> None:
     model = net()
     handle = model[1].register_forward_hook(plus_one)
@@ -87,6 +91,7 @@ def test_a_hook_in_place_of_another_is_another() -> None:
     assert torch.equal(mixed(X), model(X))
 
 
+@pytest.mark.slow
 def test_a_hook_on_a_module_with_two_paths_runs_at_both() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -104,6 +109,7 @@ def test_a_hook_on_a_module_with_two_paths_runs_at_both() -> None:
     assert torch.equal(mixed(X), model(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("called", [False, True])
 def test_a_later_hook_is_in_what_is_made_of_the_model(called: bool) -> None:
     """Whether or not it was called since."""
@@ -132,6 +138,7 @@ def test_a_copy_loses_a_hook_as_the_model_does() -> None:
     assert torch.equal(mixed(X), expected)
 
 
+@pytest.mark.slow
 def test_a_hook_in_a_model_of_parts_runs_once() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
@@ -181,6 +188,7 @@ def stored(mixed: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "copied"), [("cnn", copy.deepcopy), ("gpt2", stored)], ids=["deepcopy", "torch.save"]
 )

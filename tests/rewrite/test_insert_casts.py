@@ -160,6 +160,7 @@ def test_without_a_cast_the_graph_is_the_captured_one(model: str, mode: str) -> 
     assert rewritten.captured is captured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["default", "half"])
 def test_the_captured_graph_stays_as_it_is(preset: str) -> None:
     for model in EXAMPLES:
@@ -248,6 +249,7 @@ class Shared(nn.Module):
         return torch.exp(low) + torch.cumsum(low, 0), second, low, low
 
 
+@pytest.mark.slow
 def test_a_value_is_cast_once_for_all_its_readers() -> None:
     staged = Staged.of(Shared(), ramp(2, 8))
     lines = listing(staged.rewritten(staged.plan()))
@@ -319,6 +321,7 @@ class Tagged(nn.Module):
         return self.out(self.table(ids)), self.out(self.table(more))
 
 
+@pytest.mark.slow
 def test_a_table_is_looked_up_before_it_is_cast() -> None:
     """The bits are those of a cast table, for the work of casting what was looked up."""
     staged = Staged.of(Tagged(), torch.tensor([[1, 2]]), torch.tensor([[3, 10]]))
@@ -346,6 +349,7 @@ class Looked(nn.Module):
         return self.out(h), torch.exp(h), h
 
 
+@pytest.mark.slow
 def test_a_looked_up_value_is_not_cast_down_and_up_again() -> None:
     """FP32 readers of a lookup get what was looked up."""
     staged = Staged.of(Looked(), torch.tensor([[1, 2]]))
@@ -373,6 +377,7 @@ class Raised(nn.Module):
         return torch.ops.amp_convert_tests.raised(self.lin(x).detach(), by=x)
 
 
+@pytest.mark.slow
 def test_keywords_are_cast_like_any_argument() -> None:
     staged = Staged.of(Raised(), ramp(2, 8))
     assert listing(staged.rewritten(staged.plan("half")))[-3:] == [
@@ -407,6 +412,7 @@ class Returning(nn.Module):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["default", "autocast", "half"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_outputs_keep_dtype_shape_and_structure(preset: str, dtype: torch.dtype) -> None:
@@ -441,6 +447,7 @@ class Averaging(nn.Module):
         return h
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["default", "half"])
 def test_a_changed_buffer_keeps_its_dtype(preset: str) -> None:
     staged = Staged.of(Averaging(), ramp(2, 8))

@@ -235,6 +235,7 @@ def _identical(want: torch.Tensor, have: torch.Tensor) -> bool:
     )
 
 
+@pytest.mark.slow
 @dtypes
 def test_a_low_op_gives_the_bits_of_the_op_by_hand(low: torch.dtype) -> None:
     compared, other = 0, set()
@@ -287,6 +288,7 @@ def test_a_refusal_comes_with_evidence(low: torch.dtype) -> None:
     assert sorted(silent) == []
 
 
+@pytest.mark.slow
 @dtypes
 def test_a_denied_op_keeps_the_bits_of_float32(low: torch.dtype) -> None:
     denied = [call for call in float_calls() if category(call.name, low) == "deny"]
@@ -316,6 +318,7 @@ def supported(device: str) -> dict[str, set[torch.dtype]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("op_lists_bfloat16")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_whatever_may_be_low_has_kernels_by_pytorchs_own_tests(device: str) -> None:

@@ -374,6 +374,7 @@ class Calls(nn.Module):
         ]
 
 
+@pytest.mark.slow
 def test_o1_names_the_ops_that_listed_functions_become() -> None:
     plan = Staged.of(Calls(), ramp(4, 4) + 2, torch.tensor([0, 1, 2, 3])).plan("apex-o1")
     found = {(d.op.removeprefix("aten."), d.category) for d in plan.eval if d.decided}
@@ -438,6 +439,7 @@ class Applied(nn.Module):
         return self.function(self.head(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", APART)
 def test_o1_sees_only_the_parts_of_what_is_taken_apart(function: str) -> None:
     """A known difference: Apex computes all of it in FP32, here these parts stay FP16."""
@@ -499,6 +501,7 @@ class Method(nn.Module):
         return self.head(x).softmax(-1)
 
 
+@pytest.mark.slow
 def test_o1_does_not_tell_a_listed_name_from_an_unlisted_one() -> None:
     """A known difference: only F.softmax is in Apex's lists, and both are one ATen op."""
     plan = Staged.of(Method(), ramp(4, 4)).plan("apex-o1")
@@ -560,6 +563,7 @@ def test_o2_gives_the_bits_of_a_model_with_batch_norm_in_float32(mode: str) -> N
     assert_same_bits("apex-o2", o2, build("cnn"), mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(("preset", "oracle"), [("apex-o2", o2), ("apex-o3", o3)])
 def test_o2_and_o3_give_the_bits_of_a_half_block(
@@ -569,6 +573,7 @@ def test_o2_and_o3_give_the_bits_of_a_half_block(
     assert_same_bits(preset, oracle, build("block", representable), mode)
 
 
+@pytest.mark.slow
 def test_o3_gives_the_bits_of_a_half_model() -> None:
     """A converted model's statistics stay FP32: let FP16 be able to hold them."""
     assert_same_bits("apex-o3", o3, build("cnn", representable), "eval")

@@ -122,6 +122,7 @@ PLANS = [
 CASTS = {"cnn": Casts(2, 3, 5), "block": Casts(2, 6, 9)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "mode", "expected"), PLANS)
 def test_whole_plans(model: str, mode: str, expected: str) -> None:
     plan = staged(model).plan(PRESET)
@@ -132,6 +133,7 @@ def test_whole_plans(model: str, mode: str, expected: str) -> None:
     assert casts_of(plan, mode) == CASTS[model]
 
 
+@pytest.mark.slow
 def test_mixed_bfloat16_is_the_same_with_bfloat16() -> None:
     for model in ("cnn", "block"):
         half, brain = staged(model).plan(PRESET), staged(model).plan(PRESET, BF16)
@@ -178,6 +180,7 @@ class Head(nn.Module):
         raise AssertionError(self.kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
@@ -197,6 +200,7 @@ def test_only_a_softmax_at_the_end_is_float32(kind: str, expected: list[str]) ->
     assert found == expected
 
 
+@pytest.mark.slow
 def test_the_softmax_of_an_attention_layer_is_float16() -> None:
     """As in Keras's MultiHeadAttention, which hands its own policy on to its softmax."""
     torch.manual_seed(0)
@@ -267,6 +271,7 @@ class Losses(nn.Module):
         ]
 
 
+@pytest.mark.slow
 def test_losses_are_float32() -> None:
     plan = Staged.of(Losses(), ramp(2, 8), torch.tensor([1, 2])).plan(PRESET)
     found = {d.op: d.dtype for d in plan.eval if d.decided and d.category == "deny"}

@@ -190,6 +190,7 @@ def test_a_long_line_takes_linear_time(line: str) -> None:
     assert_linear(read, 20_000)
 
 
+@pytest.mark.slow
 def test_many_operators_under_a_long_comment_take_linear_time() -> None:
     def read(count: int) -> None:
         ops = ", ".join(["'aten.linear'"] * count)

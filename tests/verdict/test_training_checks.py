@@ -404,6 +404,7 @@ def _static(scale: float) -> LossScaling:
     return LossScaling("static", scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scaling", "steps", "expected"),
     [

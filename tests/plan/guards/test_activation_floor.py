@@ -101,6 +101,7 @@ def test_it_keeps_what_makes_and_what_reads_the_small_value_in_fp32(small: Stage
     )
 
 
+@pytest.mark.slow
 def test_bf16_and_tame_values_are_all_low(small: Staged) -> None:
     assert all_low(small.plan("default", BF16))
     assert all_low(Staged.of(faint(10.0), spread(2, 4) * 1e-3).plan())

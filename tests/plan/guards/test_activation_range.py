@@ -160,6 +160,7 @@ def hot() -> Staged:
     return Staged.of(bulge(300.0), spread(2, 4))
 
 
+@pytest.mark.slow
 def test_it_keeps_what_makes_and_what_reads_the_large_value_in_fp32(hot: Staged) -> None:
     assert table(hot.plan(rules_with())) == rows(
         """
@@ -172,11 +173,13 @@ def test_it_keeps_what_makes_and_what_reads_the_large_value_in_fp32(hot: Staged)
     )
 
 
+@pytest.mark.slow
 def test_bf16_and_tame_values_are_all_low(hot: Staged) -> None:
     assert all_low(hot.plan("default", BF16))
     assert all_low(Staged.of(bulge(100.0), spread(2, 4)).plan())
 
 
+@pytest.mark.slow
 def test_bf16_has_a_limit_too() -> None:
     staged = Staged.of(bulge(1.5e19), spread(2, 4))
     expected = dict.fromkeys(("grow/linear#0", "shrink/linear#0"), "activation-range")
@@ -188,6 +191,7 @@ def test_without_it_the_output_overflows(hot: Staged) -> None:
     assert error(hot, rules_with(activation_headroom=False)) == INF
 
 
+@pytest.mark.slow
 def test_the_ranges_that_count_are_those_of_all_batches() -> None:
     staged = Staged.of(
         bulge(100.0), spread(2, 4), calibration=[(spread(2, 4),), (torch.ones(1, 4) * 4,)]
@@ -211,12 +215,14 @@ class Scores(nn.Module):
 FAR = torch.tensor([[-1e5, -0.95e5, -1.05e5, 1.0]])
 
 
+@pytest.mark.slow
 def test_what_scores_are_computed_from_is_no_mask() -> None:
     staged = Staged.of(Scores(), FAR, torch.ones(1, 4))
     assert guarded(staged.plan())["scores/linear#0"] == "activation-range"
     assert error(staged) < 2e-3
 
 
+@pytest.mark.slow
 def test_what_a_condition_compares_is_no_mask() -> None:
     staged = Staged.of(Scores(), torch.ones(1, 4), FAR)
     assert guarded(staged.plan())["other/linear#0"] == "activation-range"

@@ -179,6 +179,7 @@ def test_with_all_guards_off_nothing_is_found(at: Site, dtype: torch.dtype) -> N
     assert first_finding(at, OFF, dtype) is None
 
 
+@pytest.mark.slow
 @given(SITES, st.builds(GuardLimits, *[LIMITS] * len(fields(GuardLimits))), DTYPES)
 def test_the_first_finding_is_that_of_the_first_guard(
     at: Site, limits: GuardLimits, dtype: torch.dtype

@@ -114,6 +114,7 @@ def fast() -> Staged:
     return Staged.of(Wave(10003.0), EIGHTHS)
 
 
+@pytest.mark.slow
 def test_it_keeps_what_computes_the_angle_in_fp32(fast: Staged) -> None:
     assert table(fast.plan()) == rows(
         """
@@ -135,6 +136,7 @@ def test_a_sine_that_a_rule_would_make_low_is_kept_as_well(fast: Staged) -> None
         assert guarded(fast.plan(rules_with(SINE_TOO), dtype)) == expected
 
 
+@pytest.mark.slow
 def test_tame_angles_are_all_low() -> None:
     """FP16 has room for 20 radians, BF16 for two and a half."""
     assert all_low(Staged.of(Wave(20.0), EIGHTHS).plan(rules_with(SINE_TOO)))
@@ -144,6 +146,7 @@ def test_tame_angles_are_all_low() -> None:
     }
 
 
+@pytest.mark.slow
 def test_what_is_added_to_an_angle_and_what_it_is_multiplied_with_compute_it_too() -> None:
     class Shifted(Wave):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -128,6 +128,7 @@ def large() -> Staged:
     return Staged.of(Residue(1000.0), spread(2, 4))
 
 
+@pytest.mark.slow
 def test_it_keeps_the_difference_and_what_makes_its_terms_in_fp32(large: Staged) -> None:
     assert table(large.plan()) == rows(
         """
@@ -141,6 +142,7 @@ def test_it_keeps_the_difference_and_what_makes_its_terms_in_fp32(large: Staged)
     )
 
 
+@pytest.mark.slow
 def test_tame_values_are_all_low() -> None:
     """In BF16 numbers of 6 leave an error of 4.7 % in one of 0.5."""
     assert all_low(Staged.of(Residue(5.0), spread(2, 4)).plan(rules_with(), BF16))

@@ -124,6 +124,7 @@ def masked() -> Staged:
     return Staged.of(Masked(-1e9), spread(2, 4), VISIBLE)
 
 
+@pytest.mark.slow
 def test_it_keeps_the_node_with_the_constant_in_fp32(masked: Staged) -> None:
     assert table(masked.plan()) == rows(
         """
@@ -136,6 +137,7 @@ def test_it_keeps_the_node_with_the_constant_in_fp32(masked: Staged) -> None:
     )
 
 
+@pytest.mark.slow
 def test_bf16_and_tame_constants_do_not_fire(masked: Staged) -> None:
     assert guarded(masked.plan("default", BF16)) == {}
     assert guarded(Staged.of(Masked(-1e4), spread(2, 4), VISIBLE).plan()) == {}
@@ -161,6 +163,7 @@ class Clamped(nn.Module):
         return self.last(self.mid(self.first(x).clamp(max=self.bound)).clamp(max=1.0))
 
 
+@pytest.mark.slow
 def test_without_it_the_kernel_refuses_and_takes_every_node_of_the_operator_along() -> None:
     staged = Staged.of(Clamped(1e9), spread(2, 4))
     assert guarded(staged.convert().plan) == {"/clamp#0": "constant"}

@@ -114,6 +114,7 @@ def test_it_keeps_the_running_product_in_fp32(long: Staged) -> None:
     assert guarded(long.plan(rules_with(RULE), BF16)) == {"/cumprod#0": "cumulative"}
 
 
+@pytest.mark.slow
 def test_a_short_one_is_low() -> None:
     assert all_low(decay(64).plan(rules_with(RULE)))
     assert all_low(decay(64).plan(rules_with(RULE), BF16))

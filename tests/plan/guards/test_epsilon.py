@@ -145,6 +145,7 @@ def test_the_sum_is_the_constant_guards_too(divided: Staged) -> None:
     assert guarded(divided.plan()) == {"/add#0": "constant", "/div#0": "epsilon"}
 
 
+@pytest.mark.slow
 def test_bf16_and_a_tame_eps_are_all_low(divided: Staged) -> None:
     assert all_low(divided.plan("default", BF16))
     assert all_low(added(1e-4).plan())
@@ -155,6 +156,7 @@ def test_without_it_zero_is_divided_by_zero(divided: Staged) -> None:
     assert error(divided, rules_with(smallest_eps=False)) == INF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "nodes"),
     [
@@ -174,12 +176,14 @@ def test_an_eps_under_a_root_or_seen_through_views(
     assert error(staged, rules) < 2e-3
 
 
+@pytest.mark.slow
 def test_a_clamp_keeps_from_zero_as_well() -> None:
     staged = Staged.of(Normed(lambda h: h.abs().clamp(min=1e-8)), ZERO_INSIDE)
     assert guarded(staged.plan()) == {"/clamp#0": "constant", "/div#0": "epsilon"}
     assert error(staged) < 2e-3
 
 
+@pytest.mark.slow
 def test_an_eps_may_be_a_buffer() -> None:
     eps = torch.tensor(1e-8)
     staged = Staged.of(Normed(lambda h: h.abs() + eps), ZERO_INSIDE)

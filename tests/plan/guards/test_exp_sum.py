@@ -126,6 +126,7 @@ def test_it_keeps_the_exponential_in_fp32_and_that_floods_the_sum(large: Staged)
     )
 
 
+@pytest.mark.slow
 def test_tame_exponents_are_all_low() -> None:
     staged = Staged.of(Weighted(), spread(2, 4, low=-2.0, high=2.0))
     for dtype in (F16, BF16):
@@ -137,11 +138,13 @@ def test_an_exponential_is_denied_anyway_by_default(large: Staged) -> None:
     assert [d.low for d in large.plan(rules_with(), BF16).eval] == [False, False, False, True]
 
 
+@pytest.mark.slow
 def test_without_it_the_shares_are_others(large: Staged) -> None:
     assert error(large, rules_with(*RULES), BF16) < 5e-3
     assert error(large, rules_with(*RULES, exp_growth=False), BF16) > 2e-2
 
 
+@pytest.mark.slow
 def test_a_term_that_vanishes_is_no_reason() -> None:
     """In FP16 nothing else makes it fire: an exponent of 11 already overflows."""
     staged = Staged.of(Weighted(), torch.tensor([[-25.0, 0.0, 1.0, 0.5]]))
@@ -160,6 +163,7 @@ class Computed(nn.Module):
         return self.weighted(self.first(x))
 
 
+@pytest.mark.slow
 def test_what_makes_the_exponent_is_kept_as_well() -> None:
     x = torch.tensor([[1.0, 255 / 256, 254 / 256, 253 / 256], [253 / 256, 1.0, 255 / 256, 1.0]])
     staged = Staged.of(Computed(), x)

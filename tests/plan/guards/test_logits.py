@@ -119,6 +119,7 @@ def far() -> Staged:
     return classifier(8000.0)
 
 
+@pytest.mark.slow
 def test_it_keeps_the_logits_layer_and_the_softmax_in_fp32(far: Staged) -> None:
     assert table(far.plan()) == rows(
         """
@@ -130,6 +131,7 @@ def test_it_keeps_the_logits_layer_and_the_softmax_in_fp32(far: Staged) -> None:
     )
 
 
+@pytest.mark.slow
 def test_tame_logits_are_all_low() -> None:
     assert all_low(classifier(50.0).plan(rules_with(), BF16))
     middle = classifier(500.0)

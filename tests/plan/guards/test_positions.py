@@ -108,6 +108,7 @@ def test_it_keeps_what_reads_the_position_in_fp32(late: Staged) -> None:
     )
 
 
+@pytest.mark.slow
 def test_fewer_positions_are_all_low() -> None:
     """BF16 counts to 256 only."""
     early, middle = clock(200), clock(2000)
@@ -137,6 +138,7 @@ class Stored(Clock):
         return super().forward(x, self.steps[: len(x)])
 
 
+@pytest.mark.slow
 def test_positions_from_a_buffer_count_after_a_slice() -> None:
     staged = Staged.of(Stored(), spread(3, 4))
     assert guarded(staged.plan())["clock/linear#0"] == "positions"
@@ -155,6 +157,7 @@ class Padded(nn.Module):
         return self.last(scores.softmax(-1))
 
 
+@pytest.mark.slow
 def test_a_mask_of_ones_and_zeros_is_no_position() -> None:
     """Autocast handles it well: nobody needs -10000 to the last digit."""
     staged = Staged.of(Padded(), spread(2, 4), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]))

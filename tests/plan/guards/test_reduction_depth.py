@@ -117,6 +117,7 @@ class Wide(nn.Module):
         return self.last(self.deep(self.first(x).repeat(1, 16)))
 
 
+@pytest.mark.slow
 def test_it_keeps_the_deep_contraction_in_fp32() -> None:
     staged = Staged.of(Wide(), spread(2, 4))
     assert table(staged.plan(rules_with(reduction_depth=63.0))) == rows(

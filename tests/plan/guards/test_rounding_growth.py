@@ -97,6 +97,7 @@ def test_it_keeps_the_normalisation_and_what_it_reads_in_fp32(large: Staged) -> 
     )
 
 
+@pytest.mark.slow
 def test_a_small_offset_is_left_alone() -> None:
     """Normalisation of 5 ± 0.15 lets the error grow 30 times less than that of 1000."""
     assert all_low(Staged.of(offset(0.5), spread(3, 4)).plan())
@@ -135,6 +136,7 @@ class Sink(nn.Module):
         return self.last(torch.softmax(scores, -1) @ self.values)
 
 
+@pytest.mark.slow
 def test_terms_that_float16_loses_are_kept_where_they_make_the_result() -> None:
     """Each is 1.5e-8, of a range up to 1: no other guard sees it."""
     staged = Staged.of(Sink(), torch.zeros(2, 4))

@@ -93,11 +93,13 @@ def test_it_keeps_the_layer_of_the_weight_in_fp32(small: Staged) -> None:
     )
 
 
+@pytest.mark.slow
 def test_bf16_and_tame_weights_are_all_low(small: Staged) -> None:
     assert all_low(small.plan("default", BF16))
     assert all_low(Staged.of(quiet(1e-4), spread(2, 4)).plan())
 
 
+@pytest.mark.slow
 def test_half_a_weight_may_be_tiny() -> None:
     """Zeros do not count: they survive."""
     model = quiet(1e-4)

@@ -6,6 +6,8 @@ import math
 import re
 from dataclasses import replace
 
+import pytest
+
 from amp_convert.report import RunReport
 from amp_convert.report.charts.error_chart import BOTTOM, error_chart
 from amp_convert.report.charts.svg import LEFT, RIGHT, TOP
@@ -62,6 +64,7 @@ def test_tiny_errors_are_held_at_the_lower_edge(small_report: RunReport) -> None
     assert _points(chart.accumulated)[0][1] == BOTTOM
 
 
+@pytest.mark.slow
 def test_a_pixel_column_shows_its_worst_node(small_report: RunReport) -> None:
     errors: list[float | None] = [1e-4] * 20_000
     errors[777] = 1e-2

@@ -124,6 +124,7 @@ def _all_ones(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {n: torch.ones_like(v) if "attention_mask" in n else v for n, v in kwargs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", ["padded", "ones"])
 @pytest.mark.parametrize(
     "name", ["bert", "gpt2", "llama", "vit", "clip", "t5", "whisper", "mixtral"]

@@ -48,6 +48,7 @@ def results(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Any:
     return [o.detach() for o in outputs], torch.autograd.grad(total, wanted, allow_unused=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_fp32_throughout_is_eager_bit_for_bit(function: Callable[..., Any]) -> None:
     model = Branching(function)
@@ -86,6 +87,7 @@ def test_autocasts_plan_takes_one_branch_as_well() -> None:
         assert "where" not in targets(running(mixed, mode).tuned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [several_results, nested])
 def test_one_branch_alone_is_computed_in_low_precision(function: Callable[..., Any]) -> None:
     mixed = amp.convert(Branching(function), (X,), dtype=torch.bfloat16)
@@ -98,6 +100,7 @@ def test_one_branch_alone_is_computed_in_low_precision(function: Callable[..., A
         assert targets(running(mixed, mode).tuned).count("linear") == 1
 
 
+@pytest.mark.slow
 def test_copies_and_files_choose_as_well() -> None:
     frozen = amp.convert(Branching(nested).eval(), (X,), dtype=torch.bfloat16).freeze()
     with torch.no_grad():
@@ -123,6 +126,7 @@ def test_compilers_and_exporters_see_a_condition() -> None:
         assert all(torch.equal(a, again(x)) for a, x in zip(want, (X, -X), strict=True))
 
 
+@pytest.mark.slow
 def test_a_batch_of_models_computes_both() -> None:
     """Under vmap nobody can tell which branch it is."""
     model = Branching(plain).eval()

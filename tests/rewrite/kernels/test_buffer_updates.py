@@ -69,6 +69,7 @@ def _run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [*found, *(b.clone() for b in model.buffers())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CASES)
 def test_buffers_are_those_of_eager(what: str) -> None:
     then, left = CASES[what]
@@ -104,6 +105,7 @@ def test_an_old_version_that_is_read_later_is_kept(read_again: bool) -> None:
     assert written == (frozenset() if read_again else {1, 2})
 
 
+@pytest.mark.slow
 @both_dtypes
 def test_a_training_step_copies_no_buffer(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -143,6 +145,7 @@ def test_one_value_a_channel_is_refused_as_eager_refuses_it() -> None:
     assert said[0] == said[1]
 
 
+@pytest.mark.slow
 def test_what_is_not_known_is_written_back() -> None:
     """A moving average in floating point: its new value is copied after the call."""
 
@@ -167,6 +170,7 @@ def test_what_is_not_known_is_written_back() -> None:
     assert names == ["seen"]
 
 
+@pytest.mark.slow
 def test_a_flag_that_is_counted_up_is_written_back() -> None:
     """Its sum with a number is no flag, so it cannot be written in place."""
 
@@ -191,6 +195,7 @@ def _written(mixed: nn.Module) -> list[int]:
     return sorted(running(mixed, "train").in_place)
 
 
+@pytest.mark.slow
 def test_compiled_the_graph_runs_as_it_was() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ class Cached(nn.Module):
         return joined if self._returned else joined * 2
 
 
+@pytest.mark.slow
 def test_an_empty_part_is_left_away() -> None:
     x = torch.randn(3, 4)
     for returned, wide, left in ((False, False, 0), (True, False, 1), (False, True, 1)):

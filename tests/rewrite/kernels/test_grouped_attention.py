@@ -36,6 +36,7 @@ class Grouped(nn.Module):
         return made.transpose(1, 2).reshape(x.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrongly", [False, True])
 def test_heads_are_repeated_only_for_a_mask(wrongly: bool) -> None:
     torch.manual_seed(0)

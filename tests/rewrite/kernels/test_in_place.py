@@ -110,6 +110,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", TRAINED)
 def test_where_it_writes_in_training(what: str) -> None:
     after, expected = TRAINED[what]
@@ -138,6 +139,7 @@ def _step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [*(t.detach() for t in outputs), *(g for g in found if g is not None)]
 
 
+@pytest.mark.slow
 def test_a_view_that_a_layer_makes_is_not_written_to_in_training() -> None:
     """`linear` gives a view for inputs of three dimensions; autograd would copy in the backward
     pass for a write over it."""
@@ -189,6 +191,7 @@ chains = given(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @chains
 def test_any_chain_gives_the_same_bits(steps: list[tuple[str, int, int]]) -> None:
@@ -203,6 +206,7 @@ def test_any_chain_gives_the_same_bits(steps: list[tuple[str, int, int]]) -> Non
     assert_same_bits(x, given)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @chains
 def test_any_chain_has_the_same_gradients(steps: list[tuple[str, int, int]]) -> None:

@@ -105,6 +105,7 @@ def test_tensor_methods_are_patched_in_one_thread_and_come_back() -> None:
     assert x.to(torch.float32) is x
 
 
+@pytest.mark.slow
 def test_training_has_words_of_its_own() -> None:
     def forward(m: Net, x: torch.Tensor) -> torch.Tensor:
         h = torch.exp(m.linear(x) * 4)
@@ -215,6 +216,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[-1])
 
 
+@pytest.mark.slow
 def test_a_custom_operator_is_not_believed() -> None:
     noisy = made(lambda m, x: m.linear(x) + torch.ops.amp_convert_tests.noise(x.shape[0])[:, None])
     x = torch.randn(3, 4)
@@ -236,6 +238,7 @@ def _by_rows(m: Net, x: torch.Tensor) -> torch.Tensor:
     return m.linear(x) + torch.arange(x.shape[0]).float().cos()[:, None]
 
 
+@pytest.mark.slow
 def test_threads_do_not_make_what_is_kept_grow() -> None:
     frozen = amp.convert(made(_by_rows), torch.randn(3, 4), rules="fp32", train=False).freeze()
 
@@ -265,6 +268,7 @@ def test_a_transformed_call_takes_the_plain_graph() -> None:
         torch.testing.assert_close(run(stacked), want(stacked))
 
 
+@pytest.mark.slow
 def test_a_layer_of_no_inputs_and_a_bias_that_is_no_vector_are_not_folded() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

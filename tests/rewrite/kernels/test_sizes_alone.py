@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -57,6 +58,7 @@ def test_a_caller_may_write_to_what_it_gets() -> None:
         assert_same_bits(want, mixed(x))
 
 
+@pytest.mark.slow
 def test_random_numbers_are_drawn_at_each_call() -> None:
     model = Positions(noise=True)
     mixed, x = _mixed(model), torch.randn(3, 4)

@@ -73,6 +73,7 @@ def test_each_gradient_comes_in_the_dtype_of_its_own_weight() -> None:
         torch.testing.assert_close(found, torch.full((2,), scale), rtol=1e-2, atol=0)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_not_there_and_those_of_a_batch() -> None:
     class Stop(torch.autograd.Function):
         @staticmethod
@@ -95,6 +96,7 @@ def test_gradients_that_are_not_there_and_those_of_a_batch() -> None:
         torch.testing.assert_close(made, torch.stack(parts))
 
 
+@pytest.mark.slow
 def test_derivatives_that_are_carried_forward() -> None:
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).train(), torch.randn(2, 3)
     mixed = amp.convert(model, x, dtype=torch.bfloat16, rules="autocast")
@@ -110,6 +112,7 @@ def test_derivatives_that_are_carried_forward() -> None:
     torch.testing.assert_close(tangents[0], tangents[1], rtol=5e-2, atol=5e-2)
 
 
+@pytest.mark.slow
 def test_a_trace_of_a_training_model_can_be_saved() -> None:
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).train(), torch.randn(2, 3)
     mixed = amp.convert(model, x, dtype=torch.bfloat16, rules="autocast")
@@ -133,6 +136,7 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_call_a_block(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -143,6 +147,7 @@ def test_a_call_a_block(dtype: torch.dtype) -> None:
     assert counted(loss.backward).calls["_foreach_copy_"] == 4
 
 
+@pytest.mark.slow
 def test_a_large_block_is_cast_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_casts, "LARGEST", 64 + 8)
     model, x = Blocks().train(), torch.randn(4, 8)
@@ -151,6 +156,7 @@ def test_a_large_block_is_cast_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     assert counted(lambda: mixed(x)).calls["_foreach_copy_"] == 3 * 2 + 1
 
 
+@pytest.mark.slow
 def test_a_gradient_comes_while_the_backward_pass_runs() -> None:
     """What a hook on a late layer sees: its gradient is there, that of an early one is not."""
     model, x = Blocks().train(), torch.randn(4, 8)
@@ -163,6 +169,7 @@ def test_a_gradient_comes_while_the_backward_pass_runs() -> None:
     assert early.grad is not None
 
 
+@pytest.mark.slow
 def test_frozen_layers_train_no_weight() -> None:
     torch.manual_seed(0)
     model, x = Blocks().train(), torch.randn(4, 8)

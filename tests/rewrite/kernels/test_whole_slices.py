@@ -34,6 +34,7 @@ class Net(nn.Module):
         return self._then(self.linear(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CASES)
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_what_is_left(what: str, mode: str) -> None:
@@ -48,6 +49,7 @@ def test_what_is_left(what: str, mode: str) -> None:
     assert_same_bits(list(found[0]), list(found[1]))
 
 
+@pytest.mark.slow
 def test_a_backward_pass_as_eager_has_it() -> None:
     torch.manual_seed(0)
     model, x = Net(CASES["the whole, and one"][0]).train(), torch.randn(3, 5, 4)

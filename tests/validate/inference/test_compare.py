@@ -50,6 +50,7 @@ def rel_l2(want: list[torch.Tensor], have: list[torch.Tensor]) -> float:
 # --- nodes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_errors_of_a_two_layer_net_by_hand() -> None:
     """Over two batches: sums of squares add up before the root is taken."""
     model, batches = two_layers(), [X, 3 * X + 1]
@@ -136,6 +137,7 @@ class Overflowing(nn.Module):
         return (self.linear(x) * 1e5).exp().clamp(max=10)
 
 
+@pytest.mark.slow
 def test_a_node_that_overflows_is_reported() -> None:
     model = Overflowing().eval()
     divergence = on(amp.convert(model, X, rules="half"), X)
@@ -152,6 +154,7 @@ def test_a_node_that_overflows_is_reported() -> None:
     assert not math.isfinite(row.max_abs_err)
 
 
+@pytest.mark.slow
 def test_a_node_that_underflows_is_reported() -> None:
     class Underflowing(nn.Module):
         def __init__(self) -> None:
@@ -170,6 +173,7 @@ def test_a_node_that_underflows_is_reported() -> None:
     assert divergence.outputs[0].rel_l2 == 1.0
 
 
+@pytest.mark.slow
 def test_memory_that_was_not_written_is_not_measured() -> None:
     """What lay in an empty tensor is no error of anybody's."""
 
@@ -203,6 +207,7 @@ class ManyOutputs(nn.Module):
         return {"y": y, "rest": (y.argmax(-1), [y > 0, None]), "wave": torch.fft.fft(y.float())}
 
 
+@pytest.mark.slow
 def test_outputs_are_those_of_the_two_models_run_apart() -> None:
     model, batches = ManyOutputs().eval(), [X, X[:2] * 3]
     mixed = amp.convert(model, X, dtype=torch.bfloat16)
@@ -255,6 +260,7 @@ def test_outputs_of_every_model(name: str) -> None:
         assert row.nonfinite == row.ref_nonfinite == 0
 
 
+@pytest.mark.slow
 def test_infinities_of_the_reference_are_counted() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -371,6 +377,7 @@ def test_no_metrics_have_a_reason() -> None:
 # --- what is left as it was ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_flags_and_random_state_are_left_as_they_were() -> None:
     model = nn.Sequential(two_layers(), nn.Dropout(0.5), nn.BatchNorm1d(3))
     mixed = amp.convert(model.train(), X)
@@ -402,6 +409,7 @@ class Counting(nn.Module):
         return self.linear(x) * self.calls
 
 
+@pytest.mark.slow
 def test_buffers_are_left_as_they_were() -> None:
     """And each arm starts from the same ones, or it would be compared with another model."""
     model = Counting().eval()
@@ -413,6 +421,7 @@ def test_buffers_are_left_as_they_were() -> None:
     assert divergence.autocast_outputs[0].rel_l2 < 1e-3
 
 
+@pytest.mark.slow
 def test_batches_are_left_as_they_were() -> None:
     class Shifting(nn.Module):
         def __init__(self) -> None:
@@ -447,6 +456,7 @@ def test_batches_are_taken_one_at_a_time() -> None:
     assert divergence.batches == len(told) == 3
 
 
+@pytest.mark.slow
 def test_memory_stays_near_two_forward_passes() -> None:
     torch.manual_seed(0)
     layers = [m for _ in range(6) for m in (nn.Linear(32, 32), nn.ReLU())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -21,6 +22,7 @@ def stack() -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
+@pytest.mark.slow
 def test_every_arm_is_measured() -> None:
     found = costs.measure(amp.convert(stack(), X, rules=rules_with()), (X,), {})
     assert [cost.arm for cost in found] == ARMS
@@ -30,6 +32,7 @@ def test_every_arm_is_measured() -> None:
         assert cost.note.startswith(f"median of {costs.TURNS} forward passes")
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_weights_and_what_a_pass_adds() -> None:
     """By hand: weights of 4 layers, two activations at a time, and casts where there are any."""
     model = stack()
@@ -62,6 +65,7 @@ class Fails(nn.Module):
         return self.linear(x)
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_has_a_note_and_the_others_run() -> None:
     found = {cost.arm: cost for cost in costs.measure(amp.convert(Fails(), X), (X,), {})}
     assert list(found) == ARMS
@@ -96,6 +100,7 @@ class Stateful(nn.Module):
         return self.drop(self.linear(x)) + torch.rand(32)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was() -> None:
     torch.manual_seed(0)
     model = Stateful().train()

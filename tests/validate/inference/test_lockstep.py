@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import fx, nn
 
@@ -130,6 +131,7 @@ def test_local_results_are_the_operator_on_the_references_values(name: str) -> N
             assert same(step.local, expected), node
 
 
+@pytest.mark.slow
 def test_a_two_layer_net_by_hand() -> None:
     torch.manual_seed(0)
     first, last = nn.Linear(8, 8), nn.Linear(8, 3)
@@ -195,6 +197,7 @@ class Noisy(nn.Module):
         return self.last(y) + torch.bernoulli(torch.full((8,), 0.5))
 
 
+@pytest.mark.slow
 def test_all_three_draw_the_same_numbers() -> None:
     model = Noisy().eval()
     mixed = amp.convert(model, X)

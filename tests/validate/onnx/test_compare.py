@@ -72,6 +72,7 @@ def block(tmp_path: Path) -> tuple[ConvertedModel, OnnxModel, torch.Tensor]:
 # --- every model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_exportable
 def test_fp16_files_agree_or_it_is_said_where_they_part(name: str) -> None:
     """The FP32 files agree with PyTorch to rounding; FP16 files within a few ULP, and where that is
@@ -99,6 +100,7 @@ def test_fp16_files_agree_or_it_is_said_where_they_part(name: str) -> None:
     assert sum(row.parts for row in parity.nodes) <= 1
 
 
+@pytest.mark.slow
 @exportable("cnn", "lstm", "bert", "gpt2")
 @on_a_cpu
 def test_bf16_files_are_run_node_by_node_where_there_are_no_kernels(name: str) -> None:
@@ -116,6 +118,7 @@ def test_bf16_files_are_run_node_by_node_where_there_are_no_kernels(name: str) -
 # --- what is measured ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_all_batches(block: Any) -> None:
     """Against ONNX Runtime called directly, and errors by their definition."""
     mixed, file, x = block
@@ -140,6 +143,7 @@ def test_errors_are_those_of_all_batches(block: Any) -> None:
     assert parity.run("node by node").batches == 1
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_plan(block: Any) -> None:
     mixed, file, x = block
     parity = validate_onnx(mixed, file, [((x,), {}, None)])
@@ -158,6 +162,7 @@ def test_rows_are_those_of_the_plan(block: Any) -> None:
     assert list(frame.node) == [row.node for row in parity.nodes]
 
 
+@pytest.mark.slow
 @on_a_cpu
 def test_how_nodes_run_is_counted(block: Any) -> None:
     mixed, file, x = block
@@ -174,6 +179,7 @@ def test_how_nodes_run_is_counted(block: Any) -> None:
     assert parity.unrounded == "up/aten.linear#0"
 
 
+@pytest.mark.slow
 def test_metrics_are_weighted_by_batch_size(block: Any) -> None:
     mixed, file, x = block
 
@@ -195,6 +201,7 @@ def test_metrics_are_weighted_by_batch_size(block: Any) -> None:
     assert mean.onnx == pytest.approx(mean.fp32, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_low_borders_are_validated_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 32)
@@ -216,6 +223,7 @@ class Section(BaseModel):
     parity: OnnxParity
 
 
+@pytest.mark.slow
 def test_a_report_can_embed_it(block: Any) -> None:
     mixed, file, x = block
     section = Section(model=file, parity=validate_onnx(mixed, file, [((x,), {}, None)]))
@@ -223,6 +231,7 @@ def test_a_report_can_embed_it(block: Any) -> None:
     assert repr(again) == repr(section)  # NaN, a quantile of integers, is not itself
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_is(block: Any) -> None:
     mixed, file, x = block
     mixed.train()
@@ -244,6 +253,7 @@ def spoil(file: OnnxModel, change: Callable[[onnx.ModelProto], None]) -> None:
     onnx.save(proto, file.path)
 
 
+@pytest.mark.slow
 def test_a_wrong_weight_is_found_where_it_is(block: Any) -> None:
     mixed, file, x = block
 
@@ -264,6 +274,7 @@ def test_a_wrong_weight_is_found_where_it_is(block: Any) -> None:
         assert error.max_abs_err == pytest.approx(0.25, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_wrong_operator_is_found_where_it_is(block: Any) -> None:
     mixed, file, x = block
 
@@ -291,6 +302,7 @@ class Scaled(nn.Module):
         return self.linear(x) / 1024
 
 
+@pytest.mark.slow
 @on_a_cpu
 def test_an_overflow_that_sessions_hide_is_there_node_by_node(tmp_path: Path) -> None:
     x = torch.full((2, 64), 10.0)
@@ -309,6 +321,7 @@ def test_an_overflow_that_sessions_hide_is_there_node_by_node(tmp_path: Path) ->
     assert parity.unrounded == "linear/aten.linear#0"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_later_judges_nothing(block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed, file, x = block
     works = Session.run
@@ -328,6 +341,7 @@ def test_a_run_that_fails_later_judges_nothing(block: Any, monkeypatch: pytest.M
     assert [output.agrees for output in parity.run("node by node").outputs] == [None, True]
 
 
+@pytest.mark.slow
 def test_without_onnx_runtime_it_is_said_what_to_install(
     block: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +366,7 @@ def check(model: nn.Module, tmp_path: Path, *inputs: Any) -> OnnxParity:
     return parity
 
 
+@pytest.mark.slow
 def test_branches_in_the_graph(tmp_path: Path) -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
@@ -365,6 +380,7 @@ def test_branches_in_the_graph(tmp_path: Path) -> None:
     check(Branching(), tmp_path, torch.randn(2, 4))
 
 
+@pytest.mark.slow
 def test_what_is_left_after_cancelling_does_not_part(tmp_path: Path) -> None:
     """The mean of a normalised row is zero but for rounding, of which nothing needs to agree."""
 
@@ -388,6 +404,7 @@ def test_what_is_left_after_cancelling_does_not_part(tmp_path: Path) -> None:
     assert parity.parting == ""
 
 
+@pytest.mark.slow
 def test_complex_numbers_on_the_way(tmp_path: Path) -> None:
     class Spectrum(nn.Module):
         def __init__(self) -> None:
@@ -400,6 +417,7 @@ def test_complex_numbers_on_the_way(tmp_path: Path) -> None:
     check(Spectrum(), tmp_path, torch.randn(2, 8))
 
 
+@pytest.mark.slow
 def test_tuples_and_values_that_are_passed_on(tmp_path: Path) -> None:
     class Parts(nn.Module):
         def __init__(self) -> None:
@@ -421,6 +439,7 @@ def test_tuples_and_values_that_are_passed_on(tmp_path: Path) -> None:
     assert parity.unmatched == ()
 
 
+@pytest.mark.slow
 def test_names_of_outputs_are_those_of_the_comparison(tmp_path: Path) -> None:
     class Named(nn.Module):
         def forward(self, x: torch.Tensor) -> Any:
@@ -446,6 +465,7 @@ class Noise(nn.Module):
         return y * (torch.rand_like(x) > 0.5) if self.kind == "rand" else y + torch.randn_like(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rand", "randn", "dropout"])
 def test_random_numbers_are_those_of_nobody_else(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -459,6 +479,7 @@ def test_random_numbers_are_those_of_nobody_else(kind: str, tmp_path: Path) -> N
     assert [each.agrees for each in parity.runs] == [None] * 4
 
 
+@pytest.mark.slow
 def test_what_the_optimiser_spoils_does_not_pass(tmp_path: Path) -> None:
     """ONNX Runtime 1.32 gets a transposed matrix times a vector wrong once it is optimised, in FP32
     and in FP16."""
@@ -480,6 +501,7 @@ def test_what_the_optimiser_spoils_does_not_pass(tmp_path: Path) -> None:
         assert "an optimisation of ONNX Runtime changes the result" in check.reason
 
 
+@pytest.mark.slow
 def test_a_kernel_that_only_an_optimisation_asks_for_says_nothing_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def chain(depth: int, tmp_path: Path) -> tuple[ConvertedModel, Path, torch.Tenso
     return mixed, tmp_path / "m.onnx", x
 
 
+@pytest.mark.slow
 def test_results_have_the_dtypes_and_values_of_pytorch(tmp_path: Path) -> None:
     mixed, path, x = chain(2, tmp_path)
     seen, output = visit(mixed, path, x)
@@ -57,6 +58,7 @@ def test_results_have_the_dtypes_and_values_of_pytorch(tmp_path: Path) -> None:
     torch.testing.assert_close(output, want, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_an_error_accumulates_and_is_local_to_one_node(tmp_path: Path) -> None:
     """The first layer's bias is off by 1 in the file: tanh gets linear + 1, but locally linear."""
     mixed, path, x = chain(2, tmp_path)
@@ -76,6 +78,7 @@ def test_an_error_accumulates_and_is_local_to_one_node(tmp_path: Path) -> None:
     torch.testing.assert_close(local, reference, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_values_are_dropped_after_their_last_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,7 @@ def test_each_is_the_plain_loop_and_goes_on_from_a_checkpoint(
     assert losses[-1] != losses[0]
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_evaluates_the_loss_again(exact: Any) -> None:
     recipe = Recipe(classify, lambda p: optim.LBFGS(p), path="net.py")
     with training(exact.captured.model, exact):
@@ -139,6 +140,7 @@ def test_an_optimizer_that_evaluates_the_loss_again(exact: Any) -> None:
             race.step()
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_weights_and_schedule(exact: Any) -> None:
     mixed = convert_net(torch.float16)
     recipe = Recipe(

@@ -50,6 +50,7 @@ def comparable(parity: TrainingParity) -> str:
     return json.dumps(plain)
 
 
+@pytest.mark.slow
 def test_what_a_comparison_says(mixed: ConvertedModel) -> None:
     """Words, numbers and their order, on a run with all that there is to say."""
     recipe = how(
@@ -95,6 +96,7 @@ def test_what_a_comparison_says(mixed: ConvertedModel) -> None:
     assert 0 < found.gradients.total.rel_l2 < 0.01
 
 
+@pytest.mark.slow
 def test_the_last_metrics_are_those_of_a_loop_by_hand(mixed: ConvertedModel) -> None:
     """Weighted by batch size, in eval mode: one batch is smaller than the others."""
 
@@ -129,6 +131,7 @@ def test_nothing_converted_is_nothing_scaled() -> None:
     assert (other.drift, other.moved, found.gradients.total.rel_l2) == (0, 1, 0)
 
 
+@pytest.mark.slow
 def test_the_gradients_are_compared_at_a_scale_that_they_bear(mixed: ConvertedModel) -> None:
     """Gradients of up to 0.4 overflow from 2**18 on; the step's scale is what training finds."""
     found = compare_training(
@@ -171,6 +174,7 @@ def test_a_scale_under_one_ends_the_run_with_its_history(mixed: ConvertedModel) 
 # --- how it ends ---
 
 
+@pytest.mark.slow
 def test_batches_that_run_out(mixed: ConvertedModel) -> None:
     """Without a wish for a number of steps there are as many as there are; else it is said."""
     short = dataclasses.replace(POINTS, train_batches=lambda seed: points(seed, 5))
@@ -216,6 +220,7 @@ def test_interrupted_before_the_first_step(mixed: ConvertedModel) -> None:
     assert found.gradients.total.rel_l2 < 0.01
 
 
+@pytest.mark.slow
 def test_seeds(mixed: ConvertedModel) -> None:
     """Each is a pair of its own; the first has all arms, and the answer comes at a look."""
     options = Options(steps=4, seeds=8, margin=Margin(0.5), metric="loss")
@@ -275,6 +280,7 @@ FULL: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(1,), (4, 7), (13, 26)], ids=str)
 def test_a_run_goes_on_in_the_same_bits(
     stops: tuple[int, ...], mixed: ConvertedModel, tmp_path: Path

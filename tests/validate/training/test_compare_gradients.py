@@ -88,6 +88,7 @@ def test_a_model_that_is_not_converted_has_no_errors(name: str) -> None:
         assert row.zeroed_share in (0, None)
 
 
+@pytest.mark.slow
 @both_dtypes
 @pytest.mark.parametrize("scale", [1.0, 2.0**12])
 def test_errors_worked_out_by_hand(dtype: torch.dtype, scale: float) -> None:
@@ -183,6 +184,7 @@ def test_a_shared_parameter_counts_once() -> None:
     assert "lm_head" in {row.layer for row in found.layers}  # by its activations
 
 
+@pytest.mark.slow
 @both_dtypes
 def test_both_models_draw_the_same_random_numbers(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -292,6 +294,7 @@ def test_a_mixed_loss_without_gradients_is_a_finding(monkeypatch: pytest.MonkeyP
 # --- ranges --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ranges_worked_out_by_hand() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
@@ -335,6 +338,7 @@ def test_ranges_worked_out_by_hand() -> None:
     assert found.layers[0].grad_underflow_fraction == 4 / 12
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.integers(-20, 20))
 def test_a_factor_of_the_loss_moves_the_histograms(power: int) -> None:
@@ -379,6 +383,7 @@ def test_a_layers_share_is_that_of_its_nodes() -> None:
 # --- the whole -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_in_parts() -> None:
     torch.manual_seed(0)
     of = staged(Branching())

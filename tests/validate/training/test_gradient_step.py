@@ -256,6 +256,7 @@ class Ids(nn.Module):
         return self.embed(ids)
 
 
+@pytest.mark.slow
 def test_values_that_the_model_refuses() -> None:
     of = staged(Ids, torch.tensor([1, 2]))
     with pytest.raises(ModelError, match="a training step of the FP32 model raised IndexError"):
@@ -280,6 +281,7 @@ class Complex(nn.Module):
         return torch.view_as_real(torch.view_as_complex(x.view(-1, 2, 2)) * self.turn)
 
 
+@pytest.mark.slow
 def test_complex_gradients_are_compared_part_by_part() -> None:
     of = staged(Complex)
     watched = GradientProbe(of.captured)

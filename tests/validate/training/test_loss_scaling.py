@@ -37,6 +37,7 @@ def test_numbers_that_make_no_rule(given: Mapping[str, Any], said: str) -> None:
     assert refused.value.what == said
 
 
+@pytest.mark.slow
 def test_the_scale_follows_its_rule() -> None:
     """Grows by 4 after 2 clean steps; too large at first, so it backs off by 8."""
     mixed = convert_net(torch.float16)

@@ -437,6 +437,7 @@ def simulate(
     return Rates(passed, failed, math.sqrt(max(passed * (1 - passed), 1e-4) / repetitions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("correlation", "baseline_seeds", "lower_is_better"),
     [(0.0, 0, False), (0.5, 0, True), (0.0, 8, False), (0.9, 8, True)],
@@ -457,6 +458,7 @@ def test_at_most_5_percent_pass_when_the_loss_is_the_margin(
     assert rates.failed <= 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("correlation", "baseline_seeds", "expected"),
     [(0.0, 0, 0.895), (0.5, 0, 0.995), (0.9, 0, 1.0), (0.0, 16, 0.850), (0.5, 8, 0.945)],
@@ -476,6 +478,7 @@ def test_at_least_85_percent_pass_when_training_is_equal(
     assert rates.failed <= 0.001
 
 
+@pytest.mark.slow
 def test_independent_pairs_pay_for_a_margin_from_eight_seeds() -> None:
     # Short of 85 %: eight seeds are the fewest that are admitted, not the number to recommend.
     rates = simulate(4000, correlation=0.0, loss_in_margins=0.0, baseline_seeds=8, seed=3)

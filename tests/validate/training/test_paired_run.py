@@ -18,6 +18,7 @@ from tests.zoo import assert_same_bits
 NONE = LossScaling("none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", ["cnn", "lstm", "gpt2"])
 def test_fp32_throughout_is_plain_eager_training(name: str, optimizer: str) -> None:
@@ -51,6 +52,7 @@ def how(dtype: torch.dtype) -> object:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["cnn", "gpt2"])
 def test_each_arm_is_the_loop_of_pytorchs_guide(name: str, dtype: torch.dtype) -> None:

@@ -89,6 +89,7 @@ def test_an_optimizer_of_some_parameters() -> None:
         assert mixed.arms[name].norms == pytest.approx(exact.arms["fp32"].norms, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_an_optimizer_without_any_gradient() -> None:
     """Nothing reaches its parameters: no step, and no assertion of GradScaler's."""
 
@@ -154,6 +155,7 @@ class Writes(Net):
         return super().forward(x.sub_(1.0))
 
 
+@pytest.mark.slow
 def test_eval_batches_that_the_model_or_the_loss_writes_to() -> None:
     kept = [next(points(5))]
 
@@ -221,6 +223,7 @@ def test_parameters_on_the_same_memory() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_complex_parameters_and_a_loss_scale() -> None:
     class Spectral(nn.Module):
         def __init__(self) -> None:
@@ -243,6 +246,7 @@ def test_complex_parameters_and_a_loss_scale() -> None:
     assert race.outcome.arm("mixed").drift == pytest.approx(drift**0.5 / moved, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_sparse_gradients_are_trained_and_measured() -> None:
     class Bag(nn.Module):
         def __init__(self) -> None:
@@ -294,6 +298,7 @@ def test_the_model_is_left_as_it_was_whatever_the_code_does() -> None:
 # --- autocast, seeds, interruptions and checkpoints ---
 
 
+@pytest.mark.slow
 def test_an_original_that_autocast_breaks_in_eval_only() -> None:
     class Banned(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -312,6 +317,7 @@ def test_an_original_that_autocast_breaks_in_eval_only() -> None:
     assert race.outcome.arm("mixed").metrics
 
 
+@pytest.mark.slow
 def test_seeds_that_repeat_each_other_are_no_evidence() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
@@ -361,6 +367,7 @@ def test_a_ctrl_c_that_kills_the_users_workers_too() -> None:
     assert [arm.metrics for arm in found.run.arms] == [{}] * 4
 
 
+@pytest.mark.slow
 def test_the_interval_of_checkpoints_is_counted_over_seeds(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

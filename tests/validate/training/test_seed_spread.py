@@ -128,6 +128,7 @@ def test_higher_is_better_unless_it_is_said() -> None:
     assert make(metric="margin").lower_is_better is False
 
 
+@pytest.mark.slow
 def test_more_seeds_and_a_tick_a_step() -> None:
     ticks: list[int] = []
     made = make(seeds=9, tick=lambda: ticks.append(1))
