@@ -310,7 +310,7 @@ class _Prepared:
 
 
 def _prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool) -> _Prepared:
-    """Capture and calibrate. A run that `judges` proves its graphs anew."""
+    """Capture and calibrate. A run that `judges` proves its graphs and measures anew."""
     rules = load_rules(settings.rules)
     device = devices.choose(settings.device)
     case = _on_device(case, device.device)
@@ -323,7 +323,7 @@ def _prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool
         progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
         batches = _ticking(_batches(case, device, settings.calibrate), progress)
         tried = [from_name(settings.dtype)] if rules.uses_trials else []
-        if settings.cache and settings.calibrate <= KEPT_BATCHES:
+        if settings.cache and not judges and settings.calibrate <= KEPT_BATCHES:
             # They may all be one tensor, which the user fills anew for each.
             drawn = [pytree.tree_map_only(torch.Tensor, torch.clone, batch) for batch in batches]
             stats = kept_profile(captured, drawn, tried, probes=rules.uses_probes)

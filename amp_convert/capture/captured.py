@@ -141,10 +141,15 @@ class Captured:
     def has_branches(self) -> bool:
         """Whether the model has a higher-order operator, such as torch.cond. PyTorch compiles that
         anew where it runs, and not at all where something watches the operators inside."""
-        return self.eager_branches or any(
-            region.graphs[mode].has_choices or isinstance(node.target, HigherOrderOperator)
-            for region, mode in self.graphs()
-            for node in region.graphs[mode].graph_module.graph.nodes
+        graphs = [region.graphs[mode] for region, mode in self.graphs()]
+        return (
+            self.eager_branches
+            or any(graph.has_choices for graph in graphs)
+            or any(
+                isinstance(node.target, HigherOrderOperator)
+                for graph in graphs
+                for node in graph.graph_module.graph.nodes
+            )
         )
 
     @property

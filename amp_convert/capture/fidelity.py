@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core import device as devices
-from amp_convert.core.errors import first_line
+from amp_convert.core.errors import first_line, refuse_environment
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.random_state import preserved_rng, rng_state
@@ -86,11 +86,13 @@ def check(
     try:
         eager = _trace(module, module, args, kwargs, mode, device, backward=backward)
     except Exception as error:  # noqa: BLE001  some models can be run but not differentiated
+        refuse_environment(error)
         backward, without = False, f"; gradients were not compared: {first_line(error)}"
     if not backward:
         try:
             eager = _trace(module, module, args, kwargs, mode, device, backward=backward)
         except Exception as error:  # noqa: BLE001  the same
+            refuse_environment(error)
             return unchecked(mode, f"the eager model fails in {mode} mode: {error}")
     if eager.drawn:
         return unchecked(

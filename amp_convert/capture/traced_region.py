@@ -32,19 +32,13 @@ from amp_convert.core import device as devices
 from amp_convert.core.errors import (
     ModelError,
     UnsupportedModelError,
-    environment_problem,
     first_line,
+    refuse_environment,
 )
 from amp_convert.core.mode import Mode
 from amp_convert.core.random_state import preserved_rng
 
 _log = logging.getLogger(__name__)
-
-
-def _refuse_environment(cause: Exception) -> None:
-    """Raises what the environment lacks, if that is what came of it: that is no model's fault."""
-    if problem := environment_problem(cause):
-        raise problem from cause
 
 
 class Wanted(Enum):
@@ -78,13 +72,6 @@ class CannotCaptureError(Exception):
         self.location = user_line(cause)
         super().__init__(self.reason)
 
-    @classmethod
-    def known(cls, part: Uncaptured) -> CannotCaptureError:
-        """The error of which this is what was said."""
-        error = cls(part.layer, LeftEagerError(Refusal(part.reason, part.mend)))
-        error.location = part.location
-        return error
-
     @property
     def uncaptured(self) -> Uncaptured:
         """The part as one that stays eager."""
@@ -95,21 +82,11 @@ def traced_region(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: Wanted
 ) -> Region:
     """The graphs of a module. Raises CannotCaptureError where there are none."""
-    failures = []
-
-    def attempt() -> Region | Uncaptured:
-        try:
-            return _traced(module, args, kwargs, path, wanted)
-        except CannotCaptureError as error:
-            failures.append(error)
-            return error.uncaptured
-
+    trace = partial(_traced, module, args, kwargs, path, wanted)
     with own_hooks_off(module) if path else contextlib.nullcontext():
-        found = kept_graphs.region_of(module, args, kwargs, path, wanted.name, attempt)
-    if isinstance(found, Uncaptured):
-        raise failures[0] if failures else CannotCaptureError.known(found)
-    _tell_of_sizes(found)
-    return found
+        region = kept_graphs.region_of(module, args, kwargs, path, wanted.name, trace)
+    _tell_of_sizes(region)
+    return region
 
 
 def _tell_of_sizes(region: Region) -> None:
@@ -133,14 +110,14 @@ def _traced(
     except (ModelError, UnsupportedModelError):
         raise
     except Exception as cause:  # export fails in as many ways as user code does
-        _refuse_environment(cause)
+        refuse_environment(cause)
         raise CannotCaptureError(path, cause) from cause
     train_failure = "" if wanted is not Wanted.EVAL else "training was not asked for"
     try:
         if wanted is not Wanted.EVAL:
             graphs[Mode.TRAIN] = _graph(module, args, kwargs, Mode.TRAIN, path, words[Mode.TRAIN])
     except Exception as cause:  # the eval graph is worth having without; fidelity says so
-        _refuse_environment(cause)
+        refuse_environment(cause)
         if wanted is Wanted.TRAIN:
             raise CannotCaptureError(path, cause) from cause
         train_failure = CannotCaptureError(path, cause).reason
@@ -148,7 +125,7 @@ def _traced(
     try:
         traces = {mode: record(graph, module, args, kwargs) for mode, graph in graphs.items()}
     except (RuntimeError, TypeError, ValueError) as error:
-        _refuse_environment(error)
+        refuse_environment(error)
         raise ModelError(
             f"the model refuses its inputs: {type(error).__name__}: {first_line(error)}",
             mend="Give example inputs that the model takes.",

@@ -90,6 +90,13 @@ def environment_problem(error: BaseException) -> EnvironmentProblemError | None:
     return None
 
 
+def refuse_environment(error: BaseException) -> None:
+    """Raises what the environment lacks, if that is what an exception comes of: whatever ran then,
+    it is not to blame."""
+    if problem := environment_problem(error):
+        raise problem from error
+
+
 class UnsupportedModelError(AmpConvertError):
     """The model works in eager FP32, but no part of it can be captured. Exit code 4."""
 

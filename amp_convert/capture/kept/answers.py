@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TypeVar
 
-from amp_convert.capture.kept import fingerprint
+from amp_convert.capture.kept import fingerprint, origins
 from amp_convert.core.errors import first_line
 from amp_convert.core.files import digests
 from amp_convert.core.files.cache import Cache, Entry
@@ -36,7 +36,7 @@ class _Session:
     @functools.cached_property
     def code(self) -> tuple[str, frozenset[str]]:
         """The digest of the code, and its files."""
-        return fingerprint.of_code(), fingerprint.loaded_code()
+        return fingerprint.of_code(), origins.loaded_code()
 
 
 _SESSION: ContextVar[_Session | None] = ContextVar("session", default=None)
@@ -69,14 +69,17 @@ def kept(
         code, loaded = session.code
         asked = about()
         key = digests.of_text(f"{kind} {code} {asked}")
+    except Exception as error:  # noqa: BLE001  the model's own objects are asked, and may raise
+        _log.info("%s: not kept: %s", kind, first_line(error))
+        return compute()
+    try:
         entry = cache.get(key)
         if entry is not None and _is_of_today(entry):
             found = read(Entry(entry.document["answer"], entry.tensors))
             _log.info("%s: kept from before", kind)
             return found
-    except Exception as error:  # noqa: BLE001  the model's own objects and a file's content are asked
-        _log.info("%s: not kept: %s", kind, first_line(error))
-        return compute()
+    except Exception as error:  # noqa: BLE001  whatever a foreign file leads to
+        _log.info("%s: what was kept is left aside: %s", kind, first_line(error))
     answer = compute()
     try:
         # What is not left as it was is another thing the next time.
@@ -84,9 +87,9 @@ def kept(
             _log.info("%s: not kept: computing it changed the model or its surroundings", kind)
             return answer
         made = write(answer)
-        imported = dict(fingerprint.loaded_since(loaded))
+        imported = dict(origins.loaded_since(loaded))
         cache.put(key, Entry({"imported": imported, "answer": made.document}, made.tensors))
-    except Exception as error:  # noqa: BLE001  the same
+    except Exception as error:  # noqa: BLE001  see above
         _log.info("%s: not kept: %s", kind, first_line(error))
     return answer
 
@@ -106,4 +109,4 @@ def kept_plainly(
 def _is_of_today(entry: Entry) -> bool:
     """Whether what was imported while the answer was computed is still what it was."""
     files: Mapping[str, str] = entry.document.get("imported", {})
-    return all(fingerprint.of_file(file) == digest for file, digest in files.items())
+    return all(origins.of_file(file) == digest for file, digest in files.items())

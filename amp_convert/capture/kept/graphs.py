@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
+from amp_convert.capture.captured import Region, Trace, Value
 from amp_convert.capture.export import CapturedGraph, bound_arguments
 from amp_convert.capture.graph_signature import (
     InputSpec,
@@ -48,14 +48,15 @@ def region_of(
     kwargs: Mapping[str, Any],
     path: str,
     wanted: str,
-    trace: Callable[[], Region | Uncaptured],
-) -> Region | Uncaptured:
-    """What `trace` makes of a module, or what it made of it before."""
+    trace: Callable[[], Region],
+) -> Region:
+    """The region that `trace` makes of a module, or made of it before. What it raises passes
+    through and is not kept: what stood in the way may be gone the next time."""
 
     def about() -> str:
         return fingerprint.of_call(module, (args, dict(kwargs)), path, wanted)
 
-    def read(entry: Entry) -> Region | Uncaptured:
+    def read(entry: Entry) -> Region:
         return _read(entry, module, args, kwargs)
 
     return kept(f"the graphs of {path or 'the model'}", about, trace, _written, read)
@@ -75,24 +76,16 @@ class _Structure:
 
 _PLAIN = PlainData(
     _Structure, FunctionRef, InputSpec, Mode, NodeInfo, NodeRef, OperatorRef, Source, Trace,
-    Uncaptured, UserInput, Value,
+    UserInput, Value,
 )  # fmt: skip
 
 
-def _written(found: Region | Uncaptured) -> Entry:
-    # What stood in the way may be gone the next time: a full memory, a server that was down.
-    if isinstance(found, Uncaptured):
-        raise NotPlainError("it could not be captured")
-    if found.train_failure:
-        raise NotPlainError("it has no train graph")
+def _written(region: Region) -> Entry:
+    if region.train_failure:
+        raise NotPlainError(f"it has no train graph: {region.train_failure}")
     tensors: dict[str, torch.Tensor] = {}
-    graphs = {str(mode): _graph_data(graph, tensors) for mode, graph in found.graphs.items()}
-    held = {
-        "path": found.path,
-        "graphs": graphs,
-        "traces": dict(found.traces),
-        "train_failure": found.train_failure,
-    }
+    graphs = {str(mode): _graph_data(graph, tensors) for mode, graph in region.graphs.items()}
+    held = {"path": region.path, "graphs": graphs, "traces": dict(region.traces)}
     return Entry(_PLAIN.write(held), tensors)
 
 
@@ -126,17 +119,16 @@ def _graph_data(graph: CapturedGraph, tensors: dict[str, torch.Tensor]) -> dict[
 
 def _read(
     entry: Entry, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Region | Uncaptured:
+) -> Region:
     held = _PLAIN.read(entry.document)
     try:
         graphs = {
             Mode(mode): _graph(Mode(mode), data, entry.tensors, module, args, kwargs)
             for mode, data in held["graphs"].items()
         }
-        path, failure = held["path"], held["train_failure"]
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise NotPlainError(f"it is of another make: {error}") from error
-    return Region(path, module, args, kwargs, graphs, held["traces"], failure)
+    return Region(held["path"], module, args, kwargs, graphs, held["traces"])
 
 
 def _graph(
@@ -210,7 +202,7 @@ def _arithmetic(code: str) -> str:
         if isinstance(node, ast.Name):
             fine = node.id in ("L", "math", "torch")
         elif isinstance(node, ast.Attribute):
-            fine = node.attr in _FUNCTIONS
+            fine = node.attr in _OF_SIZES
         if not fine:
             raise ValueError(f"{code} is no condition on sizes")
     return code
@@ -220,8 +212,9 @@ _ARITHMETIC = (
     ast.Expression, ast.BoolOp, ast.boolop, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop,
     ast.Compare, ast.cmpop, ast.Call, ast.Subscript, ast.Constant, ast.expr_context,
 )  # fmt: skip
-_FUNCTIONS = ("size", "stride", "storage_offset", "ceil", "floor", "trunc", "sqrt", "sym_max",
-              "sym_min", "sym_float", "sym_int", "sym_ite", "sym_not", "_sym_sqrt")  # fmt: skip
+_OF_SIZES = ("size", "stride", "storage_offset", "ceil", "floor", "trunc", "sqrt", "sym_max",
+             "sym_min", "sym_float", "sym_int", "sym_ite", "sym_not", "_sym_sqrt")  # fmt: skip
+"""What a condition may ask of inputs, of `math` and of `torch`."""
 
 
 def _structure(spec: pytree.TreeSpec) -> _Structure:

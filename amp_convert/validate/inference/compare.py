@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from amp_convert.capture.branches import BRANCH
+from amp_convert.capture.captured import Value
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.one_branch import one_branch
 from amp_convert.core import device as devices
@@ -288,13 +289,13 @@ class _Comparison:
         )
 
     def _in_branches(self) -> set[str]:
-        """The nodes that only run where a condition says so."""
-        graphs = [region.graphs[Mode.EVAL] for region in self._captured.regions]
+        """The nodes that give tensors, and only run where a condition says so."""
+        regions = [(r.graphs[Mode.EVAL], r.traces[Mode.EVAL]) for r in self._captured.regions]
         return {
             graph.nodes[node.name].identity
-            for graph in graphs
+            for graph, trace in regions
             for node in graph.graph_module.graph.nodes
-            if BRANCH in node.meta and node.name in graph.nodes
+            if BRANCH in node.meta and isinstance(trace.values[node.name], Value | tuple)
         }
 
     def _names(self) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.capture.kept.fingerprint import NoFingerprintError, of_call
+from amp_convert.capture.kept.fingerprint import of_call
+from amp_convert.capture.kept.origins import NoFingerprintError
 from tests.zoo import BUILDERS, build
 
 
@@ -43,6 +46,60 @@ def local_class(factor: float) -> nn.Module:
             return super().forward(x) * factor if False else x * factor  # type: ignore[misc]
 
     return Local()
+
+
+class Set(nn.Module):
+    """What is set on a class of the user's."""
+
+    factor = 2.0
+
+
+class Slotted(nn.Module):
+    __slots__ = ("factor",)
+
+
+class Hiding:
+    def __init__(self, secret: float) -> None:
+        self.secret = secret
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def made_with(factor: float) -> Callable[..., Any]:
+    @functools.wraps(torch.relu)
+    def made(x: torch.Tensor, by: float = factor) -> torch.Tensor:
+        return x * by
+
+    return made
+
+
+def set_on_a_class(factor: float) -> Callable[[Any], Any]:
+    def change(net: Any) -> None:
+        Set.factor = factor
+        net.set = Set()
+
+    return change
+
+
+def in_a_slot(factor: float) -> Callable[[Any], Any]:
+    def change(net: Any) -> None:
+        net.slotted = Slotted()
+        net.slotted.factor = factor
+
+    return change
+
+
+def of_no_module(factor: float) -> Callable[..., Any]:
+    """A function of a file that was run and not imported, and a global that it reads."""
+    names: dict[str, Any] = {"__name__": "nowhere", "factor": [factor]}
+    exec("def scaled(x):\n    return x * factor[0]", names)
+    found: Callable[..., Any] = names["scaled"]
+    return found
+
+
+def as_method(factor: float) -> Callable[[Any], Any]:
+    return lambda net: setattr(net, "forward", types.MethodType(made_with(factor), net))
 
 
 def tied(net: Any) -> None:
@@ -73,6 +130,20 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a part": lambda net: setattr(net, "norm", nn.LayerNorm(4)),
     "a class": lambda net: setattr(net, "more", local_class(2.0)),
     "another class": lambda net: setattr(net, "more", local_class(3.0)),
+    "a class attribute": set_on_a_class(2.0),
+    "another class attribute": set_on_a_class(3.0),
+    "a slot": in_a_slot(2.0),
+    "another slot": in_a_slot(3.0),
+    "a hidden state": lambda net: setattr(net, "hiding", Hiding(2.0)),
+    "another hidden state": lambda net: setattr(net, "hiding", Hiding(3.0)),
+    "a default": lambda net: setattr(net, "function", made_with(2.0)),
+    "another default": lambda net: setattr(net, "function", made_with(3.0)),
+    "a method": as_method(2.0),
+    "another method": as_method(3.0),
+    "a global": lambda net: setattr(net, "function", of_no_module(2.0)),
+    "another global": lambda net: setattr(net, "function", of_no_module(3.0)),
+    "a tensor's attribute": lambda net: setattr(net.layer.weight, "scale", 2.0),
+    "another tensor's attribute": lambda net: setattr(net.layer.weight, "scale", 3.0),
     "a name": lambda net: setattr(net, "other", net.__dict__["_modules"].pop("norm")),
     "equal weights": tied,
     "one weight": really_tied,
