@@ -298,6 +298,7 @@ def example_inputs():
 """
 
 
+@pytest.mark.usefixtures("no_other_tests")
 @pytest.mark.slow
 def test_what_was_captured_once_is_not_traced_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -348,6 +349,7 @@ def eval_batches():
 )
 
 
+@pytest.mark.usefixtures("no_other_tests")
 @pytest.mark.parametrize("cache", [True, False])
 def test_batches_that_are_one_tensor_are_measured_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool

@@ -9,7 +9,7 @@ gives one to every operand: zeros where none reaches it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ def _is_differentiable(value: Any) -> bool:
 
 class _Differentiable(torch.autograd.Function):
     """One branch. Every operand gets a gradient, of zeros where none reaches it: eager does the
-    same, and weight decay tells zeros from nothing. PyTorch makes the zeros, since the operand is
-    one of this function's."""
+    same, and weight decay tells zeros from nothing. PyTorch makes none for an operand that is a
+    leaf: it takes no gradient for "leave `.grad` alone"."""
 
     @staticmethod
     def forward(ctx: Any, branch: nn.Module, *operands: Any) -> tuple[torch.Tensor, ...]:
@@ -61,18 +61,22 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        wanted = [i for i, x in enumerate(ctx.operands) if _is_differentiable(x)]
-        given: list[torch.Tensor | None] = [None] * (1 + len(ctx.operands))
-        reached = [(r, g) for r, g in zip(ctx.results, gradients, strict=True) if r.requires_grad]
+        wanted = [x for x in ctx.operands if _is_differentiable(x)]
+        pairs = zip(ctx.results, gradients, strict=True)
+        reached = [(r, g) for r, g in pairs if r.requires_grad]
+        found: Iterator[torch.Tensor | None] = iter([None] * len(wanted))
         if reached:
-            results, theirs = zip(*reached, strict=True)
-            operands = [ctx.operands[i] for i in wanted]
-            found = torch.autograd.grad(
-                results, operands, theirs, retain_graph=True, allow_unused=True
+            results, given = zip(*reached, strict=True)
+            found = iter(
+                torch.autograd.grad(results, wanted, given, retain_graph=True, allow_unused=True)
             )
-            for i, gradient in zip(wanted, found, strict=True):
-                given[1 + i] = gradient
-        return tuple(given)
+        return None, *(
+            _or_zeros(next(found), x) if _is_differentiable(x) else None for x in ctx.operands
+        )
+
+
+def _or_zeros(gradient: torch.Tensor | None, operand: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(operand) if gradient is None else gradient
 
 
 def one_branch(graph_module: fx.GraphModule) -> fx.GraphModule:

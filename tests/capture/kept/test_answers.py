@@ -36,7 +36,7 @@ class Asked:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Asked:
+def asked(tmp_path: Path, no_other_tests: None) -> Asked:
     return Asked(tmp_path)
 
 

@@ -19,6 +19,7 @@ from amp_convert.capture.stored_graph import FunctionRef, OperatorRef, StoredGra
 from amp_convert.core.files.cache import Cache
 from tests.zoo import assert_same_bits, build
 
+pytestmark = pytest.mark.usefixtures("no_other_tests")
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
 
