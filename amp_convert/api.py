@@ -30,7 +30,8 @@ from amp_convert.report.files import write_report
 from amp_convert.report.folder import check_writable, workspace
 from amp_convert.report.sections.audit import AuditRow, audit_rows
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
-from amp_convert.rules.rule_set import Rules, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import Rules
 from amp_convert.validate.inference.compare import compare as compare_batches
 from amp_convert.validate.inference.results import Divergence
 

@@ -10,23 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-from amp_convert.capture.captured import Captured
-from amp_convert.capture.kept.answers import kept_in
-from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
-from amp_convert.core.batches import Batch
 from amp_convert.core.device import Device
 from amp_convert.core.errors import UnsupportedModelError, UsageError
-from amp_convert.core.files.cache import Cache
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.optional_packages import require
 from amp_convert.core.progress import Logged, Progress, Silent
@@ -34,12 +26,12 @@ from amp_convert.gate import GateResult
 from amp_convert.gate import compare as gate
 from amp_convert.gate.baseline import Baseline, BaselineModel, load_baseline
 from amp_convert.gate.compare import refuse_other
-from amp_convert.loading.model_file import Case, check_forward, load_case
+from amp_convert.loading.model_file import Case, load_case
 from amp_convert.loading.settings import Settings
-from amp_convert.loading.user_functions import score, user_batches
+from amp_convert.loading.user_functions import score
 from amp_convert.onnx_file import write as onnx_export
 from amp_convert.plan.plan import Plan
-from amp_convert.profile.calibrate import RangeStats, kept_profile, profile
+from amp_convert.prepare import Prepared, batches_of, on_device, prepare
 from amp_convert.report import (
     ModelInfo,
     OnnxSection,
@@ -48,7 +40,7 @@ from amp_convert.report import (
 )
 from amp_convert.report.assemble import assemble, model_info
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
-from amp_convert.rules.rule_set import Rules, load_rules
+from amp_convert.rules.load import load_rules
 from amp_convert.validate.inference import costs
 from amp_convert.validate.inference.compare import compare
 from amp_convert.validate.onnx.compare import validate_onnx
@@ -63,9 +55,6 @@ from amp_convert.verdict.verdict import Verdict
 
 NODE_BATCHES = 8
 """Nodes are compared on so many batches; outputs and metrics on all."""
-KEPT_BATCHES = 16
-"""What calibration finds on more is not cached: they would have to be in memory at once."""
-Call = tuple[Sequence[Any], Mapping[str, Any]]
 _log = logging.getLogger(__name__)
 
 
@@ -132,7 +121,7 @@ def _checked(
     progress: Progress,
     work: Path | None,
 ) -> Run:
-    prepared = _prepare(case, settings, progress, judges=True)
+    prepared = prepare(case, settings, progress, judges=True)
     case, captured = prepared.case, prepared.captured
     progress.stage("plan and rewrite")
     converted = convert_captured(
@@ -141,7 +130,7 @@ def _checked(
     progress.stage("compare with FP32", settings.batches if case.eval_batches else 1)
     divergence = compare(
         converted,
-        _batches(case, prepared.device),
+        batches_of(case, prepared.device),
         score=partial(score, case),
         lower_is_better=case.lower_is_better,
         metrics_reason=f"{case.name} defines no metrics",
@@ -191,7 +180,7 @@ def _check_settings(settings: Settings) -> None:
 
 
 def _export(
-    prepared: _Prepared,
+    prepared: Prepared,
     converted: ConvertedModel,
     settings: Settings,
     progress: Progress,
@@ -218,7 +207,7 @@ def _export(
     parity = validate_onnx(
         converted,
         exported.file,
-        _batches(case, prepared.device, batches),
+        batches_of(case, prepared.device, batches),
         fp32=exported.fp32,
         score=partial(score, case),
         lower_is_better=case.lower_is_better,
@@ -232,7 +221,7 @@ def _export(
 
 
 def _train(
-    prepared: _Prepared, converted: ConvertedModel, settings: Settings, progress: Progress
+    prepared: Prepared, converted: ConvertedModel, settings: Settings, progress: Progress
 ) -> TrainingParity | Unchecked:
     case, captured = prepared.case, prepared.captured
     if reason := training_setup.why_not(case, settings, captured):
@@ -265,7 +254,7 @@ def fp32_seeds(source: str, settings: Settings, progress: Progress) -> SeedSprea
     progress.stage("load the model")
     device = devices.choose(settings.device)
     torch.manual_seed(0)
-    case = _on_device(load_case(source), device.device)
+    case = on_device(load_case(source), device.device)
     training_setup.why_not(case, dataclasses.replace(settings, train=True))
     steps, seeds = settings.steps or DEFAULT_STEPS, settings.seeds or MIN_SPREAD_SEEDS
     progress.stage("train in FP32", steps * seeds)
@@ -291,66 +280,8 @@ def audit(source: str, settings: Settings, progress: Progress) -> tuple[Plan, Mo
     devices.choose(settings.device)
     progress.stage("load the model")
     torch.manual_seed(0)
-    prepared = _prepare(load_case(source), settings, Logged(progress), judges=False)
+    prepared = prepare(load_case(source), settings, Logged(progress), judges=False)
     progress.stage("plan")
     dtype = from_name(settings.dtype)
     converted = convert_captured(prepared.captured, prepared.rules, prepared.stats, dtype)
     return converted.plan, model_info(prepared.case)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What a run knows before it plans."""
-
-    case: Case
-    device: Device
-    captured: Captured
-    rules: Rules
-    stats: RangeStats
-
-
-def _prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool) -> _Prepared:
-    """Capture and calibrate. A run that `judges` proves its graphs and measures anew."""
-    rules = load_rules(settings.rules)
-    device = devices.choose(settings.device)
-    case = _on_device(case, device.device)
-    check_forward(case)
-    progress.stage("capture and check against eager FP32")
-    with kept_in(Cache.of_user() if settings.cache else None):
-        captured = capture(case.model, case.args, case.kwargs, proofs=judges)
-        if judges:
-            training_setup.why_not(case, settings, captured)
-        progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
-        batches = _ticking(_batches(case, device, settings.calibrate), progress)
-        tried = [from_name(settings.dtype)] if rules.uses_trials else []
-        if settings.cache and not judges and settings.calibrate <= KEPT_BATCHES:
-            # They may all be one tensor, which the user fills anew for each.
-            drawn = [pytree.tree_map_only(torch.Tensor, torch.clone, batch) for batch in batches]
-            stats = kept_profile(captured, drawn, tried, probes=rules.uses_probes)
-        else:
-            stats = profile(captured, batches, tried, probes=rules.uses_probes)
-    return _Prepared(case, device, captured, rules, stats)
-
-
-def _on_device(case: Case, device: torch.device) -> Case:
-    return dataclasses.replace(
-        case,
-        model=case.model.to(device),
-        args=devices.move(case.args, device),
-        kwargs=devices.move(case.kwargs, device),
-    )
-
-
-def _batches(case: Case, device: Device, at_most: int | None = None) -> Iterator[Batch]:
-    """The user's eval batches on the run's device, or else the example inputs as the only one."""
-    if case.eval_batches is None:
-        yield case.args, case.kwargs, None
-        return
-    for batch in user_batches("eval_batches", case.eval_batches, case.path, at_most):
-        yield devices.move(batch, device.device)
-
-
-def _ticking(batches: Iterator[Batch], progress: Progress) -> Iterator[Call]:
-    for args, kwargs, _ in batches:
-        yield args, kwargs
-        progress.advance()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from amp_convert.loading.model_file import named_leaves
+from amp_convert.core.tree_paths import named_leaves
 from amp_convert.onnx_file.write import Exported, IoTypes, OnnxModel, export
 from tests.zoo import BUILDERS, converted, example
 

@@ -19,7 +19,8 @@ from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.report.records import NodeRecord
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
-from amp_convert.rules.rule_set import Category, GuardLimits, Rule, Rules, Target, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import Category, GuardLimits, Rule, Rules, Target
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 

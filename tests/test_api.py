@@ -16,7 +16,7 @@ import amp_convert as amp
 from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedModelError, UsageError
 from amp_convert.plan.plan import Decision
 from amp_convert.profile.rounding_trials import Trials
-from amp_convert.rules.rule_set import load_rules
+from amp_convert.rules.load import load_rules
 from tests.zoo import assert_same_bits
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)

@@ -19,6 +19,7 @@ from amp_convert.core.progress import Silent
 from amp_convert.loading import user_code as usercode
 from amp_convert.loading.settings import Settings, make_settings
 from amp_convert.pipeline import Run
+from amp_convert.prepare import prepare
 from amp_convert.report import RunReport
 from amp_convert.report.records import NodeRecord
 from amp_convert.verdict import performance_check
@@ -358,6 +359,6 @@ def test_batches_that_are_one_tensor_are_measured_each(
     source = tmp_path / "refilled.py"
     source.write_text(REFILLED)
     case, settings = pipeline.load_case(str(source)), make_settings(cache=cache)
-    stats = pipeline._prepare(case, settings, Silent(), judges=False).stats
+    stats = prepare(case, settings, Silent(), judges=False).stats
     assert stats.batches == 2
     assert max(r.abs_max for name, r in stats.ranges.items() if " input " in name) == 1000

@@ -16,9 +16,9 @@ from amp_convert.capture.regions import capture
 from amp_convert.core.batches import Batch
 from amp_convert.profile.calibrate import profile
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
-from amp_convert.rules.rule_set import load_rules
-from amp_convert.validate.training.arm import Recipe
+from amp_convert.rules.load import load_rules
 from amp_convert.validate.training.data import Data
+from amp_convert.validate.training.recipe import Recipe
 from tests import zoo
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

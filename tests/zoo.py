@@ -26,7 +26,7 @@ from amp_convert.capture.captured import Captured
 from amp_convert.capture.regions import capture
 from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
-from amp_convert.rules.rule_set import load_rules
+from amp_convert.rules.load import load_rules
 
 Example = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A model and the (args, kwargs) of one call."""

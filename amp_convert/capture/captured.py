@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._ops import HigherOrderOperator
 
+from amp_convert.capture.branches.choices import BRANCH
 from amp_convert.capture.export import CapturedGraph
 from amp_convert.capture.fidelity import Fidelity
 from amp_convert.capture.graph_call import GraphRunner
@@ -150,6 +151,18 @@ class Captured:
                 for graph in graphs
                 for node in graph.graph_module.graph.nodes
             )
+        )
+
+    @property
+    def in_branches(self) -> frozenset[str]:
+        """The nodes, by identity, that run in eval mode only where a condition says so, of those
+        that give tensors."""
+        regions = [(r.graphs[Mode.EVAL], r.traces[Mode.EVAL]) for r in self.regions]
+        return frozenset(
+            graph.nodes[node.name].identity
+            for graph, trace in regions
+            for node in graph.graph_module.graph.nodes
+            if BRANCH in node.meta and isinstance(trace.values[node.name], Value | tuple)
         )
 
     @property

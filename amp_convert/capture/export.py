@@ -12,7 +12,6 @@ The graph is then repaired: see `export_repairs`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import inspect
 import io
@@ -25,8 +24,17 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.branches import BRANCH, CHOICE, Owners, inline_branches
+from amp_convert.capture.branches.choices import BRANCH, CHOICE
+from amp_convert.capture.branches.inline import Owners, inline_branches
+from amp_convert.capture.branches.nest import one_branch
 from amp_convert.capture.cast_words import CastWord, Words, words_of
+from amp_convert.capture.export_call import (
+    bound_arguments,
+    distinct,
+    doubled_batch,
+    first_dimension,
+    flat_outputs,
+)
 from amp_convert.capture.export_repairs import (
     detach_no_grad,
     distinct_casts,
@@ -43,7 +51,6 @@ from amp_convert.capture.graph_signature import (
     signature_of,
 )
 from amp_convert.capture.node_info import NodeInfo, class_path, describe
-from amp_convert.capture.one_branch import one_branch
 from amp_convert.capture.refusals import refusal_of
 from amp_convert.core import device as devices
 from amp_convert.core.batches import anew
@@ -96,13 +103,13 @@ def export_graph(
     """
     bound = bound_arguments(module, args, kwargs)
     call = bound.signature
-    args, kwargs = _distinct((bound.args, bound.kwargs))
+    args, kwargs = distinct((bound.args, bound.kwargs))
     device = devices.of_model(module)
     with (
         collector_paused(),
         in_mode(module, training=mode == Mode.TRAIN),
         devices.plain_mode(device),
-        _flat_outputs(module) as returned,
+        flat_outputs(module) as returned,
     ):
         program, fixed = None, "" if dynamic else "dynamic sizes were not asked for"
         if dynamic:
@@ -131,18 +138,6 @@ def export_graph(
         fixed_sizes=fixed,
         has_choices=inlined,
     )
-
-
-def bound_arguments(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> inspect.BoundArguments:
-    """A call's arguments by the names that the module's `forward` has for them."""
-    call = inspect.signature(module.forward)
-    bound = bind(call, args, kwargs)
-    for name, value in bound.arguments.items():
-        if call.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            bound.arguments[name] = dict(sorted(value.items()))  # no order of keywords is special
-    return bound
 
 
 def _owners(program: torch.export.ExportedProgram, module: nn.Module) -> Owners:
@@ -177,48 +172,6 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _distinct(inputs: Any) -> Any:
-    """The inputs with no tensor given twice: export would make one input of the two."""
-    seen: set[int] = set()
-
-    def own(leaf: torch.Tensor) -> torch.Tensor:
-        if id(leaf) in seen:
-            return leaf.detach().clone()
-        seen.add(id(leaf))
-        return leaf
-
-    return pytree.tree_map_only(torch.Tensor, own, inputs)
-
-
-@contextlib.contextmanager
-def _flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
-    """While this is open, `module` returns the leaves of its outputs; their structure is appended
-    to the list that this gives.
-
-    Export would rebuild the outputs each time it retraces, and a container that makes tensors of
-    its own while it is built (a key-value cache of transformers) then adds constants that nobody
-    owns. A module whose forward hooks look at its outputs is left as it is.
-    """
-    found: list[pytree.TreeSpec] = []
-    own, forward = module.__dict__.get("forward"), module.forward
-
-    @functools.wraps(forward)
-    def flat(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
-        found.append(spec)
-        return tuple(leaves)
-
-    if not module._forward_hooks:
-        module.__dict__["forward"] = flat
-    try:
-        yield found
-    finally:
-        if own is not None:
-            module.__dict__["forward"] = own
-        else:
-            module.__dict__.pop("forward", None)
 
 
 def _graphs(graph_module: fx.GraphModule) -> list[fx.Graph]:
@@ -274,7 +227,7 @@ def _program(
     shapes = None
     if dynamic:
         arguments = bind(call, args, kwargs).arguments
-        shapes = pytree.tree_map(_first_dimension, dict(arguments))
+        shapes = pytree.tree_map(first_dimension, dict(arguments))
 
     def exported(casts: contextlib.AbstractContextManager[None]) -> torch.export.ExportedProgram:
         # A failing export prints its half-made graph, and logs what its user cannot do much about.
@@ -316,23 +269,6 @@ def _unlogged(name: str) -> Iterator[None]:
         yield
     finally:
         logger.disabled = was_off
-
-
-def _first_dimension(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
-        return {0: torch.export.Dim.AUTO}
-    return None
-
-
-def doubled_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Inputs whose common batch size of 1 is doubled: export would burn in a size of 1."""
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    if not tensors or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
-        return args, kwargs
-    doubled_batch: tuple[Any, Any] = pytree.tree_map_only(
-        torch.Tensor, lambda t: torch.cat([t, t]), (args, kwargs)
-    )
-    return doubled_batch
 
 
 # --- guards and signature -------------------------------------------------------------------------

@@ -115,58 +115,6 @@ def check(
     return _compared(mode, eager, graph, without)
 
 
-def carried_state(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """The names of the attributes in which `module` keeps what its next call, in eval mode, goes on
-    from. A graph has the values of one call in it for ever.
-
-    Attributes that it writes and never reads, such as a count of calls, are none of these: what a
-    call gives is compared with what it gives after a call with other inputs.
-    """
-    device = devices.of_model(module)
-    inputs = (tuple(args), dict(kwargs))
-
-    def called(change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        given = pytree.tree_map_only(torch.Tensor, change, inputs)
-        torch.manual_seed(0)
-        with devices.exact_fp32(device), devices.plain_mode(device):
-            result = module(*given[0], **given[1])
-        leaves = leaves_by_path(result)
-        return {path: leaf.clone() for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
-
-    with in_mode(module, training=False) as attributes, torch.no_grad(), preserved_rng(device):
-        fresh = called(torch.clone)
-        changed = attributes.changed()
-        if not changed:
-            return []
-        attributes.restore()
-        try:
-            called(_other)
-        except Exception:  # noqa: BLE001  a model may refuse other inputs, but not its own
-            attributes.restore()
-            called(torch.clone)
-        after = called(torch.clone)
-    if fresh.keys() == after.keys() and all(_alike(fresh[n], after[n]) for n in fresh):
-        return []
-    return list(changed)
-
-
-def _other(tensor: torch.Tensor) -> torch.Tensor:
-    """Other inputs of the same kind: in another order along all axes, and half as large."""
-    if tensor.layout is not torch.strided:
-        return tensor.clone()
-    flipped = tensor.flip(*range(tensor.dim()))
-    return flipped * 0.5 if tensor.is_floating_point() else flipped
-
-
-_REPEATABLE = 1e-6
-"""A relative L2 difference that two calls of one model may have: some kernels of a GPU add up in
-another order each time."""
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return _identical(a, b) or (a.shape == b.shape and _rel_l2(a, b) <= _REPEATABLE)
-
-
 def _graph_trace(
     module: nn.Module,
     captured: Callable[..., Any],
@@ -186,7 +134,7 @@ def _graph_trace(
             raise
         return None, f"the captured graph has no gradients: {first_line(error)}"
     mine, theirs = eager.gradients, graph.gradients
-    same = mine.keys() == theirs.keys() and all(_identical(mine[n], theirs[n]) for n in mine)
+    same = mine.keys() == theirs.keys() and all(identical(mine[n], theirs[n]) for n in mine)
     if eager.custom and not same:
         return None, f"torch.export drops the backward that {', '.join(eager.custom)} defines"
     return graph, ""
@@ -205,9 +153,9 @@ def _compared(mode: Mode, eager: _Trace, graph: _Trace, without: str) -> Fidelit
             verdicts.append(False)
             worst = larger(worst, float("inf"))
             continue
-        verdicts.append(all(_identical(want[n], have[n]) for n in want) if want else None)
+        verdicts.append(all(identical(want[n], have[n]) for n in want) if want else None)
         for name in want:
-            worst = larger(worst, _rel_l2(want[name], have[name]))
+            worst = larger(worst, rel_l2(want[name], have[name]))
     outputs, gradients, buffers = verdicts
     if False not in verdicts:
         reason = f"captured FP32 graph and eager FP32 model agree bit for bit{without}"
@@ -297,7 +245,7 @@ def _gradients(module: nn.Module, result: Any) -> dict[str, torch.Tensor]:
     return {n: g for n, g in zip(wanted, gradients, strict=True) if g is not None}
 
 
-def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Same dtype, shape and bits, NaN equal to NaN."""
     a, b = _strided(a), _strided(b)
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -310,8 +258,8 @@ def _strided(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
-def _rel_l2(want: torch.Tensor, have: torch.Tensor) -> float:
-    if _identical(want, have):
+def rel_l2(want: torch.Tensor, have: torch.Tensor) -> float:
+    if identical(want, have):
         return 0.0
     if want.shape != have.shape or not want.is_floating_point():
         return float("inf")

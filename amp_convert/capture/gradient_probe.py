@@ -17,10 +17,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from amp_convert.capture.branches.nest import one_branch
 from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.node_info import NodeInfo
-from amp_convert.capture.one_branch import one_branch
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.exponent_histogram import Exponents
 from amp_convert.core.mode import Mode

@@ -47,8 +47,8 @@ from amp_convert.core.errors import (
     UnsupportedModelError,
 )
 from amp_convert.core.files.cache import Entry
+from amp_convert.core.files.plain_data import NotPlainError, PlainData
 from amp_convert.core.mode import Mode
-from amp_convert.core.plain_data import NotPlainError, PlainData
 from amp_convert.core.random_state import preserved_rng
 
 _log = logging.getLogger(__name__)

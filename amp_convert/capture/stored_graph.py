@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from amp_convert.capture.branches import BRANCH, CHOICE
+from amp_convert.capture.branches.choices import BRANCH, CHOICE
 
 _KEPT = ("shape", "dtype", "recorded", CHOICE, BRANCH)
 

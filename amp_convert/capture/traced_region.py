@@ -19,8 +19,10 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture import fidelity
 from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
+from amp_convert.capture.carried_state import carried_state
 from amp_convert.capture.cast_words import Words, cast_words
-from amp_convert.capture.export import CapturedGraph, doubled_batch, export_graph
+from amp_convert.capture.export import CapturedGraph, export_graph
+from amp_convert.capture.export_call import doubled_batch
 from amp_convert.capture.fidelity import FidelityStatus
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import own_hooks_off
@@ -137,7 +139,7 @@ def _refuse_state(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     """Raises where a module goes on from what the call before left in its attributes. What it
     raises itself comes from the export as well, which says more of it."""
     try:
-        state = fidelity.carried_state(module, args, kwargs)
+        state = carried_state(module, args, kwargs)
     except UnsupportedModelError:
         raise
     except Exception:  # noqa: BLE001  see above

@@ -32,6 +32,7 @@ def audit(
         from amp_convert import pipeline
         from amp_convert.report.folder import check_writable
         from amp_convert.report.sections import audit as auditing
+        from amp_convert.report.writers.audit_terminal import render_audit
         from amp_convert.report.writers.json_report import json_text
 
         folder = Path(out) if out else None
@@ -44,5 +45,5 @@ def audit(
     if as_json:
         console.file.write(json_text(report))
     else:
-        auditing.render_audit(console, report, folder)
+        render_audit(console, report, folder)
     return 0

@@ -24,7 +24,7 @@ from amp_convert.loading.settings import (
     value_type,
 )
 from amp_convert.loading.together import agreed
-from amp_convert.rules.rule_set import preset_names
+from amp_convert.rules.load import preset_names
 from amp_convert.validate.training.noninferiority import require_test
 
 Source = Annotated[

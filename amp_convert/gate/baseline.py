@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from amp_convert.core.atomic_files import write_file
 from amp_convert.core.errors import UsageError
+from amp_convert.core.files.atomic_files import write_file
 from amp_convert.core.files.reading import parse_json, read_file
 from amp_convert.report import SCHEMA_VERSION, RunReport, Unchecked
 from amp_convert.report.model import Section

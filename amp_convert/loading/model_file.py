@@ -8,8 +8,6 @@ what could not be converted later, and `check_forward` what could not be compare
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import difflib
 import itertools
 import os
@@ -22,14 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_is_leaf, tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.files import digests
 from amp_convert.core.module_state import Attributes
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.printable import is_text
-from amp_convert.core.tree_paths import leaves_by_path
+from amp_convert.core.tree_paths import named_leaves
 from amp_convert.loading.source import split_source
 from amp_convert.loading.user_code import run_file, run_module, user_code
 
@@ -176,44 +174,6 @@ def _eager_outputs(case: Case, *, gradients: bool = False) -> Any:
         attributes.restore()
         for module, training in flags:
             module.training = training
-
-
-def named_leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """The leaves of nested outputs in order, named by path: "logits", "[0]", "states[1].x".
-
-    A value that is itself a leaf is called "output".
-    """
-    if isinstance(value, Mapping):
-        children = [(f"{name}.{key}" if name else str(key), v) for key, v in value.items()]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        keys = [field.name for field in dataclasses.fields(value)]
-        children = [(f"{name}.{key}" if name else key, getattr(value, key)) for key in keys]
-    elif isinstance(value, tuple | list):
-        children = [(f"{name}[{index}]", v) for index, v in enumerate(value)]
-    elif not tree_is_leaf(value):  # a class that is registered with torch's pytree
-        children = [(f"{name or 'output'}{path}", v) for path, v in leaves_by_path(value)]
-    else:
-        return [(name or "output", value)]
-    return [leaf for key, child in children for leaf in named_leaves(child, key)]
-
-
-def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """Nested outputs with every tensor changed, in containers of their own: those of torch's
-    pytree, and dataclasses, which `named_leaves` looks into as well."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)
-        for field in dataclasses.fields(value):
-            new = map_tensors(change, getattr(value, field.name))
-            object.__setattr__(made, field.name, new)
-        return made
-    if tree_is_leaf(value):
-        return value
-    return tree_map(
-        lambda leaf: map_tensors(change, leaf), value,
-        is_leaf=lambda leaf: leaf is not value and dataclasses.is_dataclass(leaf),
-    )  # fmt: skip
 
 
 def _check_names(case: Case) -> None:

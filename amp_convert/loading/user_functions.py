@@ -11,7 +11,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from amp_convert.core.errors import ModelError
-from amp_convert.loading.model_file import Case, as_call, kind_of, map_tensors, refuse_unwritable
+from amp_convert.core.tree_paths import map_tensors
+from amp_convert.loading.model_file import Case, as_call, kind_of, refuse_unwritable
 from amp_convert.loading.user_code import defined_at, placed, user_code
 
 _END = object()

@@ -13,12 +13,12 @@ import torch
 from torch import fx
 
 from amp_convert.capture.captured import Region, Value
-from amp_convert.capture.export import doubled_batch
+from amp_convert.capture.export_call import doubled_batch
 from amp_convert.capture.graph_signature import Source
 from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode
 from amp_convert.core.random_state import preserved_rng
-from amp_convert.loading.model_file import named_leaves
+from amp_convert.core.tree_paths import named_leaves
 
 
 def input_names(region: Region) -> list[str]:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from amp_convert import __version__
-from amp_convert.core.atomic_files import replacing
 from amp_convert.core.errors import UnsupportedModelError, UsageError
+from amp_convert.core.files.atomic_files import replacing
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.optional_packages import require

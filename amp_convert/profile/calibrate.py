@@ -18,16 +18,16 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.branches import UNTAKEN, OneBranch
+from amp_convert.capture.branches.choices import UNTAKEN, OneBranch
 from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.graph_signature import Source
 from amp_convert.capture.kept import fingerprint
 from amp_convert.capture.kept.answers import kept_plainly
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core import device as devices
+from amp_convert.core.files.plain_data import PlainData
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES, is_float_tensor
-from amp_convert.core.plain_data import PlainData
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.profile.growth import Growth
 from amp_convert.profile.range_probes import Extremes, probed_extremes

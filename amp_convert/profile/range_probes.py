@@ -24,7 +24,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.branches import OneBranch
+from amp_convert.capture.branches.choices import OneBranch
 from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core.errors import first_line

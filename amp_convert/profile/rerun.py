@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.branches import BRANCH, CHOICE
+from amp_convert.capture.branches.choices import BRANCH, CHOICE
 from amp_convert.core.op_facts import Family, facts_of_target
 
 

@@ -18,7 +18,6 @@ Custom operators, those that write to their inputs and those that draw random nu
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -26,12 +25,12 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.captured import Value
 from amp_convert.core import choices
 from amp_convert.core.number_formats import is_float_tensor, unit_roundoff
 from amp_convert.core.op_facts import HEAVY, Family, facts_of_target
 from amp_convert.core.slices import LEAST, SliceKind, SliceSums
 from amp_convert.core.tensor_errors import ErrorSums, larger
+from amp_convert.profile.graph_roles import is_running, routes
 from amp_convert.profile.growth import Growth
 from amp_convert.profile.rerun import can_be_tried, evaluate, kept_inputs, repeatable
 from amp_convert.profile.tiny_weights import TinyWeights
@@ -62,7 +61,7 @@ class Trials:
         self._index = {node: i for i, node in enumerate(self._nodes)}
         self._labels, self._dtype = labels, dtype
         self._tiny = TinyWeights(dtype)
-        self._routers = {node for node in self._nodes if _routes(node, values)}
+        self._routers = {node for node in self._nodes if routes(node, values)}
 
     def of(
         self, reader: fx.Node, env: Mapping[fx.Node, Any], result: Any
@@ -197,27 +196,13 @@ class Trials:
             return 0.0
         sizes = [float(torch.linalg.vector_norm(env[n], dtype=torch.float64)) for n in terms]
         running, small = terms if sizes[0] >= sizes[1] else terms[::-1]
-        if not self._is_running(running, node):
+        if not is_running(running, node):
             return 0.0
         held, step = self._rounded(env[running]), env[small]
         total = held - step if facts_of_target(node.target).name == "aten.sub" else held + step
         moves = (step != 0).expand_as(total)
         lost = (self._rounded(total) == held) & moves
         return float(lost.sum()) / max(float(moves.sum()), 1.0)
-
-    @staticmethod
-    def _is_running(value: fx.Node, reader: fx.Node) -> bool:
-        """Whether a sum's larger term is a value that sums add to one after the other: it is an
-        input of the model or the result of a sum, or the result is added to again."""
-
-        def is_sum(node: fx.Node) -> bool:
-            return facts_of_target(node.target).is_a(Family.SUM)
-
-        while value.op == "call_function" and facts_of_target(value.target).is_a(
-            Family.SHAPE, Family.COPY, Family.DROPOUT
-        ):
-            value = value.all_input_nodes[0]
-        return value.op == "placeholder" or is_sum(value) or any(map(is_sum, reader.users))
 
     # --- one rounded value -----------------------------------------------------------------------
 
@@ -284,30 +269,6 @@ class Trials:
                 sums.add(want, have)
                 error = larger(error, sums.rel_l2)
         return error / unit_roundoff(self._dtype)
-
-
-def _routes(node: fx.Node, values: Mapping[str, Any]) -> bool:
-    """Whether a node ranks, and which values are the largest decides what is computed: its indices
-    get to more than selections whose results the model returns."""
-
-    def is_float(node: fx.Node) -> bool:
-        recorded = values.get(node.name)
-        return isinstance(recorded, Value) and recorded.dtype.is_floating_point
-
-    if not facts_of_target(node.target).is_a(Family.RANKING) or is_float(node):
-        return False
-    pending = [u for u in node.users if u.target is not operator.getitem or not is_float(u)]
-    seen: set[fx.Node] = set()
-    while pending:
-        user = pending.pop()
-        if user in seen or user.op != "call_function":
-            continue
-        seen.add(user)
-        facts = facts_of_target(user.target)
-        if is_float(user) and not (facts.moves or facts.is_a(Family.CAST)):
-            return True
-        pending += user.users
-    return False
 
 
 def _infinite(refusal: Exception) -> float:

@@ -23,9 +23,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from amp_convert.core.atomic_files import existing_folder, sync_file, sync_folder
 from amp_convert.core.errors import UsageError
 from amp_convert.core.files import hidden_folders
+from amp_convert.core.files.atomic_files import existing_folder, sync_file, sync_folder
 from amp_convert.core.files.hidden_folders import Kind
 from amp_convert.core.files.reading import parse_json, read_file
 

@@ -37,7 +37,8 @@ from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_o
 from amp_convert.rewrite.graph_execution import KernelError, runner_of, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rewrite.kernels.tuned_graph import RunningGraph
-from amp_convert.rules.rule_set import Rules, rules_of_text
+from amp_convert.rules.load import rules_of_text
+from amp_convert.rules.rule_set import Rules
 
 
 def convert_captured(

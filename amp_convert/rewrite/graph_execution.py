@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.branches import Choices
+from amp_convert.capture.branches.choices import Choices
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core.errors import UnsupportedModelError, first_line

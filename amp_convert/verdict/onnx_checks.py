@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from amp_convert.validate.inference.results import MetricPair
 from amp_convert.verdict.check import Check, CheckStatus, optional
-from amp_convert.verdict.inference_checks import metric_check
+from amp_convert.verdict.metric_checks import metric_check
 from amp_convert.verdict.output_checks import checks_of_outputs
 from amp_convert.verdict.thresholds import Thresholds
 

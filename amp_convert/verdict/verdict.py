@@ -53,11 +53,11 @@ from amp_convert.verdict.inference_checks import (
     frozen_check,
     inputs_check,
     low_precision_check,
-    metric_checks,
     nodes_check,
     path_checks,
     reference_check,
 )
+from amp_convert.verdict.metric_checks import metric_checks
 from amp_convert.verdict.onnx_checks import onnx_checks
 from amp_convert.verdict.output_checks import autocast_check, output_checks, untuned_check
 from amp_convert.verdict.performance_check import performance_check

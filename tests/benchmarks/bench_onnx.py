@@ -46,7 +46,7 @@ from torch.utils import _pytree as pytree
 
 import amp_convert as amp
 from amp_convert.core.tensor_errors import ErrorSums
-from amp_convert.loading.model_file import named_leaves
+from amp_convert.core.tree_paths import named_leaves
 from amp_convert.onnx_file.write import export
 from amp_convert.validate.onnx.compare import validate_onnx
 from amp_convert.validate.onnx.node_kernels import Kernels, constant

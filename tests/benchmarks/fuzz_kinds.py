@@ -30,12 +30,13 @@ from amp_convert.gate.terminal import render
 from amp_convert.loading.source import output_folder
 from amp_convert.report.folder import check_writable
 from amp_convert.report.writers.json_report import json_text
-from amp_convert.rules.rule_set import Place, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import Place
 from amp_convert.validate.training import checkpoint
 from amp_convert.validate.training import compare as training
-from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import ARMS
 from amp_convert.validate.training.options import Options
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.training_mode import training as in_training
 from tests import evidence
 from tests.benchmarks.mutations import mutated_bytes, mutated_json, mutated_toml

@@ -29,13 +29,13 @@ from amp_convert.core.batches import Batch
 from amp_convert.core.number_formats import name_of
 from amp_convert.profile.calibrate import profile
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
-from amp_convert.rules.rule_set import load_rules
+from amp_convert.rules.load import load_rules
 from amp_convert.validate.inference.compare import compare
 from amp_convert.validate.inference.results import Divergence
 from amp_convert.validate.training.compare_gradients import compare_gradients
+from amp_convert.verdict.gradient_checks import gradients_check
 from amp_convert.verdict.slice_checks import RARE, rarity
 from amp_convert.verdict.thresholds import Thresholds
-from amp_convert.verdict.training_checks import gradients_check
 from amp_convert.verdict.verdict import judge
 from tests.training_evidence import parity
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.pytree_containers import register_containers
-from amp_convert.loading.model_file import named_leaves
+from amp_convert.core.tree_paths import named_leaves
 from tests import zoo
 
 

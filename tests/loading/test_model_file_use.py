@@ -13,7 +13,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amp_convert.core.errors import ModelError
-from amp_convert.loading.model_file import Case, as_call, check_forward, named_leaves
+from amp_convert.core.tree_paths import named_leaves
+from amp_convert.loading.model_file import Case, as_call, check_forward
 
 
 def refusal(function: Callable[..., object], *args: object) -> str:

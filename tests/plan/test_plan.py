@@ -16,7 +16,8 @@ from torch import nn
 
 from amp_convert.plan.costs import Casts
 from amp_convert.plan.plan import Decision, Plan
-from amp_convert.rules.rule_set import Place, Target, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import Place, Target
 from tests import decisions
 from tests.small_models import example, ramp
 from tests.staged import Staged, casts_of, decisions_of

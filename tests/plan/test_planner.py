@@ -9,7 +9,7 @@ import pytest
 
 from amp_convert.plan.costs import Casts
 from amp_convert.plan.plan import Plan
-from amp_convert.rules.rule_set import load_rules
+from amp_convert.rules.load import load_rules
 from tests import small_models
 from tests.small_models import example
 from tests.staged import BF16, casts_of, decision, decisions_of, rows, table

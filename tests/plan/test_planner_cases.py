@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from amp_convert.plan.costs import Casts
-from amp_convert.rules.rule_set import load_rules
+from amp_convert.rules.load import load_rules
 from tests.small_models import Faint, example, ramp
 from tests.staged import Staged, decision, low, rows, rule, rules_with, table
 

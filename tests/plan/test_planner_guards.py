@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.rules.rule_set import load_rules
+from amp_convert.rules.load import load_rules
 from tests.small_models import Faint
 from tests.staged import BF16, Staged, decision, low, rows, rule, rules_with, table
 

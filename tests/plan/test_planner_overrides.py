@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from amp_convert.rules.rule_set import Painting, Rules, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import Painting, Rules
 from tests.graphs import damped
 from tests.small_models import example, ramp
 from tests.staged import BF16, Staged, decision, low, rows, rule, rules_with, table

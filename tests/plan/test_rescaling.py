@@ -17,7 +17,8 @@ from torch.nn import functional as F
 import amp_convert as amp
 from amp_convert.plan.plan import Plan
 from amp_convert.report.records import NodeRecord
-from amp_convert.rules.rule_set import Rewrites, Rules, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import Rewrites, Rules
 from tests.staged import BF16, F16, Staged, rows, table
 
 OFF = replace(load_rules(["default"]), rewrites=Rewrites(clamp_masks=True))

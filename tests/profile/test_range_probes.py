@@ -16,7 +16,7 @@ from amp_convert.capture.regions import capture
 from amp_convert.profile import range_probes
 from amp_convert.profile.calibrate import Range, profile
 from amp_convert.profile.range_probes import probed_extremes
-from amp_convert.rules.rule_set import load_rules
+from amp_convert.rules.load import load_rules
 
 
 def probed(model: nn.Module, *args: Any) -> dict[str, tuple[float, float]]:

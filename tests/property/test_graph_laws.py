@@ -24,7 +24,7 @@ from amp_convert.plan.costs import Casts
 from amp_convert.plan.plan import Decision, Plan
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rewrite.insert_casts import Rewritten
-from amp_convert.rules.rule_set import load_rules
+from amp_convert.rules.load import load_rules
 from tests.graphs import RandomModule, Recipe, covering, inputs_of, recipes
 from tests.staged import Recorder, Staged, casts_of, decisions_of, rule, rules_with, same_bits
 

@@ -22,7 +22,8 @@ from amp_convert.core.op_facts import facts_of_target
 from amp_convert.plan.plan import Decision
 from amp_convert.profile.calibrate import no_evidence
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
-from amp_convert.rules.rule_set import Place, Rule, Rules, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import Place, Rule, Rules
 from tests.op_samples import (
     NOT_ON_CPU,
     Call,

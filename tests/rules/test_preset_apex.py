@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from amp_convert.plan.costs import Casts
-from amp_convert.rules.rule_set import GuardLimits, Painting, Place, Rules, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import GuardLimits, Painting, Place, Rules
 from tests.small_models import ramp
 from tests.staged import F16, F32, Staged, casts_of, decision, low, rows, same_bits, table
 

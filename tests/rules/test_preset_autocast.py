@@ -15,7 +15,8 @@ import torch
 from torch.testing._internal.autocast_test_lists import AutocastCPUTestLists, AutocastTestLists
 from torch.utils import _pytree as pytree
 
-from amp_convert.rules.rule_set import Place, Rules, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import Place, Rules
 
 aten = torch.ops.aten
 DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from amp_convert.plan.costs import Casts
-from amp_convert.rules.rule_set import GuardLimits, Painting, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import GuardLimits, Painting
 from tests.small_models import ramp
 from tests.staged import BF16, F16, F32, Staged, casts_of, decision, low, rows, same_bits, table
 

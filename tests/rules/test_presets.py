@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from amp_convert.rules.rule_set import GuardLimits, Place, Rules, load_rules, preset_names
+from amp_convert.rules.load import load_rules, preset_names
+from amp_convert.rules.rule_set import GuardLimits, Place, Rules
 
 aten = torch.ops.aten
 PRESETS = Path(__file__).resolve().parents[2] / "rules"

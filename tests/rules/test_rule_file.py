@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from amp_convert.core.errors import UsageError
+from amp_convert.rules.load import load_rules, preset_names
 from amp_convert.rules.rule_file import parse_rule_file
-from amp_convert.rules.rule_set import Place, load_rules, preset_names
+from amp_convert.rules.rule_set import Place
 from tests.growth import assert_linear
 
 RULE = '[[rule]]\nop = "aten.linear"\ncategory = "allow"\nreason = "r"\n'

@@ -12,15 +12,8 @@ import pytest
 
 from amp_convert.core.errors import UsageError
 from amp_convert.rules import rule_set
-from amp_convert.rules.rule_set import (
-    GuardLimits,
-    Painting,
-    Place,
-    Rules,
-    Target,
-    load_rules,
-    preset_names,
-)
+from amp_convert.rules.load import load_rules, preset_names
+from amp_convert.rules.rule_set import GuardLimits, Painting, Place, Rules, Target
 
 F16 = Place("float16", "cpu", "eval")
 RULE = '[[rule]]\nop = "aten.linear"\ncategory = "allow"\nreason = "r"\n'

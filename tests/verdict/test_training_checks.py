@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.compare import compare_training
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.gradient_results import GradientDifference
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.margin import Margin
 from amp_convert.validate.training.options import Options
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.results import PairedRun, TrainingParity
+from amp_convert.verdict.gradient_checks import gradients_check
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_checks import (
     MIN_STEPS,
-    gradients_check,
     learnt_check,
     random_check,
     sound_check,

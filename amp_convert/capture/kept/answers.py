@@ -21,7 +21,7 @@ from amp_convert.capture.kept import fingerprint, origins
 from amp_convert.core.errors import first_line
 from amp_convert.core.files import digests
 from amp_convert.core.files.cache import Cache, Entry
-from amp_convert.core.plain_data import PlainData
+from amp_convert.core.files.plain_data import PlainData
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.captured import Region, Trace, Value
-from amp_convert.capture.export import CapturedGraph, bound_arguments
+from amp_convert.capture.export import CapturedGraph
+from amp_convert.capture.export_call import bound_arguments
 from amp_convert.capture.graph_signature import (
     InputSpec,
     Signature,
@@ -38,8 +39,8 @@ from amp_convert.capture.stored_graph import (
     stored,
 )
 from amp_convert.core.files.cache import Entry
+from amp_convert.core.files.plain_data import NotPlainError, PlainData
 from amp_convert.core.mode import Mode
-from amp_convert.core.plain_data import NotPlainError, PlainData
 
 
 def region_of(

@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from amp_convert.core.atomic_files import write_file
 from amp_convert.core.files import digests, hidden_folders
+from amp_convert.core.files.atomic_files import write_file
 from amp_convert.core.files.reading import LARGEST, parse_json, read_file
 
 LIMIT = 2**30

@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from amp_convert.capture.branches.nest import nest, one_branch
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source
-from amp_convert.capture.one_branch import nest, one_branch
 from amp_convert.capture.stored_graph import StoredGraph, restored, stored
 from amp_convert.rewrite.kernels import (
     attention,

@@ -13,7 +13,6 @@ Nodes are summed up in `node_errors`, outputs in `output_errors`; outputs are co
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,28 +20,25 @@ from typing import Any
 
 import torch
 
-from amp_convert.capture.branches import BRANCH
-from amp_convert.capture.captured import Value
+from amp_convert.capture.branches.nest import one_branch
 from amp_convert.capture.graph_call import in_mode
-from amp_convert.capture.one_branch import one_branch
 from amp_convert.core import device as devices
-from amp_convert.core.batches import LOSS, Batch, MetricMeans, Score, batch_size, no_score
+from amp_convert.core.batches import Batch, Score, batch_size, no_score
 from amp_convert.core.errors import ModelError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, is_float_tensor
 from amp_convert.core.random_state import preserved_rng, rng_state, set_rng_state
 from amp_convert.core.tensor_errors import larger
-from amp_convert.loading.model_file import named_leaves
+from amp_convert.core.tree_paths import named_leaves
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.inference.inputs_seen import InputsSeen
-from amp_convert.validate.inference.metric_probe import MetricProbe
+from amp_convert.validate.inference.metrics import Metrics
 from amp_convert.validate.inference.node_errors import NodeErrors
 from amp_convert.validate.inference.other_arms import OtherArms, as_dtypes_of
-from amp_convert.validate.inference.output_errors import OutputSums, accumulate
+from amp_convert.validate.inference.output_errors import OutputSums, accumulate, same_bits
 from amp_convert.validate.inference.reordered import RowMatcher, row_matcher
 from amp_convert.validate.inference.results import (
     Divergence,
-    MetricPair,
     OutputError,
     Stop,
 )
@@ -117,8 +113,7 @@ class _Comparison:
         self._frozen: dict[str, OutputSums] = {}
         self._untuned: dict[str, OutputSums] = {}
         self._frozen_identical = True
-        self._score = score or no_score
-        self._metrics, self._probe = MetricMeans(), MetricProbe(self._score)
+        self._metrics = Metrics(score or no_score)
         self._node_batches = math.inf if node_batches is None else node_batches
         self.batches = self._samples = 0
         self._reference_rel_l2 = 0.0
@@ -142,15 +137,13 @@ class _Comparison:
         mixed = self._arms.mixed(args, kwargs, state)
         accumulate(self._outputs, reference, mixed, noise, matcher)
         del noise
-        self._probe.try_batch(reference, target)
-        self._metrics.add("fp32", self._score(reference, target), size)
-        self._metrics.add("mixed", self._scored(mixed, target), size)
+        self._metrics.add_pair(reference, mixed, target, size)
         if self._captured.is_whole:  # else the reference is the eager model itself
             self._check_reference(self._arms.original(args, kwargs, state), reference)
             self._drawn |= set(state.drawn_outside_torch(rng_state(self._device)))
         frozen = self._arms.frozen(args, kwargs, state)
         accumulate(self._frozen, reference, frozen, matcher=matcher)
-        self._frozen_identical &= _same_bits(mixed, frozen)
+        self._frozen_identical &= same_bits(mixed, frozen)
         del mixed, frozen
         self._add_native(args, kwargs, target, reference, state, matcher)
         self.batches += 1
@@ -168,19 +161,11 @@ class _Comparison:
         native = self._arms.autocast(args, kwargs, state)
         if self._arms.autocast_reason:
             self._native.clear()
-            self._metrics.drop("autocast")
+            self._metrics.drop_autocast()
             return
         accumulate(self._native, reference, native, matcher=matcher)
-        scores = self._scored(as_dtypes_of(native, reference), target)
-        self._metrics.add("autocast", scores, batch_size(args, kwargs))
-
-    def _scored(self, outputs: Any, target: Any) -> Mapping[str, float]:
-        """The metrics of an arm other than FP32's; none where they refuse its outputs, such as NaN:
-        then that arm lacks them on this batch."""
-        try:
-            return self._score(outputs, target)
-        except ModelError:
-            return {}
+        outputs = as_dtypes_of(native, reference)
+        self._metrics.add_autocast(outputs, target, batch_size(args, kwargs))
 
     def _refuse_nan(self, reference: Any) -> None:
         for name, leaf in named_leaves(reference):
@@ -258,10 +243,9 @@ class _Comparison:
         unvisited = tuple(
             d.node for d in self._plan.eval if not any(d.node in t.visited for t in tables)
         )
+        branches = self._captured.in_branches
         behind = {name for path in self._behind for name in by_part[path]}
-        metrics = tuple(self._metric(name, lower_is_better) for name in self._names())
-        if metrics:
-            _check_names(lower_is_better, [metric.name for metric in metrics])
+        metrics = self._metrics.pairs(lower_is_better)
         return Divergence(
             batches=self.batches,
             samples=self._samples,
@@ -274,7 +258,7 @@ class _Comparison:
             costs=(),
             reference_rel_l2=self._reference_rel_l2,
             unvisited=unvisited,
-            untaken=tuple(node for node in unvisited if node in self._in_branches()),
+            untaken=tuple(node for node in unvisited if node in branches),
             behind_parting=tuple(node for node in unvisited if node in behind),
             frozen_identical=self._frozen_identical if self.batches else None,
             frozen_outputs=_rows(self._frozen),
@@ -288,54 +272,9 @@ class _Comparison:
             same_inputs=self._inputs.same,
         )
 
-    def _in_branches(self) -> set[str]:
-        """The nodes that give tensors, and only run where a condition says so."""
-        regions = [(r.graphs[Mode.EVAL], r.traces[Mode.EVAL]) for r in self._captured.regions]
-        return {
-            graph.nodes[node.name].identity
-            for graph, trace in regions
-            for node in graph.graph_module.graph.nodes
-            if BRANCH in node.meta and isinstance(trace.values[node.name], Value | tuple)
-        }
-
-    def _names(self) -> list[str]:
-        return self._metrics.names("fp32", "mixed")
-
-    def _metric(self, name: str, lower_is_better: frozenset[str]) -> MetricPair:
-        means = self._metrics
-        return MetricPair(
-            name=name,
-            fp32=means.value("fp32", name),
-            mixed=means.value("mixed", name),
-            autocast=means.complete("autocast").get(name),
-            lower_is_better=name in lower_is_better,
-            standard_error=means.standard_error(name, "fp32", "mixed"),
-            spread=means.spread("fp32", name),
-            unpaired=means.unpaired(name, "fp32", "mixed"),
-            doubt=self._probe.doubt(name, varies=means.varies("fp32", name)),
-        )
-
 
 def _rows(sums: Mapping[str, OutputSums]) -> tuple[OutputError, ...]:
     return tuple(total.row(name) for name, total in sums.items())
-
-
-def _same_bits(one: Any, other: Any) -> bool:
-    """Whether two arms' outputs are the same in every bit; NaN is no bits to agree on."""
-    mine, theirs = named_leaves(one), named_leaves(other)
-    return [name for name, _ in mine] == [name for name, _ in theirs] and all(
-        a.dtype == b.dtype and torch.equal(a, b)
-        for (_, a), (_, b) in zip(mine, theirs, strict=True)
-        if isinstance(a, torch.Tensor)
-    )
-
-
-def _check_names(lower_is_better: frozenset[str], known: Sequence[str]) -> None:
-    """Raises ModelError for a name that no metric has: its metric would be judged upside down."""
-    for name in sorted(lower_is_better - {*known, LOSS}):
-        near = difflib.get_close_matches(name, known, n=1)
-        mend = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
-        raise ModelError(f"lower_is_better names {name}, which no metric is called", mend=mend)
 
 
 @contextlib.contextmanager

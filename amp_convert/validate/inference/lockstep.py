@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.branches import CHOICE, UNTAKEN
+from amp_convert.capture.branches.choices import CHOICE, UNTAKEN
 from amp_convert.capture.graph_signature import Source
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.op_facts import Family, facts_of_target

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from amp_convert.core.batches import Score
-from amp_convert.loading.model_file import map_tensors
+from amp_convert.core.tree_paths import map_tensors
 from amp_convert.validate.inference.results import MetricDoubt
 
 BATCHES = 4

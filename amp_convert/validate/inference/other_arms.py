@@ -21,7 +21,7 @@ from amp_convert.core.mode import Mode
 from amp_convert.core.noise import nudged
 from amp_convert.core.number_formats import from_name, is_float_tensor
 from amp_convert.core.random_state import set_rng_state
-from amp_convert.loading.model_file import map_tensors, named_leaves
+from amp_convert.core.tree_paths import map_tensors, named_leaves
 from amp_convert.rewrite.converted_model import ConvertedModel
 
 

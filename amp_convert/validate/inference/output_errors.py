@@ -14,7 +14,7 @@ import torch
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.slices import ClassSums, SliceKind, SliceSums
 from amp_convert.core.tensor_errors import ErrorSums, Quantiles, larger
-from amp_convert.loading.model_file import named_leaves
+from amp_convert.core.tree_paths import named_leaves
 from amp_convert.validate.inference.reordered import RowMatcher
 from amp_convert.validate.inference.results import Misfit, OutputError
 
@@ -177,3 +177,13 @@ def _shape(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return " x ".join(map(str, value.shape)) or "a number"
     return f"a {type(value).__name__}"
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two arms' outputs are the same in every bit; NaN is no bits to agree on."""
+    mine, theirs = named_leaves(one), named_leaves(other)
+    return [name for name, _ in mine] == [name for name, _ in theirs] and all(
+        a.dtype == b.dtype and torch.equal(a, b)
+        for (_, a), (_, b) in zip(mine, theirs, strict=True)
+        if isinstance(a, torch.Tensor)
+    )

@@ -25,7 +25,7 @@ from amp_convert.capture.graph_signature import Source
 from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size, no_score
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, ulp_at
-from amp_convert.loading.model_file import named_leaves
+from amp_convert.core.tree_paths import named_leaves
 from amp_convert.onnx_file import build as onnx_program
 from amp_convert.onnx_file.write import OnnxModel
 from amp_convert.rewrite.converted_model import ConvertedModel

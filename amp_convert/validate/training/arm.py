@@ -19,8 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,31 +38,9 @@ from amp_convert.core.random_state import RngState, preserved_rng, rng_state, se
 from amp_convert.loading.model_file import kind_of
 from amp_convert.loading.user_code import defined_at, placed, user_code
 from amp_convert.validate.training.arm_specs import FP32, ArmSpec
-from amp_convert.validate.training.gradient_step import (
-    Loss,
-    checked_loss,
-    cloned,
-    require_trainable,
-)
-from amp_convert.validate.training.loss_scaling import LossScaling
+from amp_convert.validate.training.gradient_step import checked_loss, cloned, require_trainable
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.weights import Weights
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """What a model is trained with: the user's functions, which `path` holds, and the settings.
-
-    `accumulate` batches make a step, their losses averaged; gradients are clipped to the L2 norm
-    `clip_norm` where that is not None.
-    """
-
-    loss: Loss
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
-    scaling: LossScaling = field(default_factory=LossScaling)
-    accumulate: int = 1
-    clip_norm: float | None = None
-    path: str = ""
 
 
 class Arm:

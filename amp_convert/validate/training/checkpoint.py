@@ -29,9 +29,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from amp_convert.core.atomic_files import replacing, try_to_write, write_file
 from amp_convert.core.errors import AmpConvertError, UsageError, environment_problem
 from amp_convert.core.files import digests, hidden_folders
+from amp_convert.core.files.atomic_files import replacing, try_to_write, write_file
 from amp_convert.core.files.reading import parse_json, read_file
 
 INDEX = "checkpoint.json"

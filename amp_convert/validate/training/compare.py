@@ -30,8 +30,7 @@ from amp_convert.core.errors import AmpConvertError, ModelError, UsageError
 from amp_convert.loading.user_code import placed
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.training import checkpoint
-from amp_convert.validate.training.arm import Arm, Recipe
-from amp_convert.validate.training.arm_specs import ARMS, FP32, MIXED, PAIR, ArmSpec
+from amp_convert.validate.training.arm_specs import ARMS, FP32, PAIR, ArmSpec
 from amp_convert.validate.training.compare_gradients import compare_gradients
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.gradient_results import GradientParity
@@ -40,11 +39,8 @@ from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.noninferiority import Noninferiority, judge_pairs
 from amp_convert.validate.training.options import DEFAULT_STEPS, MOST_STEPS, Options, fingerprint
 from amp_convert.validate.training.paired_run import Race
-from amp_convert.validate.training.results import (
-    PairedRun,
-    SeedPair,
-    TrainingParity,
-)
+from amp_convert.validate.training.recipe import Recipe, in_words
+from amp_convert.validate.training.results import PairedRun, SeedPair, TrainingParity
 from amp_convert.validate.training.training_mode import training
 
 
@@ -102,28 +98,19 @@ class _Comparison:
         begin = resumed["seed"] if resumed else 0
         with training(self._model, self._converted):
             gradients = self._gradients()
-            self._scaled = self._start_at(gradients.scale)
+            self._scaled = self._recipe.starting_at(gradients.scale)
             for seed in range(begin, self._options.seeds):
                 if self._train_seed(seed, resumed if seed == begin else None):
                     break
         return self._parity(gradients)
-
-    def _start_at(self, scale: float) -> Recipe:
-        """The recipe, a dynamic loss scale starting at one that the gradients bear: else the steps
-        that look for it would be left out of the mixed arm alone, and decide a metric."""
-        scaling = self._recipe.scaling
-        if scaling.kind != "dynamic" or not scale < scaling.initial:
-            return self._recipe
-        return dataclasses.replace(
-            self._recipe, scaling=dataclasses.replace(scaling, initial=max(scale, 1.0))
-        )
 
     def _train_seed(self, seed: int, resumed: Mapping[str, Any] | None) -> bool:
         """Train the arms of a seed; whether it was the last one needed, or possible."""
         race = self._race(seed, ARMS if seed == 0 else PAIR)
         if seed == 0:
             self._metric = race.name_metric(self._options.metric)
-        self._words = self._words or _words(race.arms[FP32.name])
+        fp32 = race.arms[FP32.name]
+        self._words = self._words or in_words(fp32.optimizer, fp32.scheduler)
         if resumed and self._options.checkpoint:
             with checkpoint.applied(self._options.checkpoint):
                 race.load(resumed["race"])
@@ -137,7 +124,7 @@ class _Comparison:
         # A pair that came to grief is one: it is judged by how.
         if not race.ended and race.steps < self._steps:
             return True
-        self._pairs.append(self._pair(done))
+        self._pairs.append(SeedPair.of(done, self._metric))
         return self._decided()
 
     def _teaches_nothing(self, race: Race) -> bool:
@@ -221,17 +208,6 @@ class _Comparison:
 
     # --- the metric over seeds ---
 
-    def _pair(self, run: PairedRun) -> SeedPair:
-        fp32, mixed = run.arm(FP32.name), run.arm(MIXED.name)
-        assert fp32 is not None
-        assert mixed is not None
-        return SeedPair(
-            run.seed,
-            fp32.metric(self._metric),
-            mixed.metric(self._metric),
-            run.failure,
-        )
-
     def _decided(self) -> bool:
         """Whether no further seed is needed."""
         margin = self._options.margin
@@ -251,9 +227,6 @@ class _Comparison:
 
     # --- checkpoints ---
 
-    def _fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self._converted, self._recipe, self._options)
-
     def _save(self, race: Race) -> bool:
         """Write the checkpoint, where one is wanted; whether it is there."""
         self._unsaved, folder = 0, self._options.checkpoint
@@ -267,7 +240,9 @@ class _Comparison:
                 "pairs": [dataclasses.asdict(pair) for pair in self._pairs],
                 "first": None if self._first is None else dataclasses.asdict(self._first),
             }
-            checkpoint.save(folder, state, fingerprint=self._fingerprint())
+            checkpoint.save(
+                folder, state, fingerprint=fingerprint(self._converted, self._recipe, self._options)
+            )
         except UsageError as error:
             self._say(str(error))
             return False
@@ -275,7 +250,11 @@ class _Comparison:
 
     def _resume(self) -> dict[str, Any] | None:
         folder = self._options.checkpoint
-        state = checkpoint.load(folder, self._fingerprint()) if folder is not None else None
+        state = (
+            checkpoint.load(folder, fingerprint(self._converted, self._recipe, self._options))
+            if folder is not None
+            else None
+        )
         if state is None or folder is None:
             return None
         with checkpoint.applied(folder):
@@ -317,12 +296,3 @@ class _Comparison:
             noninferiority=self._answer,
             interrupted=self._interrupted,
         )
-
-
-def _words(arm: Arm) -> dict[str, str]:
-    """The optimizer and the schedule in words, before the first step."""
-    rates = sorted({float(group["lr"]) for group in arm.optimizer.param_groups if "lr" in group})
-    name, schedule = type(arm.optimizer).__name__, type(arm.scheduler).__name__
-    if rates:
-        name += f", learning rate {', '.join(f'{rate:g}' for rate in rates)}"
-    return {"optimizer": name, "schedule": "none" if arm.scheduler is None else schedule}

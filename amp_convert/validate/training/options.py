@@ -14,9 +14,9 @@ from amp_convert import __version__
 from amp_convert.core import device as devices
 from amp_convert.core.files import digests
 from amp_convert.rewrite.converted_model import ConvertedModel
-from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.margin import Margin
 from amp_convert.validate.training.noninferiority import require_test
+from amp_convert.validate.training.recipe import Recipe
 
 DEFAULT_STEPS = 50
 MOST_STEPS = 200

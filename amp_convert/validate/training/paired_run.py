@@ -30,11 +30,12 @@ from amp_convert.core.number_formats import from_name
 from amp_convert.core.random_state import preserved_rng, set_rng_state
 from amp_convert.loading.user_code import user_code
 from amp_convert.rewrite.converted_model import ConvertedModel
-from amp_convert.validate.training.arm import Arm, Recipe
+from amp_convert.validate.training.arm import Arm
 from amp_convert.validate.training.arm_specs import FP32, PAIR, ArmSpec
 from amp_convert.validate.training.data import Data, Stream, initial_weights, seeded_rng
 from amp_convert.validate.training.gradient_step import cloned
 from amp_convert.validate.training.loss_scaling import LossScaling
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.results import ArmRecord, PairedRun
 from amp_convert.validate.training.training_mode import (
     autocast_failure,

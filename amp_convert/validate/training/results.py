@@ -162,6 +162,14 @@ class SeedPair:
     mixed: float
     failure: str = ""
 
+    @classmethod
+    def of(cls, run: PairedRun, metric: str) -> SeedPair:
+        """The pair that a run of both arms gives."""
+        fp32, mixed = run.arm(FP32.name), run.arm(MIXED.name)
+        assert fp32 is not None
+        assert mixed is not None
+        return cls(run.seed, fp32.metric(metric), mixed.metric(metric), run.failure)
+
 
 @dataclass(frozen=True)
 class TrainingParity:

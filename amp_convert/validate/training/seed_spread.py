@@ -24,17 +24,17 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from torch import nn
 
 from amp_convert import __version__
-from amp_convert.core.atomic_files import try_to_write, write_file
 from amp_convert.core.batches import LOSS, TRAIN_LOSS
 from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.core.files.atomic_files import try_to_write, write_file
 from amp_convert.core.files.reading import parse_json, read_file
-from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import FP32
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.margin import Margin, require_spread
 from amp_convert.validate.training.noninferiority import LOOKS
 from amp_convert.validate.training.paired_run import Race
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.training_mode import training
 
 FIRST_SEED = 1000

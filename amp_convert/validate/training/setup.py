@@ -22,11 +22,11 @@ from amp_convert.core.mode import Mode
 from amp_convert.loading.model_file import Case
 from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import score, user_batches
-from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.margin import Margin
 from amp_convert.validate.training.options import DEFAULT_STEPS, MOST_STEPS, Options
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.seed_spread import Conditions, SeedSpread, load_seed_spread
 
 EVAL_BATCHES = 8

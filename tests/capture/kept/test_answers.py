@@ -12,7 +12,7 @@ from torch import nn
 from amp_convert.capture.kept.answers import kept_in, kept_plainly
 from amp_convert.capture.kept.fingerprint import of_call
 from amp_convert.core.files.cache import Cache, Entry
-from amp_convert.core.plain_data import PlainData
+from amp_convert.core.files.plain_data import PlainData
 
 
 class Asked:

@@ -17,7 +17,8 @@ from amp_convert.plan.guards.activation_range import ActivationRange
 from amp_convert.plan.guards.weight_range import WeightRange
 from amp_convert.profile.calibrate import Range
 from amp_convert.profile.growth import Growth
-from amp_convert.rules.rule_set import GuardLimits, load_rules
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import GuardLimits
 from tests.plan.guards.helpers import INF, NAN, activation, reader, seen, site, weight
 from tests.staged import BF16, F16
 

@@ -22,9 +22,9 @@ from amp_convert.report.sections.audit import (
     audit_markdown,
     audit_report,
     audit_rows,
-    render_audit,
     write_audit,
 )
+from amp_convert.report.writers.audit_terminal import render_audit
 from amp_convert.report.writers.json_report import json_text
 from tests.report.builders import HOSTILE, decision, fp32, plan_of
 

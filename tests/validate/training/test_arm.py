@@ -13,10 +13,10 @@ from torch.optim import lr_scheduler as schedules
 
 from amp_convert.core.errors import ModelError
 from amp_convert.validate.training import checkpoint
-from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import PAIR
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.paired_run import Race
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.training_mode import training
 from tests.training import POINTS, Net, classify, convert_net, initial_model, points
 from tests.zoo import assert_same_bits

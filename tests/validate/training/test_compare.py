@@ -22,11 +22,11 @@ from amp_convert.core.batches import Batch
 from amp_convert.core.errors import UsageError
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.training import checkpoint
-from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.compare import compare_training
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.margin import Margin
 from amp_convert.validate.training.options import DEFAULT_STEPS, Options
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.results import TrainingParity
 from tests.training import OPTIMIZERS, POINTS, classify, convert_net, initial_model, points, score
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from amp_convert.core.errors import UsageError
-from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import PAIR
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.paired_run import Race
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.training_mode import training
 from tests.training import POINTS, classify, convert_net
 from tests.validate.training.test_arm import OPTIMIZERS

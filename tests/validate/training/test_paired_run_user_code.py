@@ -17,9 +17,8 @@ from amp_convert.core.batches import Batch
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.profile.calibrate import profile
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
-from amp_convert.rules.rule_set import load_rules
+from amp_convert.rules.load import load_rules
 from amp_convert.validate.training import checkpoint
-from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.arm_specs import ARMS, PAIR
 from amp_convert.validate.training.compare import compare_training
 from amp_convert.validate.training.data import Data
@@ -27,6 +26,7 @@ from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.margin import Margin
 from amp_convert.validate.training.options import Options
 from amp_convert.validate.training.paired_run import Race
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.training_mode import training
 from tests.training import OPTIMIZERS, POINTS, Net, classify, convert_net, initial_model, points
 from tests.zoo import assert_same_bits

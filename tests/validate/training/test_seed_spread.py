@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from amp_convert.core.batches import Batch
 from amp_convert.core.errors import ModelError, UsageError
-from amp_convert.validate.training.arm import Recipe
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.margin import MarginSource
+from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.seed_spread import (
     Conditions,
     SeedSpread,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from amp_convert.core.atomic_files import replacing, try_to_write, write_file
+from amp_convert.core.files.atomic_files import replacing, try_to_write, write_file
 from amp_convert.core.files.hidden_folders import is_hidden
 
 
@@ -53,7 +53,7 @@ def test_what_a_killed_run_leaves_is_deleted_by_the_next(tmp_path: Path) -> None
     code = f"""
 import os, signal
 from pathlib import Path
-from amp_convert.core.atomic_files import replacing
+from amp_convert.core.files.atomic_files import replacing
 with replacing(Path({str(tmp_path / "a.txt")!r})) as draft:
     draft.write_text("new")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The worst slice of an output: which channel, which sample, which class is furthest off?
+"""The sums that give each slice of an output its error.
 
 One relative error over a tensor hides whatever is small beside the rest: a channel, a sample, a
 class. So the error of each slice is divided by that slice's own *spread*, the norm of its reference
@@ -24,58 +24,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 
 import torch
 
+from amp_convert.core.slices.classes import ClassSums
+from amp_convert.core.slices.slice_error import (
+    FAINT,
+    FLAT,
+    LEAST,
+    MOST_CHANNELS,
+    SILENT,
+    SliceError,
+    SliceKind,
+    frontier,
+)
 from amp_convert.core.tensor_errors import CHUNK
 
-LEAST = 8
-FAINT, FLAT = 1e-6, 0.1
-SILENT = 1e-6
-"""Noise under this excuses nothing: no tolerance above 0 is as small."""
-MOST_CHANNELS = 262_144
-"""As many as the largest vocabularies of language models have words."""
-_MOST_CLASSES = 64
-"""So many classes are kept: those with the largest share of changed elements for their size."""
 _COUNT, _SUM, _SQUARES, _ERROR, _NOISE = range(5)
-
-
-class SliceKind(StrEnum):
-    """What a slice of an output is."""
-
-    WHOLE = "whole"
-    CHANNEL = "channel"
-    FAINT_CHANNEL = "faint channel"
-    """One that hardly varies beside the others."""
-    FEW = "few elements"
-    """A channel, or an output, of too few elements to be one of those."""
-    SAMPLE = "sample"
-    FAINT_SAMPLE = "faint sample"
-    """One that is nearly flat beside the others."""
-    CLASS = "class"
-    """A value of an integer or boolean output."""
-    LARGEST = "largest"
-    """An index at which a floating point output is largest."""
-
-
-@dataclass(frozen=True)
-class SliceError:
-    """The error of one slice of an output, by what the slice itself says.
-
-    `index` is that of the channel, of the sample in `batch`, or the class; `dim` the dimension of a
-    channel. `error` is relative to the slice's spread; of a class, the share of its elements that
-    changed theirs. `noise` is the same of FP32 nudged by one ULP.
-    """
-
-    kind: SliceKind
-    index: int
-    error: float
-    noise: float
-    elements: int
-    dim: int | None = None
-    batch: int | None = None
 
 
 _FAINT = {
@@ -154,62 +119,6 @@ class SliceSums:
         found = [each for kind in kinds for each in frontier([r for r in rows if r.kind is kind])]
         classes = [row for sums in self._classes.values() for row in sums.slices()]
         return (*found, *classes)
-
-
-@dataclass
-class ClassSums:
-    """How many elements of each class have another class in the value, and in the noise."""
-
-    kind: SliceKind
-    axis: int | None = None
-    _rows: dict[int, list[int]] = field(default_factory=dict)
-
-    def add(
-        self, reference: torch.Tensor, value: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> None:
-        """Take in one batch of integers or booleans of one shape."""
-        classes, inverse = torch.unique(reference.detach().cpu(), return_inverse=True)
-        names = [int(name) for name in classes.tolist()]
-        if len(self._rows.keys() | set(names)) > MOST_CHANNELS:
-            return  # those are numbers, not classes
-        counts = torch.bincount(inverse.flatten(), minlength=len(classes))
-        changed = [
-            torch.bincount(inverse[(reference != other).cpu()], minlength=len(classes))
-            if other is not None
-            else torch.zeros_like(counts)
-            for other in (value, noise)
-        ]
-        for i, name in enumerate(names):
-            row = self._rows.setdefault(name, [0, 0, 0])
-            for at, counted in enumerate((counts, *changed)):
-                row[at] += int(counted[i])
-
-    def slices(self) -> tuple[SliceError, ...]:
-        """The classes that are changed most, of those that have enough elements."""
-        found = [
-            SliceError(self.kind, name, changed / count, noise / count, count, self.axis)
-            for name, (count, changed, noise) in self._rows.items()
-            if count >= LEAST and changed
-        ]
-        found.sort(key=lambda row: -row.error * math.sqrt(row.elements))
-        return tuple(found[:_MOST_CLASSES])
-
-
-def frontier(slices: Sequence[SliceError]) -> list[SliceError]:
-    """Those that are worse than all of less noise; NaN is the worst there is. Noise that no
-    tolerance is as small as does not count."""
-    kept: list[SliceError] = []
-    least = math.inf
-    for each in sorted(slices, key=lambda s: (-_size(s.error), _size(s.noise))):
-        noise = max(_size(each.noise), SILENT)
-        if not kept or noise < least:
-            kept.append(each)
-            least = noise
-    return kept
-
-
-def _size(error: float) -> float:
-    return math.inf if math.isnan(error) else error
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

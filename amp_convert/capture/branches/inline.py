@@ -1,43 +1,21 @@
-"""The branches of `torch.cond` in the graph around them, so that they are planned, converted and
-compared like any other operator.
-
-A branch is a graph of its own, which no stage looks into. `inline_branches` puts the operators of
-both where the condition stands, and lets `aten.where` choose among their results. A node's metadata
-says which branches it is in (`BRANCH`) and which condition a choice belongs to (`CHOICE`).
-
-No run computes the branch that it does not take: the operators there may raise on the values of the
-other, or have no gradient. A run node by node skips them (`OneBranch`, `Choices`): their value is
-`UNTAKEN`. A graph that is called whole is cut into graphs again (see `one_branch`).
-
-Left as it is, in FP32, is a condition on sizes, and one with a branch that draws random numbers,
-writes to what it is given, or calls what nobody here knows.
-"""
+"""The operators of both branches, put where the condition stands."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any, cast
 
 import torch
 from torch import fx
 
+from amp_convert.capture.branches.choices import BRANCH, CHOICE
 from amp_convert.capture.node_info import user_frame
 
 aten = torch.ops.aten
-CHOICE = "choice"
-"""The key in the metadata of an `aten.where` that takes the results of one branch: the name of the
-condition."""
-BRANCH = "branch"
-"""The key in the metadata of a node in a branch: pairs of a condition's name and the place of the
-branch's results among the arguments of `aten.where`, 1 or 2, the outermost condition first."""
 
 Owners = Mapping[str, tuple[str, str]]
 """The module that holds a tensor, as its path and class, by the tensor's placeholder."""
-
-
-# --- into one graph ------------------------------------------------------------------------------
 
 
 def inline_branches(graph_module: fx.GraphModule, owners: Owners) -> bool:
@@ -139,48 +117,3 @@ def _copied(
         if "custom" in cond.meta:
             copy.meta["custom"] = {**cond.meta["custom"], **copy.meta.get("custom", {})}
     return [values[output] for output in outputs]
-
-
-# --- node by node --------------------------------------------------------------------------------
-
-
-class Untaken(Enum):
-    """What stands for the value of a node in a branch that a run does not take."""
-
-    UNTAKEN = "untaken"
-
-
-UNTAKEN = Untaken.UNTAKEN
-
-
-class Choices:
-    """Which nodes of a graph with conditions, captured or rewritten, a run computes."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self._conditions = {n.meta[CHOICE]: n.args[0] for n in graph.nodes if CHOICE in n.meta}
-
-    def instead(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        """What a node gives without being run: `UNTAKEN`, or a choice's result; None where it is to
-        be run. `values` are those of the nodes before it."""
-        if not self._conditions:
-            return None
-        for name, side in node.meta.get(BRANCH, ()):
-            if bool(values[self._conditions[name]]) != (side == 1):
-                return UNTAKEN
-        if CHOICE in node.meta:
-            condition, one, other = cast(tuple[Any, ...], node.args)
-            return values[one if values[condition] else other]
-        # A cast of what was not computed, which no branch was told of.
-        return UNTAKEN if any(values.get(n) is UNTAKEN for n in node.all_input_nodes) else None
-
-
-class OneBranch(fx.Interpreter):
-    """Runs a graph node by node, and of its branches those that are taken."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self._choices = Choices(module.graph)
-
-    def run_node(self, n: fx.Node) -> Any:
-        instead = self._choices.instead(n, self.env)
-        return super().run_node(n) if instead is None else instead

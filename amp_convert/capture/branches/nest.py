@@ -1,4 +1,4 @@
-"""A graph with the branches of conditions (see `branches`) as it is called whole: it computes one
+"""A graph with the branches of conditions (see the package) as it is called whole: it computes one
 branch of each.
 
 Each branch becomes a graph of its own again, with the casts that it alone reads, and a `Choice`
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from amp_convert.capture.branches import BRANCH, CHOICE
+from amp_convert.capture.branches.choices import BRANCH, CHOICE
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amp_convert.core.plain_data import NotPlainError, PlainData
+from amp_convert.core.files.plain_data import NotPlainError, PlainData
 
 
 class Colour(StrEnum):

@@ -1,0 +1,86 @@
+"""A call as `torch.export` is to see it: arguments by name, no tensor twice, outputs flat."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture.graph_call import bind
+
+
+def bound_arguments(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """A call's arguments by the names that the module's `forward` has for them."""
+    call = inspect.signature(module.forward)
+    bound = bind(call, args, kwargs)
+    for name, value in bound.arguments.items():
+        if call.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            bound.arguments[name] = dict(sorted(value.items()))  # no order of keywords is special
+    return bound
+
+
+def distinct(inputs: Any) -> Any:
+    """The inputs with no tensor given twice: export would make one input of the two."""
+    seen: set[int] = set()
+
+    def own(leaf: torch.Tensor) -> torch.Tensor:
+        if id(leaf) in seen:
+            return leaf.detach().clone()
+        seen.add(id(leaf))
+        return leaf
+
+    return pytree.tree_map_only(torch.Tensor, own, inputs)
+
+
+@contextlib.contextmanager
+def flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
+    """While this is open, `module` returns the leaves of its outputs; their structure is appended
+    to the list that this gives.
+
+    Export would rebuild the outputs each time it retraces, and a container that makes tensors of
+    its own while it is built (a key-value cache of transformers) then adds constants that nobody
+    owns. A module whose forward hooks look at its outputs is left as it is.
+    """
+    found: list[pytree.TreeSpec] = []
+    own, forward = module.__dict__.get("forward"), module.forward
+
+    @functools.wraps(forward)
+    def flat(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
+        found.append(spec)
+        return tuple(leaves)
+
+    if not module._forward_hooks:
+        module.__dict__["forward"] = flat
+    try:
+        yield found
+    finally:
+        if own is not None:
+            module.__dict__["forward"] = own
+        else:
+            module.__dict__.pop("forward", None)
+
+
+def first_dimension(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+        return {0: torch.export.Dim.AUTO}
+    return None
+
+
+def doubled_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Inputs whose common batch size of 1 is doubled: export would burn in a size of 1."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if not tensors or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return args, kwargs
+    doubled_batch: tuple[Any, Any] = pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.cat([t, t]), (args, kwargs)
+    )
+    return doubled_batch

@@ -1,0 +1,92 @@
+"""A model as it comes -> `Prepared`: on its device, captured, calibrated. What planning needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from amp_convert.capture.captured import Captured
+from amp_convert.capture.kept.answers import kept_in
+from amp_convert.capture.regions import capture
+from amp_convert.core import device as devices
+from amp_convert.core.batches import Batch
+from amp_convert.core.device import Device
+from amp_convert.core.files.cache import Cache
+from amp_convert.core.number_formats import from_name
+from amp_convert.core.progress import Progress
+from amp_convert.loading.model_file import Case, check_forward
+from amp_convert.loading.settings import Settings
+from amp_convert.loading.user_functions import user_batches
+from amp_convert.profile.calibrate import RangeStats, kept_profile, profile
+from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import Rules
+from amp_convert.validate.training import setup as training_setup
+
+KEPT_BATCHES = 16
+"""What calibration finds on more is not cached: they would have to be in memory at once."""
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run knows before it plans."""
+
+    case: Case
+    device: Device
+    captured: Captured
+    rules: Rules
+    stats: RangeStats
+
+
+def prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool) -> Prepared:
+    """Load onto the device, capture and calibrate. A run that `judges` proves its graphs, and
+    measures anew."""
+    rules = load_rules(settings.rules)
+    device = devices.choose(settings.device)
+    case = on_device(case, device.device)
+    check_forward(case)
+    progress.stage("capture and check against eager FP32")
+    with kept_in(Cache.of_user() if settings.cache else None):
+        captured = capture(case.model, case.args, case.kwargs, proofs=judges)
+        if judges:
+            training_setup.why_not(case, settings, captured)
+        progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
+        batches = _ticking(batches_of(case, device, settings.calibrate), progress)
+        tried = [from_name(settings.dtype)] if rules.uses_trials else []
+        if settings.cache and not judges and settings.calibrate <= KEPT_BATCHES:
+            # They may all be one tensor, which the user fills anew for each.
+            drawn = [pytree.tree_map_only(torch.Tensor, torch.clone, batch) for batch in batches]
+            stats = kept_profile(captured, drawn, tried, probes=rules.uses_probes)
+        else:
+            stats = profile(captured, batches, tried, probes=rules.uses_probes)
+    return Prepared(case, device, captured, rules, stats)
+
+
+def on_device(case: Case, device: torch.device) -> Case:
+    """The case, its model and example inputs on a device."""
+    return dataclasses.replace(
+        case,
+        model=case.model.to(device),
+        args=devices.move(case.args, device),
+        kwargs=devices.move(case.kwargs, device),
+    )
+
+
+def batches_of(case: Case, device: Device, at_most: int | None = None) -> Iterator[Batch]:
+    """The user's eval batches on the run's device, or else the example inputs as the only one."""
+    if case.eval_batches is None:
+        yield case.args, case.kwargs, None
+        return
+    for batch in user_batches("eval_batches", case.eval_batches, case.path, at_most):
+        yield devices.move(batch, device.device)
+
+
+def _ticking(batches: Iterator[Batch], progress: Progress) -> Iterator[Call]:
+    for args, kwargs, _ in batches:
+        yield args, kwargs
+        progress.advance()
