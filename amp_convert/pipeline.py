@@ -134,13 +134,16 @@ def _checked(
         score=partial(score, case),
         lower_is_better=case.lower_is_better,
         metrics_reason=f"{case.name} defines no metrics",
+        fold_batch_norm=settings.fold_batch_norm,
         node_batches=NODE_BATCHES,
         at_most=settings.batches,
         seconds=settings.eval_seconds,
         on_batch=progress.advance,
     )
     progress.stage("measure time and memory")
-    measured = costs.measure(converted, case.args, case.kwargs)
+    measured = costs.measure(
+        converted, case.args, case.kwargs, fold_batch_norm=settings.fold_batch_norm
+    )
     divergence = dataclasses.replace(
         divergence,
         costs=measured,
@@ -177,6 +180,11 @@ def _check_settings(settings: Settings) -> None:
     if settings.onnx:
         require("onnx", "onnx", "onnxscript", "onnxruntime")
     training_setup.load_margin(settings)
+    if settings.fold_batch_norm and load_rules(settings.rules).exact:
+        raise UsageError(
+            "--fold-batch-norm changes bits, and these rules ask for those of PyTorch itself",
+            mend="Leave it out, or give other rules than fp32 and autocast.",
+        )
 
 
 def _export(

@@ -210,6 +210,7 @@ def test_the_plan_as_a_table() -> None:
     assert {"rule", "reason", "evidence"} <= set(mixed.plan.to_frame().columns)
 
 
+@pytest.mark.slow
 def test_audit_is_the_plan_that_convert_would_follow() -> None:
     model = net()
     audit = amp.audit(model, X)
@@ -259,6 +260,7 @@ def test_the_whole_use_as_the_documentation_shows_it() -> None:
     assert not amp.audit(model, X).to_frame().empty
 
 
+@pytest.mark.slow
 def test_roundings_are_tried_only_where_a_rule_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     of = Trials.of

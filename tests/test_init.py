@@ -65,6 +65,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert not {"torch", "numpy", "pandas", "pydantic", "rich", "typer"} & modules
 
 
+@pytest.mark.slow
 def test_an_error_class_does_not_import_torch_and_a_function_does() -> None:
     assert "torch" not in loaded("import amp_convert; amp_convert.UsageError")
     assert "torch" in loaded("import amp_convert; amp_convert.convert")

@@ -404,6 +404,7 @@ class Guarded(Stateful):
         return self.last(h.tanh())  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_guarded_operation_is_judged_where_it_runs() -> None:
     def batches(seed: int) -> Iterator[Any]:
         for i in range(20):
@@ -428,6 +429,7 @@ class Exploding(Stateful):
         return torch.cond(x.sum() > 0, lambda v: self.last(v), lambda v: (v * 30).exp(), (h,))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_branch_in_fp32_that_no_batch_takes_is_named_as_well() -> None:
     torch.manual_seed(0)
     x = torch.rand(16, 16)

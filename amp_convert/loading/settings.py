@@ -139,6 +139,9 @@ class Settings:
     `cache` is whether graphs and ranges are kept for later runs, and taken from earlier ones, by
     the digest of all that they depend on.
 
+    `fold_batch_norm` is for those who deploy `freeze(fold_batch_norm=True)`: that model is then an
+    arm of its own.
+
     `calibrate` and `batches` count batches (the latter: evaluated at most, within `eval_seconds`),
     `steps` optimizer steps, `seeds` training pairs. `tolerance` bounds the relative L2 error of an
     output, and `metric_tolerance` the loss in a metric, relative to its FP32 value; `min_speedup`
@@ -203,6 +206,9 @@ class Settings:
         Option(
             "Keep what tracing and calibrating find, and take it from earlier runs.",
         ),
+    ] = False
+    fold_batch_norm: Annotated[
+        Switch, Option("Judge the frozen model with BatchNorm folded into weights, too.")
     ] = False
     tolerance: Annotated[
         Amount | None,

@@ -146,6 +146,16 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class BatchNormFold:
+    """A BatchNorm behind a product, both by identity, and why it does not go into the product's
+    weights where a model is frozen so; "" where it does."""
+
+    product: str
+    norm: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The decisions for a model's eval and train graphs.
 
@@ -153,6 +163,7 @@ class Plan:
     `calibration_batches` the number of batches that the evidence rests on, and `unmatched_rules`
     the node, layer and module rules that no node answers to. `eager_macs` are the multiply-adds of
     what was not captured, `islands` the FP32 regions of the eval graph, the dearest first.
+    `batch_norm_folds` are for `freeze(fold_batch_norm=True)` alone.
     """
 
     dtype: str
@@ -168,6 +179,7 @@ class Plan:
     unmatched_rules: tuple[str, ...]
     eager_macs: int = 0
     islands: tuple[Island, ...] = ()
+    batch_norm_folds: tuple[BatchNormFold, ...] = ()
 
     @property
     def exact(self) -> bool:

@@ -34,6 +34,7 @@ from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.op_facts import Family, canonical, facts_of_target
 from amp_convert.plan import guards as guarding
+from amp_convert.plan.batch_norm_folds import batch_norm_folds
 from amp_convert.plan.coloring import Painted, paint
 from amp_convert.plan.costs import Casts
 from amp_convert.plan.decision_writer import Settled, Writer
@@ -71,6 +72,8 @@ def make_plan(
         found, count = planner.plan()
         decisions[mode] += found
         casts[mode] += count
+    by_node = {d.node: d for d in decisions[Mode.EVAL]}
+    folds = [f for r in captured.regions for f in batch_norm_folds(r, by_node, rules.guards)]
     return Plan(
         dtype=name_of(dtype),
         device=captured.device.type,
@@ -85,6 +88,7 @@ def make_plan(
         unmatched_rules=unmatched(captured, rules),
         eager_macs=captured.eager_macs,
         islands=islands(captured, decisions[Mode.EVAL], dtype),
+        batch_norm_folds=tuple(folds),
     )
 
 

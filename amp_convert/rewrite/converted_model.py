@@ -26,7 +26,7 @@ from amp_convert.capture.captured import Captured, Region, RegionCall
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import HookWatch, hooks_of, own_hooks_off
 from amp_convert.capture.regions import capture
-from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.random_state import preserved_rng
@@ -167,10 +167,21 @@ class ConvertedModel(nn.Module):
         hooks = (self.__dict__["_hooks"], self.__dict__["_apart"])
         return _recaptured, (*parts, self._has_train, self.training, *hooks)
 
-    def freeze(self) -> FrozenModel:
-        """A copy for inference, weights stored in low precision; this model is left as it is."""
+    def freeze(self, *, fold_batch_norm: bool = False) -> FrozenModel:
+        """A copy for inference, weights stored in low precision; this model is left as it is.
+
+        With `fold_batch_norm` each BatchNorm that `plan.batch_norm_folds` says can be goes into the
+        weights before it: fewer kernels, and other bits than this model's, which the verdict judges
+        where `check` was given `fold_batch_norm=True`. Raises UsageError where the plan asks for
+        the bits of FP32 or of autocast.
+        """
         self.heed_hooks()
-        return FrozenModel(self)
+        if fold_batch_norm and self.plan.exact:
+            raise UsageError(
+                "folding BatchNorm changes bits, and this plan asks for those of PyTorch itself",
+                mend="Convert under other rules than fp32 and autocast, or leave it out.",
+            )
+        return FrozenModel(self, fold_batch_norm=fold_batch_norm)
 
     def try_kernels(self) -> None:
         """Run every graph once on its example inputs. Raises KernelError for the first operator

@@ -1,7 +1,8 @@
 """Constant folding for inference: what depends on weights alone is computed once.
 
-Two things happen to the eval graph:
+What happens to the eval graph:
 
+0. Where it is asked for, BatchNorms go into the weights before them (see `fold_batch_norm`).
 1. A lookup whose result is cast (`cast(embedding(table, ids))`) becomes a lookup in a cast table:
    the same bits, since a lookup computes nothing.
 2. Every value that is computed from parameters, buffers and constants alone, and that something
@@ -14,7 +15,7 @@ Buffers that the graph itself changes are state, not constants, and stay as they
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,8 @@ from torch import fx
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source
 from amp_convert.core.number_formats import LOW_DTYPES, name_of, widened
 from amp_convert.core.op_facts import Family, facts_of_target
+from amp_convert.plan.plan import BatchNormFold
+from amp_convert.rewrite.fold_batch_norm import STORED_AS, fold_batch_norms
 from amp_convert.rewrite.insert_casts import Rewritten
 from amp_convert.rewrite.kernels.aliasing import reaches_output
 
@@ -39,9 +42,14 @@ class Folded:
 
 
 def fold(
-    rewritten: Rewritten, tensors: Mapping[str, torch.Tensor], *, wide: bool = False
+    rewritten: Rewritten,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    wide: bool = False,
+    batch_norms: Iterable[BatchNormFold] = (),
 ) -> Folded:
-    """Fold the eval graph; `tensors` holds every non-user input by placeholder name.
+    """Fold the eval graph; `tensors` holds every non-user input by placeholder name, `batch_norms`
+    which are folded.
 
     With `wide`, what is stored has not been rounded: casts to a low dtype are to FP32 there, in the
     same places and by the same names.
@@ -49,6 +57,7 @@ def fold(
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(rewritten.graph_module.graph, copied))
+    fold_batch_norms(rewritten, copied, batch_norms)
     for node in list(graph.nodes):
         _cast_table(graph, node)
     return _Folder(graph, rewritten, tensors, wide=wide).run()
@@ -186,7 +195,7 @@ class _Folder:
 
     def _weight_name(self, node: fx.Node) -> str:
         """The weight's own name where the value is that weight, cast or not."""
-        source = node.args[0] if _is_cast(node) else node
+        source = node.meta.get(STORED_AS, node.args[0] if _is_cast(node) else node)
         spec = self._specs.get(source) if isinstance(source, fx.Node) else None
         return spec.target if spec is not None else f"folded.{node.name}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import name_of
-from amp_convert.plan.plan import Plan
+from amp_convert.plan.plan import BatchNormFold, Plan
 from amp_convert.rewrite.fold_constants import Folded, fold
 from amp_convert.rewrite.graph_execution import runner_of
 from amp_convert.rewrite.insert_casts import Rewritten
@@ -36,12 +36,13 @@ class FrozenModel(nn.Module):
 
     plan: Plan
 
-    def __init__(self, converted: ConvertedModel) -> None:
+    def __init__(self, converted: ConvertedModel, *, fold_batch_norm: bool = False) -> None:
         super().__init__()
         captured = converted.captured
         self.__dict__["plan"] = converted.plan
+        folds = self.plan.batch_norm_folds if fold_batch_norm else ()
         folded = {
-            r.path: fold_weights(r, converted.rewritten[r.path][Mode.EVAL])
+            r.path: fold_weights(r, converted.rewritten[r.path][Mode.EVAL], batch_norms=folds)
             for r in captured.regions
         }
         if captured.is_whole:
@@ -126,11 +127,17 @@ def hold(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             owner.register_buffer(key, tensor.clone())
 
 
-def fold_weights(region: Region, rewritten: Rewritten, *, wide: bool = False) -> Folded:
-    """The graph for inference, with the weights that the region's module has now; `wide` as in
-    `fold`."""
+def fold_weights(
+    region: Region,
+    rewritten: Rewritten,
+    *,
+    wide: bool = False,
+    batch_norms: Iterable[BatchNormFold] = (),
+) -> Folded:
+    """The graph for inference, with the weights that the region's module has now; `wide` and
+    `batch_norms` as in `fold`."""
     runner = runner_of(rewritten, region.module)
     placeholders = runner.signature.placeholders(rewritten.graph_module.graph)
     held = zip(placeholders, runner.tensors(), strict=True)
     tensors = {node.name: tensor for node, tensor in held if tensor is not None}
-    return fold(rewritten, tensors, wide=wide)
+    return fold(rewritten, tensors, wide=wide, batch_norms=batch_norms)

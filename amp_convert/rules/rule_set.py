@@ -58,6 +58,13 @@ class Rules:
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     @property
+    def exact(self) -> bool:
+        """Whether they ask for PyTorch's own bits: autocast's, or the original's."""
+        return self.painting is Painting.AUTOCAST or not any(
+            rule.category is Category.ALLOW for rule in self.rules
+        )
+
+    @property
     def uses_probes(self) -> bool:
         """Whether anything asks how large values become on other inputs (see `range_probes`)."""
         scales = self.rewrites.scale_scores or self.rewrites.rescale_layers

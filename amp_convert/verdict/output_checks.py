@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from amp_convert.core.slices import LEAST
 from amp_convert.verdict.check import Check, CheckStatus, optional, severity
 from amp_convert.verdict.inference_checks import nothing_ran
+from amp_convert.verdict.metric_checks import metric_check
 from amp_convert.verdict.slice_checks import named, slice_checks
 from amp_convert.verdict.thresholds import COSINE_SLACK, Thresholds, rounding_unit
 
@@ -48,12 +49,46 @@ def untuned_check(
         )
         return Check(name, CheckStatus.UNCHECKED, None, None, reason, required=False)
     checks = checks_of_outputs("outputs", rows, missing, limits, metrics_hold=metrics_hold)
-    failed = [check for check in checks if check.status == CheckStatus.FAIL]
-    if failed:
-        first = failed[0]
-        reason = f"with gradients on, {first.name} does not hold: {first.reason}"
-        return Check(name, CheckStatus.FAIL, first.value, first.threshold, reason)
-    return Check(name, CheckStatus.PASS, None, None, "the outputs with gradients on hold as well")
+    return _as_one(name, "with gradients on", checks)
+
+
+def folded_checks(
+    plan: Plan, divergence: Divergence | None, limits: Thresholds, *, metrics_hold: bool = False
+) -> list[Check]:
+    """The outputs and metrics of the frozen model with BatchNorm folded, which has other bits than
+    the one that was compared; none where it was not asked for."""
+    if divergence is None or not divergence.folded_outputs:
+        return []
+    name, missing = "outputs.folded", nothing_ran(plan, divergence)
+    folds = plan.batch_norm_folds
+    left = [fold for fold in folds if fold.reason]
+    said = f"{len(folds) - len(left)} of {len(folds)} BatchNorms folded"
+    if left:
+        said += f" (not {left[0].norm}: {left[0].reason})"
+    if len(left) == len(folds):
+        reason = said if folds else "no product has a BatchNorm behind it that could be folded"
+        return [Check(name, CheckStatus.UNCHECKED, None, None, reason, required=False)]
+    found = checks_of_outputs(
+        "outputs", divergence.folded_outputs, missing, limits, metrics_hold=metrics_hold
+    )
+    found += [
+        metric_check(f"metrics.{pair.name}", pair, limits.metric_tolerance, "folded")
+        for pair in divergence.folded_metrics
+    ]
+    return [_as_one(name, f"with {said}", found)]
+
+
+def _as_one(name: str, how: str, checks: Sequence[Check]) -> Check:
+    """One check for all of an arm's: the first that fails, or else the first that is required and
+    unchecked, decides."""
+    for status in (CheckStatus.FAIL, CheckStatus.UNCHECKED):
+        for check in checks:
+            if check.status is status and (status is CheckStatus.FAIL or check.required):
+                reason = f"{how}, {check.name} does not hold: {check.reason}"
+                if status is CheckStatus.UNCHECKED:
+                    reason = f"{how}, {check.name} is unchecked: {check.reason}"
+                return Check(name, status, check.value, check.threshold, reason)
+    return Check(name, CheckStatus.PASS, None, None, f"the outputs {how} hold as well")
 
 
 def checks_of_outputs(

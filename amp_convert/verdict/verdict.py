@@ -59,7 +59,12 @@ from amp_convert.verdict.inference_checks import (
 )
 from amp_convert.verdict.metric_checks import metric_checks
 from amp_convert.verdict.onnx_checks import onnx_checks
-from amp_convert.verdict.output_checks import autocast_check, output_checks, untuned_check
+from amp_convert.verdict.output_checks import (
+    autocast_check,
+    folded_checks,
+    output_checks,
+    untuned_check,
+)
 from amp_convert.verdict.performance_check import performance_check
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_checks import training_checks
@@ -152,6 +157,7 @@ def judge(
         buffers_check(plan, divergence),
         frozen_check(divergence),
         untuned_check(plan, divergence, limits, metrics_hold=metrics_hold),
+        *folded_checks(plan, divergence, limits, metrics_hold=metrics_hold),
         performance_check(divergence, limits),
         *metrics,
         *training_checks(

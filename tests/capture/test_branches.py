@@ -164,6 +164,7 @@ def refusing(m: Any, x: Tensor) -> Any:
 SQUARE = torch.eye(8) * 2 + 0.1
 
 
+@pytest.mark.slow
 def test_a_branch_that_raises_on_the_others_values() -> None:
     """Where that is so of the example, nobody knows the shapes in it, and it is left alone."""
     model = Branching(refusing)
@@ -188,6 +189,7 @@ def drawing_around(m: Any, x: Tensor) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_condition_within_a_branch_that_is_left_alone_is_left_alone() -> None:
     captured = capture(Branching(drawing_around), (X,), {})
     model, positive = captured.model, X.abs() + 0.1

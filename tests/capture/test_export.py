@@ -80,6 +80,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.slow
 @every_model
 def test_composite_operators_stay_whole(name: str) -> None:
     found = {n.short_op for n in captured(name).regions[0].graphs["eval"].nodes.values()}

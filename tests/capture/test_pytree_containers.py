@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch.utils import _pytree as pytree
 
@@ -43,6 +44,7 @@ def test_nothing_is_imported_for_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_language_model_that_returns_its_cache_is_captured_whole() -> None:
     captured = zoo.captured("t5")
     assert captured.is_whole

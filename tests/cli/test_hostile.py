@@ -78,6 +78,7 @@ def test_even_where_it_is_run_by_a_library(
 CLOSING = "import sys, os, warnings\nwarnings.simplefilter('error')\nsys.stdout.close()\n"
 
 
+@pytest.mark.slow
 def test_closed_streams_and_strict_warnings_of_the_users(tmp_path: Path) -> None:
     write(
         tmp_path,
@@ -91,6 +92,7 @@ def test_closed_streams_and_strict_warnings_of_the_users(tmp_path: Path) -> None
     assert "judge ..." in outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 def test_a_result_that_cannot_be_written(tmp_path: Path) -> None:
     write(tmp_path, MLP)
@@ -105,6 +107,7 @@ def test_a_result_that_cannot_be_written(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="streams are closed by a POSIX shell")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_streams_that_are_closed_from_the_start(closed: str, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_each_value_has_the_dtype_of_its_plan(name: str, dtype: torch.dtype) -> 
     assert checked >= 0.75 * len(floating)
 
 
+@pytest.mark.slow
 @every_exportable
 @both_dtypes
 def test_no_cast_is_there_for_nothing(name: str, dtype: torch.dtype) -> None:
@@ -307,6 +308,7 @@ def test_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
     assert [(array.dtype, array.shape) for array in large] == [(np.float16, (500, 32))]
 
 
+@pytest.mark.slow
 def test_lstm_weights_are_in_the_order_of_onnx_already() -> None:
     proto = onnx.load(exported("lstm").path)
     stored = {tensor.name for tensor in proto.graph.initializer}
@@ -316,6 +318,7 @@ def test_lstm_weights_are_in_the_order_of_onnx_already() -> None:
         assert set(node.input[1:4]) <= stored
 
 
+@pytest.mark.slow
 def test_the_file_does_not_name_folders_of_this_machine() -> None:
     content = Path(exported("bert").path).read_bytes()
     assert str(Path.cwd()).encode() not in content

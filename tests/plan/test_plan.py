@@ -261,6 +261,7 @@ def assert_same_effect(one: Plan, other: Plan, mode: str) -> None:
     assert casts_of(one, mode) == casts_of(other, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["default", "autocast", "half", "fp32"])
 @pytest.mark.parametrize("model", ["block", "cnn", "attention", "gated", "chained"])
 def test_a_plan_given_back_decides_the_same(model: str, preset: str, tmp_path: Path) -> None:

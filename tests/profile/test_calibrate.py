@@ -317,6 +317,7 @@ def test_a_fraction_ends_counting() -> None:
     assert not found["tanh"]
 
 
+@pytest.mark.slow
 def test_one_batch_with_a_fraction_is_enough() -> None:
     odd = torch.tensor([[1, 3, 5]])
     assert counting((WHOLE, EVEN))["div"]

@@ -42,6 +42,7 @@ def test_laws_on_every_operation(number: int) -> None:
     the_laws_hold(COVERING[number], LOW_DTYPES[number % 2])
 
 
+@pytest.mark.slow
 @settings(
     max_examples=10,
     deadline=None,

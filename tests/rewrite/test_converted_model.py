@@ -473,6 +473,7 @@ def test_attributes_are_the_originals() -> None:
         _ = mixed.nothing_of_the_kind
 
 
+@pytest.mark.slow
 def test_a_copy_is_independent() -> None:
     model, x = net()
     mixed = amp.convert(model.eval(), x)

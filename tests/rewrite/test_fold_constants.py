@@ -192,6 +192,7 @@ def test_a_weight_used_in_both_precisions_is_stored_in_both() -> None:
     assert_same_bits(want, mixed.freeze()(x))
 
 
+@pytest.mark.slow
 def test_names_stay_the_originals() -> None:
     frozen = converted("bert").freeze()
     names = set(example("bert")[0].state_dict())

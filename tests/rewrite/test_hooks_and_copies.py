@@ -126,6 +126,7 @@ def test_a_later_hook_is_in_what_is_made_of_the_model(called: bool) -> None:
         amp.export_onnx(mixed, "m.onnx")
 
 
+@pytest.mark.slow
 def test_a_copy_loses_a_hook_as_the_model_does() -> None:
     model = net()
     mixed = amp.convert(model, X, rules="fp32")

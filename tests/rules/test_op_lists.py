@@ -73,6 +73,7 @@ def category(name: str, low: torch.dtype = F16, device: str = "cpu") -> str | No
 NOT_ATEN = ("torch_nn._linear_cross_entropy",)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("op_lists_float16")
 def test_every_op_that_the_samples_reach_has_a_category() -> None:
     reached = {call.name for call in calls_of_modules(2)}
@@ -96,6 +97,7 @@ def test_every_op_that_the_samples_reach_has_a_category() -> None:
 OF_EXPORT = ("operator.", "aten.sym_", "aten._assert_", "aten.reshape.", "aten.to.dtype")
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("op_lists_bfloat16")
 def test_the_recorder_sees_the_ops_that_capture_sees() -> None:
     compared = 0
@@ -250,6 +252,7 @@ def test_a_low_op_gives_the_bits_of_the_op_by_hand(low: torch.dtype) -> None:
     assert sorted(other) == []
 
 
+@pytest.mark.slow
 @dtypes
 def test_the_outputs_of_a_low_op_have_the_stated_dtypes(low: torch.dtype) -> None:
     other = set()

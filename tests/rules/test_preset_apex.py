@@ -479,6 +479,7 @@ def is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", INPUTS)
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_o1_gives_the_bits_of_patched_functions(model: str, mode: str) -> None:
@@ -558,6 +559,7 @@ def assert_same_bits(
     assert same_bits({n: b.float() for n, b in cast.model.named_buffers()}, statistics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_o2_gives_the_bits_of_a_model_with_batch_norm_in_float32(mode: str) -> None:
     """On FP16 input the CPU's BatchNorm computes in FP32 from FP32 parameters, as cuDNN's does."""
@@ -580,6 +582,7 @@ def test_o3_gives_the_bits_of_a_half_model() -> None:
     assert_same_bits("apex-o3", o3, build("cnn", representable), "eval")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_o3_treats_batch_norm_as_with_keep_batchnorm_fp32(mode: str) -> None:
     """A known difference: Apex's O3 rounds parameters and statistics unless told to keep them."""

@@ -190,6 +190,7 @@ NO_FACTOR = {"whitening_by_cholesky": frozenset({"spike"})}
 # --- the tests -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_trap
 @both_dtypes
 def test_converted_model_holds(name: str, dtype: torch.dtype) -> None:
@@ -207,6 +208,7 @@ def test_converted_model_holds(name: str, dtype: torch.dtype) -> None:
     assert lost <= NO_FACTOR.get(name, frozenset())
 
 
+@pytest.mark.slow
 @every_trap
 def test_the_trap_is_one(name: str) -> None:
     """The FP32 model gives finite values and not only zeros, and a native route breaks where that

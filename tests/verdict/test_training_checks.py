@@ -356,6 +356,7 @@ def _batches(name: str, seed: int) -> Any:
 SCALED = {torch.float16: LossScaling(), torch.bfloat16: LossScaling("none")}
 
 
+@pytest.mark.slow
 @zoo.both_dtypes
 @pytest.mark.parametrize("name", ["cnn", "lstm", "gpt2"])
 def test_a_healthy_model_passes(name: str, dtype: torch.dtype) -> None:

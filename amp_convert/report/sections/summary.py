@@ -25,7 +25,7 @@ from amp_convert.verdict.check import CheckStatus
 from amp_convert.verdict.performance_check import is_slower
 from amp_convert.verdict.verdict import VerdictStatus
 
-ARMS = ("fp32", "autocast", "mixed", "frozen")
+ARMS = ("fp32", "autocast", "mixed", "frozen", "folded")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Comparison:
     autocast: str = ""
     mixed: str = ""
     frozen: str = ""
+    folded: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def _error_rows(inference: Divergence) -> list[Comparison]:
         return []
     autocast = worst_output(inference.autocast_outputs)
     frozen = worst_output(inference.frozen_outputs)
+    folded = worst_output(inference.folded_outputs)
     floating = sum("float" in output.dtype for output in inference.outputs)
     return [
         Comparison(
@@ -99,6 +101,7 @@ def _error_rows(inference: Divergence) -> list[Comparison]:
             autocast=fmt.error(autocast.rel_l2) if autocast else "",
             mixed=fmt.error(mixed.rel_l2),
             frozen=fmt.error(frozen.rel_l2) if frozen else "",
+            folded=fmt.error(folded.rel_l2) if folded else "",
         ),
         *_slice_rows(inference),
     ]
@@ -111,6 +114,7 @@ def _slice_rows(inference: Divergence) -> list[Comparison]:
         "autocast": inference.autocast_outputs,
         "mixed": inference.outputs,
         "frozen": inference.frozen_outputs,
+        "folded": inference.folded_outputs,
     }
     rows = []
     for kind in (SliceKind.CHANNEL, SliceKind.SAMPLE):
@@ -130,12 +134,14 @@ def worst_slice(outputs: Sequence[OutputError], kind: SliceKind) -> SliceError |
 
 
 def _metric_rows(inference: Divergence) -> list[Comparison]:
+    folded = {metric.name: fmt.number(metric.mixed) for metric in inference.folded_metrics}
     return [
         Comparison(
             fmt.printable(metric.name) + (" (lower is better)" if metric.lower_is_better else ""),
             fp32=fmt.number(metric.fp32),
             autocast=fmt.number(metric.autocast),
             mixed=fmt.number(metric.mixed),
+            folded=folded.get(metric.name, ""),
         )
         for metric in inference.metrics
     ]

@@ -4,8 +4,9 @@ The first batches go through the FP32 graph and the mixed graph in step (see `lo
 shows each node's error. Outputs are those of both models as they are, within a time limit. Each
 batch also goes through the eager FP32 model: a graph is right only for inputs on which the model
 takes the path that was traced, so the reference itself is checked on each batch. And through native
-`torch.autocast`, FP32 nudged by one ULP, the frozen model and the user's metrics (see
-`other_arms`). Sums are kept, values are not, so nothing grows with the number of batches.
+`torch.autocast`, FP32 nudged by one ULP, the frozen model (and that with BatchNorm folded, where it
+is asked for) and the user's metrics (see `other_arms`). Sums are kept, values are not, so nothing
+grows with the number of batches.
 
 Nodes are summed up in `node_errors`, outputs in `output_errors`; outputs are compared as they are.
 """
@@ -32,7 +33,7 @@ from amp_convert.core.tensor_errors import larger
 from amp_convert.core.tree_paths import named_leaves
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.inference.inputs_seen import InputsSeen
-from amp_convert.validate.inference.metrics import Metrics
+from amp_convert.validate.inference.metrics import AUTOCAST, FOLDED, Metrics
 from amp_convert.validate.inference.node_errors import NodeErrors
 from amp_convert.validate.inference.other_arms import OtherArms, as_dtypes_of
 from amp_convert.validate.inference.output_errors import OutputSums, accumulate, same_bits
@@ -55,6 +56,7 @@ def compare(
     lower_is_better: frozenset[str] = frozenset(),
     metrics_reason: str = "no metrics were given",
     autocast: bool = True,
+    fold_batch_norm: bool = False,
     node_batches: int | None = None,
     at_most: int | None = None,
     seconds: float = math.inf,
@@ -64,11 +66,13 @@ def compare(
 
     Nodes are compared on the first `node_batches`, or on all; no batch is begun after the first
     `at_most`, nor after `seconds`, but for the first. `autocast` also runs the original under
-    `torch.autocast`. `on_batch` is called after each batch. The model's training flags, buffers and
-    random state are left as they were. Raises ModelError for a name in `lower_is_better` that no
-    metric has.
+    `torch.autocast`, `fold_batch_norm` the model that is frozen so. `on_batch` is called after each
+    batch. The model's training flags, buffers and random state are left as they were. Raises
+    ModelError for a name in `lower_is_better` that no metric has, UsageError where the plan forbids
+    to fold.
     """
-    comparison = _Comparison(converted, score, node_batches, autocast=autocast)
+    arms = OtherArms(converted, autocast=autocast, fold_batch_norm=fold_batch_norm)
+    comparison = _Comparison(converted, arms, score, node_batches)
     begin, given = time.perf_counter(), iter(batches)
     with evaluating(converted):
         for batch in given:
@@ -97,20 +101,19 @@ class _Comparison:
     def __init__(
         self,
         converted: ConvertedModel,
+        arms: OtherArms,
         score: Score | None,
         node_batches: int | None,
-        *,
-        autocast: bool,
     ) -> None:
-        self._converted = converted
+        self._converted, self._arms = converted, arms
         self._captured, self._plan = converted.captured, converted.plan
         self._device = self._captured.device
         self._low = from_name(self._plan.dtype)
         self._tables = {r.path: NodeErrors(converted, r, self._low) for r in self._captured.regions}
-        self._arms = OtherArms(converted, autocast=autocast)
         self._outputs: dict[str, OutputSums] = {}
         self._native: dict[str, OutputSums] = {}
         self._frozen: dict[str, OutputSums] = {}
+        self._folded: dict[str, OutputSums] = {}
         self._untuned: dict[str, OutputSums] = {}
         self._frozen_identical = True
         self._metrics = Metrics(score or no_score)
@@ -136,7 +139,6 @@ class _Comparison:
         del untuned
         mixed = self._arms.mixed(args, kwargs, state)
         accumulate(self._outputs, reference, mixed, noise, matcher)
-        del noise
         self._metrics.add_pair(reference, mixed, target, size)
         if self._captured.is_whole:  # else the reference is the eager model itself
             self._check_reference(self._arms.original(args, kwargs, state), reference)
@@ -145,6 +147,11 @@ class _Comparison:
         accumulate(self._frozen, reference, frozen, matcher=matcher)
         self._frozen_identical &= same_bits(mixed, frozen)
         del mixed, frozen
+        if self._arms.folds:
+            folded = self._arms.folded(args, kwargs, state)
+            accumulate(self._folded, reference, folded, noise, matcher)
+            self._metrics.add(FOLDED, folded, target, size)
+            del folded
         self._add_native(args, kwargs, target, reference, state, matcher)
         self.batches += 1
         self._samples += size
@@ -161,11 +168,11 @@ class _Comparison:
         native = self._arms.autocast(args, kwargs, state)
         if self._arms.autocast_reason:
             self._native.clear()
-            self._metrics.drop_autocast()
+            self._metrics.drop(AUTOCAST)
             return
         accumulate(self._native, reference, native, matcher=matcher)
         outputs = as_dtypes_of(native, reference)
-        self._metrics.add_autocast(outputs, target, batch_size(args, kwargs))
+        self._metrics.add(AUTOCAST, outputs, target, batch_size(args, kwargs))
 
     def _refuse_nan(self, reference: Any) -> None:
         for name, leaf in named_leaves(reference):
@@ -262,6 +269,8 @@ class _Comparison:
             behind_parting=tuple(node for node in unvisited if node in behind),
             frozen_identical=self._frozen_identical if self.batches else None,
             frozen_outputs=_rows(self._frozen),
+            folded_outputs=_rows(self._folded),
+            folded_metrics=self._metrics.pairs(lower_is_better, FOLDED),
             untuned_outputs=_rows(self._untuned),
             batches_given=None if self.left is None else self.batches + self.left,
             stopped=self.stopped,

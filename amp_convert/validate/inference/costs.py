@@ -32,15 +32,20 @@ BUDGET_SECONDS = 20.0
 
 
 def measure(
-    converted: ConvertedModel, args: Sequence[Any], kwargs: Mapping[str, Any]
+    converted: ConvertedModel,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    fold_batch_norm: bool = False,
 ) -> tuple[ArmCost, ...]:
-    """Costs of the FP32 original, native autocast, the converted and the frozen model, in eval
-    mode.
-    """
+    """Costs of the FP32 original, native autocast, the converted and the frozen model, and of that
+    with BatchNorm folded where asked for, in eval mode."""
     device = converted.captured.device
     frozen = converted.freeze()
     original = converted.captured.model
     models = {"fp32": original, "autocast": original, "mixed": converted, "frozen": frozen}
+    if fold_batch_norm:
+        models["folded"] = converted.freeze(fold_batch_norm=True)
     arms = _arms(models, converted)
     notes = dict.fromkeys(arms, "")
     peaks: dict[str, int] = {}
@@ -113,6 +118,13 @@ def _arms(models: Mapping[str, nn.Module], converted: ConvertedModel) -> dict[st
     return {
         "fp32": fp32,
         "autocast": autocast,
-        "mixed": lambda args, kwargs: models["mixed"](*args, **kwargs),
-        "frozen": lambda args, kwargs: models["frozen"](*args, **kwargs),
+        **{
+            name: partial(_call, model)
+            for name, model in models.items()
+            if name not in ("fp32", "autocast")
+        },
     }
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    model(*args, **kwargs)

@@ -11,7 +11,7 @@ from amp_convert.core.errors import ModelError
 from amp_convert.validate.inference.metric_probe import MetricProbe
 from amp_convert.validate.inference.results import MetricPair
 
-FP32, MIXED, AUTOCAST = "fp32", "mixed", "autocast"
+FP32, MIXED, AUTOCAST, FOLDED = "fp32", "mixed", "autocast", "folded"
 
 
 class Metrics:
@@ -24,15 +24,15 @@ class Metrics:
         """Score one batch of `size` samples, and see whether the metrics tell wrong outputs."""
         self._probe.try_batch(reference, target)
         self._means.add(FP32, self._score(reference, target), size)
-        self._means.add(MIXED, self._scored(mixed, target), size)
+        self.add(MIXED, mixed, target, size)
 
-    def add_autocast(self, outputs: Any, target: Any, size: int) -> None:
-        """Score one batch of autocast's."""
-        self._means.add(AUTOCAST, self._scored(outputs, target), size)
+    def add(self, arm: str, outputs: Any, target: Any, size: int) -> None:
+        """Score one batch of an arm other than FP32."""
+        self._means.add(arm, self._scored(outputs, target), size)
 
-    def drop_autocast(self) -> None:
-        """Forget autocast's scores: it does not run."""
-        self._means.drop(AUTOCAST)
+    def drop(self, arm: str) -> None:
+        """Forget the scores of an arm that does not run."""
+        self._means.drop(arm)
 
     def _scored(self, outputs: Any, target: Any) -> Mapping[str, float]:
         """The metrics of an arm other than FP32's; none where they refuse its outputs, such as NaN:
@@ -42,22 +42,23 @@ class Metrics:
         except ModelError:
             return {}
 
-    def pairs(self, lower_is_better: frozenset[str]) -> tuple[MetricPair, ...]:
-        """FP32's and the mixed model's metrics. Raises ModelError for a name in `lower_is_better`
-        that no metric has."""
-        means, names = self._means, self._means.names(FP32, MIXED)
+    def pairs(self, lower_is_better: frozenset[str], arm: str = MIXED) -> tuple[MetricPair, ...]:
+        """FP32's metrics and those of the mixed model or another `arm`; none where that was not
+        run. Raises ModelError for a name in `lower_is_better` that no metric has."""
+        means = self._means
+        names = means.names(FP32, arm) if means.names(arm) or arm == MIXED else []
         if names:
             _check_names(lower_is_better, names)
         return tuple(
             MetricPair(
                 name=name,
                 fp32=means.value(FP32, name),
-                mixed=means.value(MIXED, name),
+                mixed=means.value(arm, name),
                 autocast=means.complete(AUTOCAST).get(name),
                 lower_is_better=name in lower_is_better,
-                standard_error=means.standard_error(name, FP32, MIXED),
+                standard_error=means.standard_error(name, FP32, arm),
                 spread=means.spread(FP32, name),
-                unpaired=means.unpaired(name, FP32, MIXED),
+                unpaired=means.unpaired(name, FP32, arm),
                 doubt=self._probe.doubt(name, varies=means.varies(FP32, name)),
             )
             for name in names

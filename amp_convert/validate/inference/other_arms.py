@@ -1,5 +1,5 @@
 """What a batch goes through beside the mixed model: the original, native autocast, FP32 nudged by
-one ULP, and the frozen model.
+one ULP, and the frozen model, without and with BatchNorm folded.
 
 All start from one random state, on copies of the inputs, and leave buffers as they were. Where
 autocast or the nudged model fails, it is left out from then on, and the reason kept: autocast bans
@@ -27,13 +27,18 @@ from amp_convert.rewrite.converted_model import ConvertedModel
 
 class OtherArms:
     """The arms of one comparison; `autocast_reason` and `noise_reason` say why one does not run, ""
-    while it does. `kept` names the attributes that the original changes from call to call."""
+    while it does. `kept` names the attributes that the original changes from call to call, `folds`
+    says whether there is an arm with BatchNorm folded."""
 
-    def __init__(self, converted: ConvertedModel, *, autocast: bool) -> None:
+    def __init__(
+        self, converted: ConvertedModel, *, autocast: bool, fold_batch_norm: bool = False
+    ) -> None:
         self._converted, self._captured = converted, converted.captured
         self._device = self._captured.device
         self._low = from_name(converted.plan.dtype)
         self._frozen = converted.freeze()
+        self.folds = fold_batch_norm
+        self._folded = converted.freeze(fold_batch_norm=True) if fold_batch_norm else None
         # What writes to no input needs no copies of them.
         whole = self._captured.is_whole
         self._writes = not whole or bool(
@@ -52,6 +57,10 @@ class OtherArms:
     def frozen(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The frozen model's."""
         return self._called(self._frozen, args, kwargs, state)
+
+    def folded(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
+        """Those of the frozen model with BatchNorm folded, where it `folds`."""
+        return self._called(self._folded, args, kwargs, state)
 
     def mixed(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The converted model's."""

@@ -159,11 +159,12 @@ class Divergence:
     where the user gave none. `same_inputs` is whether all batches hold one and the same number
     throughout, as a placeholder of zeros does. `drawn_outside` names the generators outside of
     PyTorch ("Python", "NumPy") that the eager model draws from, `kept_state` the plain attributes
-    that it changes from
-    call to call. `parted_paths` counts the batches on which the mixed model called the captured
-    parts another number of times, or in another order; `behind_parting` are those of `unvisited`
-    that both called, but only behind the point where they parted. `slow_kernels` says why no speed
-    can be expected of the low dtype on the device, "" where it can.
+    that it changes from call to call. `parted_paths` counts the batches on which the mixed model
+    called the captured parts another number of times, or in another order; `behind_parting` are
+    those of `unvisited` that both called, but only behind the point where they parted.
+    `slow_kernels` says why no speed can be expected of the low dtype on the device, "" where it
+    can. Where it was asked for, `folded_outputs` and `folded_metrics` are those of the frozen model
+    with BatchNorm folded, whose metric is then what `mixed` says.
     """
 
     batches: int
@@ -181,6 +182,8 @@ class Divergence:
     frozen_identical: bool | None = None
     frozen_outputs: tuple[OutputError, ...] = ()
     untuned_outputs: tuple[OutputError, ...] = ()
+    folded_outputs: tuple[OutputError, ...] = ()
+    folded_metrics: tuple[MetricPair, ...] = ()
     batches_given: int | None = 0
     stopped: Stop | None = None
     node_batches: int = 0

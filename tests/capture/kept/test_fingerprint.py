@@ -216,6 +216,7 @@ class Net(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_other_processes_have_the_same_until_the_code_changes(tmp_path: Path) -> None:
     """Hashes of text differ from process to process, and with them the order of sets."""
     (tmp_path / "program.py").write_text(PROGRAM)

@@ -65,6 +65,7 @@ def assert_same(one: Captured, two: Captured) -> None:
             assert_same_bits(dict(graph.constants), dict(other.constants))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("name", ["cnn", "lstm", "bert", "llama", "whisper"])
 def test_the_second_capture_is_the_first_without_a_trace(name: str, traces: list[Any]) -> None:

@@ -120,6 +120,7 @@ def test_any_name_is_one_text(small_report: RunReport, name: str) -> None:
     assert printable(name).strip() in [text.strip() for text in Page(html_text(report)).text]
 
 
+@pytest.mark.slow
 def test_a_thousand_nodes_and_ten_thousand_steps_stay_under_500_kilobytes(
     make_report: Callable[[int], RunReport],
 ) -> None:

@@ -62,6 +62,7 @@ def test_fp32_throughout_is_eager_bit_for_bit(function: Callable[..., Any]) -> N
                 assert (a is None and b is None) or same_bits(a, b)
 
 
+@pytest.mark.slow
 def test_the_caller_may_write_to_a_result() -> None:
     model = Branching(plain)
     mixed = amp.convert(model, (X,), rules="fp32")
@@ -71,6 +72,7 @@ def test_the_caller_may_write_to_a_result() -> None:
         have.sum().backward()
 
 
+@pytest.mark.slow
 def test_a_loss_of_one_of_the_results_has_gradients_for_all() -> None:
     model = Branching(several_results)
     mixed = amp.convert(model, (X,), rules="fp32")
@@ -80,6 +82,7 @@ def test_a_loss_of_one_of_the_results_has_gradients_for_all() -> None:
         assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_autocasts_plan_takes_one_branch_as_well() -> None:
     """Its two sides have two dtypes."""
     mixed = amp.convert(Branching(two_dtypes), (X,), dtype=torch.bfloat16, rules="autocast")

@@ -306,6 +306,7 @@ def test_a_full_disk_leaves_the_old_state(
     assert_same(a_state(0), checkpoint.load(tmp_path, MINE))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="a file size limit is POSIX")
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     """The operating system refuses to write, as far as this process can see, at 64 KiB."""

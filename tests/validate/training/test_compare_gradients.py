@@ -123,6 +123,7 @@ def _assert_errors(row: Any, pairs: list[Any]) -> None:
     assert row.zeroed_share == lost / int((want != 0).sum())
 
 
+@pytest.mark.slow
 @both_dtypes
 def test_what_rounded_weights_do_to_fp32s_gradients(dtype: torch.dtype) -> None:
     """By hand; a weight that the dtype cannot hold stays as it is."""
@@ -174,6 +175,7 @@ def test_parameters_without_a_part_in_it() -> None:
     assert own.grad_underflow_fraction == 0
 
 
+@pytest.mark.slow
 def test_a_shared_parameter_counts_once() -> None:
     found = of_zoo("gpt2", scale=SCALE)
     model, _, _ = example("gpt2")

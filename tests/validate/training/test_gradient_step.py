@@ -337,6 +337,7 @@ class Branching(nn.Module):
         return self.last(self.middle(self.middle(y))) * self.scale
 
 
+@pytest.mark.slow
 def test_a_model_in_parts() -> None:
     of = staged(Branching)
     assert not of.captured.is_whole

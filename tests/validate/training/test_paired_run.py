@@ -126,6 +126,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.equal(grads["conv1.weight"], torch.ones_like(model.conv1.weight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_race_goes_on_from_its_state_in_the_same_bits(dtype: torch.dtype) -> None:
     trained = Trained("cnn")

@@ -109,6 +109,7 @@ def test_an_optimizer_without_any_gradient() -> None:
     assert race.arms["mixed"].skipped == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
 def test_random_numbers_of_python_and_numpy(draw: Callable[[], float]) -> None:
     """Each arm has its own, from the seed; drawing others is seen."""

@@ -1,0 +1,273 @@
+"""BatchNorm in the weights before it: what PyTorch's own fusion gives, where the plan says so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import fusion
+
+import amp_convert as amp
+from amp_convert.core.errors import UsageError
+from amp_convert.plan import batch_norm_folds as folding
+from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.rewrite.frozen_model import FrozenModel
+from tests.benchmarks.dispatch import counted
+
+F16, BF16 = torch.float16, torch.bfloat16
+
+
+class Pair(nn.Module):
+    """A product, its BatchNorm, and a product that reads the result."""
+
+    def __init__(self, product: nn.Module, norm: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.product, self.norm, self.last = product, norm, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.product(x)).relu())
+
+
+def pair(product: Any, norm: Any, last: Any, *shape: int) -> tuple[Pair, Tensor]:
+    """The pair with statistics and weights as training leaves them, in eval mode."""
+    torch.manual_seed(0)
+    model, x = Pair(product(), norm(), last()), torch.randn(shape)
+    for _ in range(3):
+        model(x * 2 + 1)
+    for tensor in (model.norm.weight, model.norm.bias):
+        if tensor is not None:
+            nn.init.normal_(tensor, 1.0)
+    return model.eval(), x
+
+
+def convolution() -> tuple[Pair, Tensor]:
+    return pair(
+        lambda: nn.Conv2d(3, 8, 3, padding=1, bias=False), lambda: nn.BatchNorm2d(8),
+        lambda: nn.Conv2d(8, 4, 1), 4, 3, 8, 8,
+    )  # fmt: skip
+
+
+PAIRS: dict[str, Callable[[], tuple[Pair, Tensor]]] = {
+    "conv2d": convolution,
+    "conv1d": lambda: pair(
+        lambda: nn.Conv1d(6, 8, 3, groups=2), lambda: nn.BatchNorm1d(8, eps=1e-2),
+        lambda: nn.Conv1d(8, 4, 1), 4, 6, 16,
+    ),
+    "conv3d": lambda: pair(
+        lambda: nn.Conv3d(2, 4, 3, padding="same"), lambda: nn.BatchNorm3d(4, affine=False),
+        lambda: nn.Conv3d(4, 2, 1), 2, 2, 4, 4, 4,
+    ),
+    "transposed": lambda: pair(
+        lambda: nn.ConvTranspose2d(3, 8, 2, 2), lambda: nn.BatchNorm2d(8),
+        lambda: nn.Conv2d(8, 4, 1), 4, 3, 8, 8,
+    ),
+    "linear": lambda: pair(
+        lambda: nn.Linear(6, 8), lambda: nn.BatchNorm1d(8), lambda: nn.Linear(8, 4), 16, 6
+    ),
+}  # fmt: skip
+
+
+def mixed(model: nn.Module, x: Tensor, dtype: torch.dtype = F16, **more: Any) -> ConvertedModel:
+    return amp.convert(model, x, dtype=dtype, train=False, **more)
+
+
+def fused(model: Pair) -> tuple[Tensor, Tensor]:
+    """What PyTorch's own fusion makes of FP64 weights."""
+    product, norm = (copy.deepcopy(part).double() for part in (model.product, model.norm))
+    if isinstance(product, nn.Linear):
+        found = fusion.fuse_linear_bn_eval(product, norm)
+    else:
+        transposed = isinstance(product, nn.ConvTranspose2d)
+        found = fusion.fuse_conv_bn_eval(product, norm, transpose=transposed)
+    return found.weight, found.bias
+
+
+def rel_l2(have: Tensor, want: Tensor) -> float:
+    return float((have.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_the_weights_are_those_of_pytorchs_fusion(name: str, dtype: torch.dtype) -> None:
+    model, x = PAIRS[name]()
+    with torch.no_grad():
+        want = model(x)
+    converted = mixed(model, x, dtype)
+    assert [fold.reason for fold in converted.plan.batch_norm_folds] == [""]
+    plain, folded = converted.freeze(), converted.freeze(fold_batch_norm=True)
+    errors = [rel_l2(frozen(x), want) for frozen in (plain, folded)]
+    assert errors[1] < 2 * errors[0]
+    calls = [counted(lambda f=frozen: f(x)) for frozen in (plain, folded)]
+    assert calls[0].total - calls[1].total == 1
+    assert not [name for name in calls[1].calls if "batch_norm" in name]
+    state = folded.state_dict()
+    weight, bias = fused(model)
+    assert torch.equal(state["product.weight"], weight.to(dtype))
+    offset = [t for name, t in state.items() if t.shape == bias.shape and name != "product.weight"]
+    assert any(torch.equal(tensor, bias.to(dtype)) for tensor in offset)
+    assert {t.dtype for t in state.values()} == {dtype}
+    assert torch.equal(plain(x), converted(x))  # neither is changed by the other
+
+
+class Read(nn.Module):
+    """A BatchNorm that cannot be folded, by what else there is."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.conv, self.norm, self.last = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.how == "skip":
+            return self.last(self.norm(y) + y)
+        if self.how == "weight":
+            return self.last(self.norm(y)) + nn.functional.conv2d(x, self.conv.weight)
+        if self.how == "computed":
+            computed = nn.functional.conv2d(x, self.conv.weight * 2, self.conv.bias)
+            return self.last(self.norm(computed))
+        return self.last(self.norm(y))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("skip", "something else reads what the product gives"),
+     ("weight", "its weight is read elsewhere as well, and would be stored twice"),
+     ("computed", "its tensors are not all the model's own"),
+     ("", "")],
+)  # fmt: skip
+def test_what_is_not_folded_says_why(how: str, reason: str) -> None:
+    model, x = Read(how).eval(), torch.randn(2, 4, 4, 4)
+    converted = mixed(model, x)
+    assert [fold.reason for fold in converted.plan.batch_norm_folds] == [reason]
+    folded = converted.freeze(fold_batch_norm=True)
+    if reason:
+        assert torch.equal(folded(x), converted(x))
+
+
+def test_channels_that_are_rows_of_the_product_are_left() -> None:
+    model = Pair(nn.Linear(6, 8), nn.BatchNorm1d(5), nn.Linear(8, 4)).eval()
+    x = torch.randn(3, 5, 6)
+    [fold] = mixed(model, x).plan.batch_norm_folds
+    assert fold.reason == "the BatchNorm's channels are not those of the product"
+
+
+def test_the_guards_see_the_folded_weights(tmp_path: Path) -> None:
+    """A dead channel: its variance is 0, and 1 / √ε times a weight of 500 is over 65504."""
+    model, x = convolution()
+    with torch.no_grad():
+        model.norm.running_var[2] = 0.0
+        model.norm.running_mean[2] = 0.0
+        model.product.weight[2] = 0.0
+        model.product.weight[2, 0, 1, 1] = 500.0
+        x[:, 0] = 0.0
+    extra = tmp_path / "rules.toml"
+    extra.write_text("[guards]\nprobe_headroom = false\n")
+    rules = ["default", extra]
+    found = {dtype: mixed(model, x, dtype, rules=rules) for dtype in (F16, BF16)}
+    [half], [bfloat] = (each.plan.batch_norm_folds for each in found.values())
+    assert (half.product, half.norm) == (bfloat.product, bfloat.norm)
+    assert half.reason.startswith("weight product.weight times its BatchNorm's factor does not fit")
+    assert half.reason.endswith("(guard weight-range)")
+    assert bfloat.reason == ""
+    frozen = found[F16].freeze(fold_batch_norm=True)
+    assert torch.equal(frozen(x), found[F16](x))
+
+
+@pytest.mark.parametrize("rules", ["fp32", "autocast"])
+def test_it_is_refused_where_bits_are_asked_for(rules: str) -> None:
+    model, x = convolution()
+    converted = mixed(model, x, rules=rules)
+    with pytest.raises(UsageError, match="changes bits"):
+        converted.freeze(fold_batch_norm=True)
+    assert torch.equal(converted.freeze()(x), converted(x))
+    with pytest.raises(UsageError, match="--fold-batch-norm changes bits"):
+        amp.check(model, x, rules=rules, fold_batch_norm=True)
+
+
+def test_parts_are_folded_too() -> None:
+    """A model that is captured in parts is frozen as a copy of it, part by part."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.x = convolution()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            return y if float(y.sum()) > 1e9 else y * 2
+
+    model, x = Outer().eval(), convolution()[1]
+    converted = mixed(model, x)
+    folded = converted.freeze(fold_batch_norm=True)
+    assert [fold.reason for fold in converted.plan.batch_norm_folds] == [""]
+    assert not [n for n in counted(lambda: folded(x)).calls if "batch_norm" in n]
+    with torch.no_grad():
+        assert rel_l2(folded(x), model(x)) < 1e-2
+
+
+# --- as an arm -----------------------------------------------------------------------------------
+
+
+def checks(run: amp.Run) -> dict[str, Any]:
+    return {check.name: check for check in run.verdict.checks}
+
+
+def test_the_folded_model_is_an_arm_of_its_own() -> None:
+    model, x = convolution()
+    targets = [(x + i, model(x + i).argmax(1)) for i in range(2)]
+
+    def metrics(outputs: Tensor, target: Tensor) -> dict[str, float]:
+        return {"accuracy": float((outputs.argmax(1) == target).float().mean())}
+
+    given: dict[str, Any] = {"eval_batches": targets, "metrics": metrics}
+    assert "outputs.folded" not in checks(amp.check(model, x, **given))
+    run = amp.check(model, x, fold_batch_norm=True, **given)
+    check = checks(run)["outputs.folded"]
+    assert check.status == "pass"
+    assert check.reason == "the outputs with 1 of 1 BatchNorms folded hold as well"
+    found = run.report.inference
+    assert found is not None
+    [output], [metric] = found.folded_outputs, found.folded_metrics
+    assert 0 < output.rel_l2 < 1e-3
+    assert output.rel_l2 != found.frozen_outputs[0].rel_l2
+    assert (metric.name, metric.mixed > 0.9) == ("accuracy", True)
+    assert [cost.arm for cost in found.costs][-2:] == ["frozen", "folded"]
+
+
+def test_a_fold_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = FrozenModel.__init__
+
+    def wrong(self: FrozenModel, converted: Any, *, fold_batch_norm: bool = False) -> None:
+        own(self, converted, fold_batch_norm=fold_batch_norm)
+        if fold_batch_norm:
+            self.get_buffer("product.weight")[0] *= 2
+
+    monkeypatch.setattr(FrozenModel, "__init__", wrong)
+    model, x = convolution()
+    run = amp.check(model, x, fold_batch_norm=True)
+    check = checks(run)["outputs.folded"]
+    assert (check.status, run.exit_code) == ("fail", 1)
+    assert check.reason.startswith("with 1 of 1 BatchNorms folded, outputs.")
+
+
+def test_nothing_to_fold_is_said() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    run = amp.check(model, torch.randn(4, 8), fold_batch_norm=True)
+    check = checks(run)["outputs.folded"]
+    assert (check.status, check.required) == ("unchecked", False)
+    assert "no product has a BatchNorm behind it" in check.reason
+
+
+def test_the_dimension_of_the_channels_stands_for_every_product() -> None:
+    """Each is an operator that takes weight and bias as its second and third argument."""
+    for op in folding.CHANNEL:
+        names = [argument.name for argument in op._schema.arguments]
+        assert names[1:3] == ["weight", "bias"], op
