@@ -84,6 +84,7 @@ def test_keywords_that_were_given_are_used() -> None:
     assert_same_bits(model(X, 2.0, shift=shift), mixed(X, 2.0, shift=shift))
 
 
+@pytest.mark.slow
 def test_float16_and_default_rules_are_the_default() -> None:
     plan = amp.convert(net(), X).plan
     assert (plan.dtype, plan.rules, plan.device) == ("float16", ("default.toml",), "cpu")
@@ -108,6 +109,7 @@ def test_every_form_of_rules(tmp_path: Path) -> None:
         assert first.low
 
 
+@pytest.mark.slow
 def test_calibration_moves_the_guards() -> None:
     """The example fits FP16; one of the batches that the model will see does not."""
     assert [d.low for d in amp.convert(net(), X).plan.eval if d.layer == "first"] == [True]
@@ -120,6 +122,7 @@ def test_calibration_moves_the_guards() -> None:
     assert "3 batches" in first.evidence
 
 
+@pytest.mark.slow
 def test_for_inference_alone_there_is_no_training_graph() -> None:
     model = net()
     both, mixed = amp.convert(model, X), amp.convert(model, X, train=False)
@@ -249,6 +252,7 @@ def test_compare_refuses_what_cannot_be_compared() -> None:
         amp.compare(model, mixed, [torch.ones(4, 9)])
 
 
+@pytest.mark.slow
 def test_the_whole_use_as_the_documentation_shows_it() -> None:
     model = net()
     mixed = amp.convert(model, X, dtype=torch.float16)

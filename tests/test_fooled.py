@@ -308,6 +308,7 @@ def error_rate(outputs: Tensor, target: Tensor) -> dict[str, float]:
     return {"error_rate": float(((outputs[:, 3] > 1.0002) != target).float().mean())}
 
 
+@pytest.mark.slow
 def test_a_name_in_lower_is_better_that_no_metric_has() -> None:
     batches = [edge(i) for i in range(8)]
     given: dict[str, Any] = {"eval_batches": batches, "metrics": error_rate}
@@ -382,6 +383,7 @@ class Running:
         return {"accuracy": self.right / self.all}
 
 
+@pytest.mark.slow
 def test_metrics_that_judge_nothing() -> None:
     batches = [edge(2 * i) for i in range(4)]
     given: dict[str, Any] = {"eval_batches": batches}

@@ -350,6 +350,7 @@ def eval_batches():
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_other_tests")
 @pytest.mark.parametrize("cache", [True, False])
 def test_batches_that_are_one_tensor_are_measured_each(

@@ -202,9 +202,14 @@ BUILDERS: dict[str, Callable[[], Example]] = {
 }
 
 every_model = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BUILDERS]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xdist_group(name)])
+        for name in BUILDERS
+    ],
 )
-"""Runs a test on each model; with `--dist loadgroup` a model is captured by one process only."""
+"""Runs a test on each model. With `--dist loadgroup` a model is captured by one process only; that
+is what takes the time, so all of these tests are slow, or the first would be, whichever it is."""
 
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16"])
 

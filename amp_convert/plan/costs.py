@@ -26,6 +26,19 @@ class Casts:
 
 
 @dataclass(frozen=True)
+class StoredTwice:
+    """A weight that a frozen model holds in FP32 and in low precision. `low_bytes` are those of the
+    low copy; `reader` is the first node that reads it in FP32, and `reason` and `evidence` are why
+    that node does."""
+
+    weight: str
+    low_bytes: int
+    reader: str
+    reason: str
+    evidence: str
+
+
+@dataclass(frozen=True)
 class Island:
     """One FP32 region of the eval graph, for the example inputs.
 

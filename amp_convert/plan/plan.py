@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from amp_convert.capture.captured import Uncaptured
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import FULL
-from amp_convert.plan.costs import Casts, Island
+from amp_convert.plan.costs import Casts, Island, StoredTwice
 from amp_convert.rules.rule_set import Category, Painting, Rewrites
 
 if TYPE_CHECKING:
@@ -162,8 +162,9 @@ class Plan:
     `dtype` is the low dtype, `device` the device type, `rules` the rules files in order,
     `calibration_batches` the number of batches that the evidence rests on, and `unmatched_rules`
     the node, layer and module rules that no node answers to. `eager_macs` are the multiply-adds of
-    what was not captured, `islands` the FP32 regions of the eval graph, the dearest first.
-    `batch_norm_folds` are for `freeze(fold_batch_norm=True)` alone.
+    what was not captured, `islands` the FP32 regions of the eval graph, the dearest first,
+    `stored_twice` the weights that freezing leaves in two dtypes. `batch_norm_folds` are for
+    `freeze(fold_batch_norm=True)` alone.
     """
 
     dtype: str
@@ -179,6 +180,7 @@ class Plan:
     unmatched_rules: tuple[str, ...]
     eager_macs: int = 0
     islands: tuple[Island, ...] = ()
+    stored_twice: tuple[StoredTwice, ...] = ()
     batch_norm_folds: tuple[BatchNormFold, ...] = ()
 
     @property

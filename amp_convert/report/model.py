@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from amp_convert.capture.captured import FixedSizes, Uncaptured
 from amp_convert.capture.fidelity import Fidelity
 from amp_convert.onnx_file.write import OnnxModel
-from amp_convert.plan.costs import Island
+from amp_convert.plan.costs import Island, StoredTwice
 from amp_convert.plan.plan import BatchNormFold, Plan
 from amp_convert.report.records import NodeRecord
 from amp_convert.validate.inference.results import Divergence
@@ -72,7 +72,8 @@ class PlanSection(Section):
     `nodes` counts those that there was something to decide about. Shares are fractions of 1:
     `share_nodes_low` of these nodes, `share_macs_low` of the multiply-adds. `casts` counts those of
     activations and of weights, `borders` the edges on which the dtype changes, `islands` are the
-    FP32 regions and their costs, the dearest first. `batch_norm_folds` says of each BatchNorm
+    FP32 regions and their costs, the dearest first, `stored_twice` the weights that a
+    frozen model holds in FP32 and in low precision. `batch_norm_folds` says of each BatchNorm
     behind a product whether it can go into the weights before it.
     """
 
@@ -92,6 +93,7 @@ class PlanSection(Section):
     unmatched_rules: tuple[str, ...]
     decisions: tuple[NodeRecord, ...]
     islands: tuple[Island, ...] = ()
+    stored_twice: tuple[StoredTwice, ...] = ()
     batch_norm_folds: tuple[BatchNormFold, ...] = ()
 
     @classmethod
@@ -114,6 +116,7 @@ class PlanSection(Section):
             unmatched_rules=plan.unmatched_rules,
             decisions=tuple(map(NodeRecord.of, plan.eval)),
             islands=plan.islands,
+            stored_twice=plan.stored_twice,
             batch_norm_folds=plan.batch_norm_folds,
         )
 

@@ -22,7 +22,6 @@ aten = torch.ops.aten
 # --- functional form -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @every_model
 def test_no_operator_changes_its_input(name: str) -> None:
     for graph in captured(name).regions[0].graphs.values():
@@ -80,7 +79,6 @@ WHOLE = {
 }
 
 
-@pytest.mark.slow
 @every_model
 def test_composite_operators_stay_whole(name: str) -> None:
     found = {n.short_op for n in captured(name).regions[0].graphs["eval"].nodes.values()}

@@ -36,6 +36,7 @@ def test_a_key_value_cache_is_a_tree_of_tensors() -> None:
     assert [float(leaf.mean()) for leaf in pytree.tree_leaves(doubled)] == [0, 20, 2, 22]
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_for_it() -> None:
     code = (
         "import sys; from amp_convert.capture.pytree_containers import register_containers; "

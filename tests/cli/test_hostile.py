@@ -71,7 +71,7 @@ def test_even_where_it_is_run_by_a_library(
         raise eval(raised, names)
 
     write(tmp_path, GOOD)
-    monkeypatch.setattr("amp_convert.pipeline.capture", capture)
+    monkeypatch.setattr("amp_convert.prepare.capture", capture)
     assert refused(tmp_path, "model.py").startswith(said)
 
 

@@ -323,6 +323,7 @@ def test_a_model_in_a_package(tmp_path: Path) -> None:
     assert (tmp_path / "reports/nets/report.json").exists()
 
 
+@pytest.mark.slow
 def test_settings_come_from_flags_then_from_pyproject(tmp_path: Path) -> None:
     write(tmp_path, MLP)
     table = '[tool.amp-convert]\ndtype = "bfloat16"\nbatches = 2\ncalibrate = 1\nout = "mine"\n'

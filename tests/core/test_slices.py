@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amp_convert.core import slices
-from amp_convert.core.slices import ClassSums, SliceError, SliceKind, SliceSums, frontier
+from amp_convert.core.slices import ClassSums, SliceError, SliceKind, SliceSums, classes, frontier
+from amp_convert.core.slices import sums as sums_of
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -132,11 +132,11 @@ def test_blocks_change_nothing(shape: list[int], chunk: int) -> None:
     want, have, noise = (normal(*shape, seed=s) for s in range(3))
     whole, parts = SliceSums(), SliceSums()
     whole.add(want, have, noise)
-    before, slices.CHUNK = slices.CHUNK, chunk
+    before, sums_of.CHUNK = sums_of.CHUNK, chunk
     try:
         parts.add(want, have, noise)
     finally:
-        slices.CHUNK = before
+        sums_of.CHUNK = before
     for one, other in zip(whole.slices(), parts.slices(), strict=True):
         assert (one.kind, one.index, one.dim) == (other.kind, other.index, other.dim)
         assert one.error == pytest.approx(other.error, rel=1e-9)
@@ -164,7 +164,7 @@ def test_a_class_is_the_share_of_its_elements_that_changed() -> None:
 
 
 def test_numbers_are_no_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slices, "MOST_CHANNELS", 10)
+    monkeypatch.setattr(class_sums, "MOST_CHANNELS", 10)
     for most, found in ((10, 10), (11, 0)):
         numbers = torch.arange(most).repeat(9)
         sums = ClassSums(SliceKind.CLASS)
@@ -193,7 +193,7 @@ def test_logits_lose_a_class(shape: tuple[int, ...], axis: int | None) -> None:
 
 
 def test_classes_that_come_again_are_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slices, "MOST_CHANNELS", 10)
+    monkeypatch.setattr(class_sums, "MOST_CHANNELS", 10)
     classes = torch.arange(8)
     sums = ClassSums(SliceKind.CLASS)
     sums.add(classes, classes)

@@ -218,6 +218,7 @@ def scaled_by_hand(of: Staged) -> nn.Module:
 MODELS = {"linear": feed_forward, "convolution": convolutions, "addmm": biasless}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_rescaled_layers_are_as_good_as_in_fp32(build: Callable[[], Staged]) -> None:
     of = build()
@@ -433,6 +434,7 @@ def test_weights_that_would_turn_subnormal_are_left_alone() -> None:
     assert "guard activation-range" in guards_of(of.plan())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("headroom", [2.0, 16.0])
 def test_a_saved_plan_scales_as_the_first_did(headroom: float, tmp_path: Any) -> None:
     default = load_rules(["default"])

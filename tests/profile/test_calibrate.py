@@ -299,6 +299,7 @@ def test_what_is_made_of_integers_alone_counts_and_a_buffer_does() -> None:
     assert {name for name, integral in found.items() if integral} >= made | {"whole"}
 
 
+@pytest.mark.slow
 def test_what_is_made_of_a_buffer_that_counts_counts() -> None:
     assert counting((WHOLE, EVEN))["sign"]
 

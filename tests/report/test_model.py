@@ -84,6 +84,7 @@ _DECISIONS = st.lists(st.builds(Decision), max_size=3).map(tuple)
 _UNCAPTURED = st.lists(st.builds(Uncaptured), max_size=2).map(tuple)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60,
     deadline=None,
@@ -107,6 +108,7 @@ def test_a_report_survives_json(
         assert again == report
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60,
     deadline=None,

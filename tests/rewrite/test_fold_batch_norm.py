@@ -219,6 +219,7 @@ def checks(run: amp.Run) -> dict[str, Any]:
     return {check.name: check for check in run.verdict.checks}
 
 
+@pytest.mark.slow
 def test_the_folded_model_is_an_arm_of_its_own() -> None:
     model, x = convolution()
     targets = [(x + i, model(x + i).argmax(1)) for i in range(2)]
@@ -241,6 +242,7 @@ def test_the_folded_model_is_an_arm_of_its_own() -> None:
     assert [cost.arm for cost in found.costs][-2:] == ["frozen", "folded"]
 
 
+@pytest.mark.slow
 def test_a_fold_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     own = FrozenModel.__init__
 

@@ -219,6 +219,7 @@ def test_the_state_dict_makes_the_round_trip() -> None:
 # --- a module of its own -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_refuses_to_train() -> None:
     frozen = converted("cnn").freeze()
     assert not any(m.training for m in frozen.modules())
@@ -232,6 +233,7 @@ def test_it_refuses_to_train() -> None:
     assert not result.requires_grad
 
 
+@pytest.mark.slow
 def test_freezing_a_model_in_training_mode_freezes_its_eval_graph() -> None:
     mixed = converted("lstm")
     _, args, _ = example("lstm")

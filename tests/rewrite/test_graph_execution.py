@@ -90,6 +90,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_layers_that_repeat_are_tried_once() -> None:
     mixed = converted("bert")
     region, rewritten = mixed.captured.regions[0], mixed.rewritten[""]["eval"]

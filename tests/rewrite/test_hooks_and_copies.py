@@ -172,6 +172,7 @@ def test_a_submodule_that_was_replaced_is_an_error() -> None:
     )
 
 
+@pytest.mark.slow
 def test_another_parameter_is_not_a_replaced_part() -> None:
     model = net()
     mixed = amp.convert(model, X, rules="fp32")

@@ -38,6 +38,7 @@ from tests.op_samples import (
 from tests.rules.test_preset_autocast import DEVICES, listed, registered
 from tests.staged import BF16, F16, F32, Recorder, rule
 
+pytestmark = pytest.mark.slow  # the first to need them records the samples
 aten = torch.ops.aten
 LOW = (F16, BF16)
 
@@ -73,7 +74,6 @@ def category(name: str, low: torch.dtype = F16, device: str = "cpu") -> str | No
 NOT_ATEN = ("torch_nn._linear_cross_entropy",)
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("op_lists_float16")
 def test_every_op_that_the_samples_reach_has_a_category() -> None:
     reached = {call.name for call in calls_of_modules(2)}
@@ -97,7 +97,6 @@ def test_every_op_that_the_samples_reach_has_a_category() -> None:
 OF_EXPORT = ("operator.", "aten.sym_", "aten._assert_", "aten.reshape.", "aten.to.dtype")
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("op_lists_bfloat16")
 def test_the_recorder_sees_the_ops_that_capture_sees() -> None:
     compared = 0
@@ -238,7 +237,6 @@ def _identical(want: torch.Tensor, have: torch.Tensor) -> bool:
     )
 
 
-@pytest.mark.slow
 @dtypes
 def test_a_low_op_gives_the_bits_of_the_op_by_hand(low: torch.dtype) -> None:
     compared, other = 0, set()
@@ -252,7 +250,6 @@ def test_a_low_op_gives_the_bits_of_the_op_by_hand(low: torch.dtype) -> None:
     assert sorted(other) == []
 
 
-@pytest.mark.slow
 @dtypes
 def test_the_outputs_of_a_low_op_have_the_stated_dtypes(low: torch.dtype) -> None:
     other = set()
@@ -292,7 +289,6 @@ def test_a_refusal_comes_with_evidence(low: torch.dtype) -> None:
     assert sorted(silent) == []
 
 
-@pytest.mark.slow
 @dtypes
 def test_a_denied_op_keeps_the_bits_of_float32(low: torch.dtype) -> None:
     denied = [call for call in float_calls() if category(call.name, low) == "deny"]
@@ -322,7 +318,6 @@ def supported(device: str) -> dict[str, set[torch.dtype]]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("op_lists_bfloat16")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_whatever_may_be_low_has_kernels_by_pytorchs_own_tests(device: str) -> None:

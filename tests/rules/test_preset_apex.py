@@ -221,6 +221,7 @@ CASTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "model", "mode", "expected"), WHOLE)
 def test_whole_plans(preset: str, model: str, mode: str, expected: str) -> None:
     plan = staged(model).plan(preset)

@@ -220,6 +220,7 @@ def test_the_softmax_of_an_attention_layer_is_float16() -> None:
         assert [d.dtype for d in mode if d.op == "aten.softmax"] == ["float16"]
 
 
+@pytest.mark.slow
 def test_a_reason_says_which_softmax_it_is() -> None:
     plan = staged("block").plan(PRESET)
     inner, last = decision(plan, "/softmax#0"), decision(plan, "/softmax#1")
@@ -230,6 +231,7 @@ def test_a_reason_says_which_softmax_it_is() -> None:
 # --- numbers -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bits_are_those_of_float16_layers_and_a_float32_softmax() -> None:
     stage = staged("cnn")
     model = stage.model.eval()

@@ -110,20 +110,20 @@ def test_presets_are_found_inside_an_installed_package(tmp_path: Path) -> None:
     shutil.copytree(PRESETS.parent / "amp_convert", tmp_path / "amp_convert")
     shutil.copytree(PRESETS, tmp_path / "amp_convert" / "rules" / "presets")
     code = (
-        "from amp_convert.rules import rule_set;"
-        "print(len(rule_set.load_rules(['default']).rules), rule_set.__file__)"
+        "from amp_convert.rules import load;"
+        "print(len(load.load_rules(['default']).rules), load.__file__)"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     count = len(load_rules(["default"]).rules)
-    file = tmp_path / "amp_convert" / "rules" / "rule_set.py"
+    file = tmp_path / "amp_convert" / "rules" / "load.py"
     assert ran.stdout.split() == [str(count), str(file)]
 
 
 def test_presets_are_read_without_torch() -> None:
     code = (
-        "import sys; from amp_convert.rules.rule_set import load_rules, preset_names;"
+        "import sys; from amp_convert.rules.load import load_rules, preset_names;"
         "load_rules(preset_names()); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -149,6 +149,7 @@ def test_deep_nesting_is_refused_not_a_crash(tmp_path: Path) -> None:
         load_rules([file])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -181,6 +182,7 @@ def test_unfinished_strings_take_linear_time() -> None:
     assert_linear(read, 10_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["#{}", "{} = 1", "{}"], ids=["comment", "key", "blank"])
 def test_a_long_line_takes_linear_time(line: str) -> None:
     def read(count: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from amp_convert.core.errors import UsageError
-from amp_convert.rules import rule_set
+from amp_convert.rules import load
 from amp_convert.rules.load import load_rules, preset_names
 from amp_convert.rules.rule_set import GuardLimits, Painting, Place, Rules, Target
 
@@ -328,13 +328,13 @@ def test_a_mode_is_eval_or_train(tmp_path: Path) -> None:
 
 def test_a_file_that_is_named_often_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = []
-    parse = rule_set.parse_rule_file
+    parse = load.parse_rule_file
 
     def counted(text: str, shown: str, *, preset: bool) -> Any:
         parsed.append(shown)
         return parse(text, shown, preset=preset)
 
-    monkeypatch.setattr(rule_set, "parse_rule_file", counted)
+    monkeypatch.setattr(load, "parse_rule_file", counted)
     rules = load_rules(["half", "default"] * 500 + ["half"])
     assert sorted(parsed) == ["default.toml", "half.toml"]
     assert rules.files == ("default.toml", "half.toml")

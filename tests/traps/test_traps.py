@@ -32,7 +32,8 @@ TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1.6e-1}
 INTEGERS_EQUAL = 0.99
 
 every_trap = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TRAPS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xdist_group(name)]) for name in TRAPS],
 )
 both_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float16", "bfloat16"])
 
@@ -190,7 +191,6 @@ NO_FACTOR = {"whitening_by_cholesky": frozenset({"spike"})}
 # --- the tests -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @every_trap
 @both_dtypes
 def test_converted_model_holds(name: str, dtype: torch.dtype) -> None:
@@ -208,7 +208,6 @@ def test_converted_model_holds(name: str, dtype: torch.dtype) -> None:
     assert lost <= NO_FACTOR.get(name, frozenset())
 
 
-@pytest.mark.slow
 @every_trap
 def test_the_trap_is_one(name: str) -> None:
     """The FP32 model gives finite values and not only zeros, and a native route breaks where that

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from amp_convert.capture.captured import Uncaptured
-from amp_convert.plan.costs import Island
+from amp_convert.plan.costs import Island, StoredTwice
 from amp_convert.plan.plan import DecisionKind, Plan
 from amp_convert.report import text as fmt
 from amp_convert.report.folder import write_folder
@@ -81,6 +81,7 @@ class AuditReport(Section):
     uncaptured: tuple[Uncaptured, ...]
     unmatched_rules: tuple[str, ...]
     islands: tuple[Island, ...] = ()
+    stored_twice: tuple[StoredTwice, ...] = ()
 
 
 def audit_report(plan: Plan, model: ModelInfo, version: str) -> AuditReport:
@@ -109,6 +110,7 @@ def audit_report(plan: Plan, model: ModelInfo, version: str) -> AuditReport:
         uncaptured=plan.uncaptured,
         unmatched_rules=plan.unmatched_rules,
         islands=plan.islands,
+        stored_twice=plan.stored_twice,
     )
 
 
@@ -185,7 +187,7 @@ def audit_markdown(report: AuditReport) -> str:
     lines = [f"# Audit: {escape(report.model.name)} in {report.dtype} on {report.device}"]
     lines += ["", f"{totals_text(report)}. Rules: {', '.join(map(code, report.rules))}."]
     lines += ["", *table(columns, rows, numbers="12")] if rows else []
-    if shown := islands_lines(report.islands):
+    if shown := islands_lines(report.islands, report.stored_twice):
         lines += ["", *shown]
     if gaps:
         lines += ["", "## Not covered", ""]

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from amp_convert.plan.costs import Island
+from amp_convert.plan.costs import Island, StoredTwice
+from amp_convert.report import text as fmt
 from amp_convert.report.sections.grouping import LayerPattern, layer_patterns, pattern_of
 
 LEAD = (
@@ -15,6 +16,7 @@ LEAD = (
     "casts of activations at its borders, the bytes that they read and write, and what its results "
     "take up more than they would in low precision."
 )
+TWICE = "Weights that a frozen model holds in FP32 and in low precision, since it reads both:"
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,9 @@ def _row(members: list[Island]) -> IslandRow:
         cast_bytes=sum(member.cast_bytes for member in members),
         wider_bytes=sum(member.wider_bytes for member in members),
     )
+
+
+def twice_text(weight: StoredTwice) -> str:
+    """What holding a weight twice costs, and why it is."""
+    why = f"{weight.reason} ({weight.evidence})" if weight.evidence else weight.reason
+    return f"{weight.weight}: {fmt.size(weight.low_bytes)} more; {weight.reader} reads FP32: {why}"

@@ -19,7 +19,7 @@ from amp_convert.report.sections.grouping import (
     ops_text,
     pattern_of,
 )
-from amp_convert.report.sections.islands import IslandRow, island_rows
+from amp_convert.report.sections.islands import TWICE, IslandRow, island_rows, twice_text
 from amp_convert.report.sections.summary import coverage_gaps
 from amp_convert.report.writers.terminal import (
     gap_section,
@@ -53,6 +53,11 @@ def render_audit(console: Console, report: AuditReport, folder: Path | None = No
     if costs := island_rows(report.islands, most=_MAX_ISLANDS):
         console.print(Text("What FP32 costs a call: casts at the borders of its regions"))
         console.print(indented(_islands_table(costs)))
+        console.print()
+    if report.stored_twice:
+        console.print(Text(TWICE))
+        for weight in report.stored_twice[:_MAX_ISLANDS]:
+            console.print(indented(Text(short(twice_text(weight), _PROSE))))
         console.print()
     if gaps := coverage_gaps(report.unknown_ops, report.uncaptured, report.unmatched_rules):
         console.print(gap_section("Not covered", gaps))

@@ -33,7 +33,7 @@ from amp_convert.report.sections.grouping import (
     ops_text,
     stays_fp32,
 )
-from amp_convert.report.sections.islands import LEAD, island_rows
+from amp_convert.report.sections.islands import LEAD, TWICE, island_rows, twice_text
 from amp_convert.report.sections.summary import (
     ARMS,
     comparison,
@@ -100,6 +100,8 @@ def _content(report: RunReport) -> dict[str, object]:
         "groups": fp32_groups(decisions),
         "islands": island_rows(report.plan.islands),
         "islands_lead": LEAD,
+        "twice_lead": TWICE,
+        "twice": [twice_text(weight) for weight in report.plan.stored_twice],
         "layers_text": layers_text,
         "ops_text": ops_text,
         "stays_fp32": stays_fp32,

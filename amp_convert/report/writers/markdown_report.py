@@ -31,7 +31,7 @@ def markdown_text(report: RunReport) -> str:
         training_lines(report.training),
         onnx_lines(onnx_summary(report)),
         _fp32(report),
-        islands_lines(report.plan.islands),
+        islands_lines(report.plan.islands, report.plan.stored_twice),
         _gaps(report),
         _environment(report),
     )

@@ -98,6 +98,7 @@ class Failing(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_a_failure_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert capture(Failing(), (X,), {}).regions[0].train_failure
@@ -142,6 +143,7 @@ class Scaled(nn.Module):
         return self.layer(x) * self.factor
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_another_model_is_traced(traces: list[Any]) -> None:
     for factor in (2.0, 3.0):

@@ -50,6 +50,7 @@ _MADE = {  # what no sample reaches: it gives a number, or is decomposed while s
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", BINDINGS, ids=str)
 def test_a_binding_is_the_operator(op: torch._ops.OpOverload) -> None:
     given = calls().get(_FORMS.get(op, op), [])

@@ -206,6 +206,7 @@ def test_compiled_the_graph_runs_as_it_was() -> None:
     assert_same_bits([want, *model.buffers()], [compiled(x), *mixed.buffers()])
 
 
+@pytest.mark.slow
 def test_a_copy_and_a_buffer_that_was_loaded() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(), torch.randn(6, 4)

@@ -123,6 +123,7 @@ def test_the_last_metrics_are_those_of_a_loop_by_hand(mixed: ConvertedModel) -> 
     assert metrics["loss"] == pytest.approx(float(classify(outputs, target)), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_nothing_converted_is_nothing_scaled() -> None:
     found = compare_training(convert_net(torch.float16, "fp32"), how(), POINTS, Options(steps=4))
     fp32, other = found.run.arm("fp32"), found.run.arm("mixed")
@@ -306,6 +307,7 @@ def test_a_run_goes_on_in_the_same_bits(
     assert said[-1] == f"going on after step {step}{of_seed}, from the checkpoint {kept.checkpoint}"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(mixed: ConvertedModel, tmp_path: Path) -> None:
     options = Options(steps=6, checkpoint=tmp_path, identity={"model": "one"})
     _, should_stop = stop_after(2)

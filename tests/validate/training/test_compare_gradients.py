@@ -397,6 +397,7 @@ def test_a_model_in_parts() -> None:
     assert parity(of.convert("fp32")).total.rel_l2 == 0
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_not_the_model_is_noticed() -> None:
     torch.manual_seed(0)
     of = staged(Net())

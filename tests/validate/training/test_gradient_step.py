@@ -113,6 +113,7 @@ def test_gradients_of_real_models(name: str) -> None:
 # --- nothing is left behind ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_everything_is_as_it_was() -> None:
     of = staged()
     model, mixed = of.model, of.convert()

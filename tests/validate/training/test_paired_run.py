@@ -102,6 +102,7 @@ def test_noise_begins_one_ulp_away() -> None:
     assert run.arm("noise").gradient_norms != run.arm("fp32").gradient_norms
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was() -> None:
     trained = Trained("cnn")
     model, converted = trained.model, trained.converted()
@@ -151,6 +152,7 @@ def test_a_race_goes_on_from_its_state_in_the_same_bits(dtype: torch.dtype) -> N
     assert repr(runs[0]) == repr(runs[1])  # NaN, the norm of skipped gradients, is not itself
 
 
+@pytest.mark.slow
 def test_what_is_measured_after_the_steps() -> None:
     """Distances, against their definition in FP64; memory and time are there."""
     trained = Trained("cnn")

@@ -61,6 +61,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return OPTIMIZERS["adamw"](parameters)
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_some_parameters() -> None:
     """The others get gradients too, which nobody uses, in no arm and at no later step."""
 
@@ -379,6 +380,7 @@ def test_the_interval_of_checkpoints_is_counted_over_seeds(
     assert len(saved) == 3  # of 20 steps; never right at the end of a seed
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_does_not_tell_its_state(tmp_path: Any) -> None:
     class Homemade:
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
