@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amp_convert.core.slices import ClassSums, SliceError, SliceKind, SliceSums, classes, frontier
+from amp_convert.core.slices import ClassSums, SliceError, SliceKind, SliceSums, frontier
+from amp_convert.core.slices import classes as class_sums
 from amp_convert.core.slices import sums as sums_of
 
 
