@@ -43,6 +43,7 @@ from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rules.load import load_rules
 from amp_convert.validate.inference import costs
 from amp_convert.validate.inference.compare import compare
+from amp_convert.validate.inference.layer_times import layer_times
 from amp_convert.validate.onnx.compare import validate_onnx
 from amp_convert.validate.training import checkpoint
 from amp_convert.validate.training import setup as training_setup
@@ -144,9 +145,11 @@ def _checked(
     measured = costs.measure(
         converted, case.args, case.kwargs, fold_batch_norm=settings.fold_batch_norm
     )
+    times = layer_times(converted, case.args, case.kwargs) if settings.profile else ()
     divergence = dataclasses.replace(
         divergence,
         costs=measured,
+        layer_times=times,
         slow_kernels=devices.slow_kernels(captured.device, from_name(settings.dtype)),
     )
     exported = _export(prepared, converted, settings, progress, work, divergence.batches)

@@ -1,23 +1,33 @@
-"""Law 5 on every model of the zoo, counted: a frozen model asks no more of a device than the model
-in the low dtype does, but for what its budget names; a training step no more than autocast. And
-what the counter counts."""
+"""Law 5 on every model of the tests and of the benchmark, counted: a frozen model asks no more of a
+device than the model in the low dtype does, but for what its budget names; a training step no more
+than autocast. And what the counter counts."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree as pytree
 
 from tests import zoo
+from tests.benchmarks import counted_models
 from tests.benchmarks.dispatch import counted, inference_arms, training_arms
 from tests.benchmarks.dispatch_budget import budget
-from tests.zoo import every_model
+
+every_counted_model = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xdist_group(name)])
+        for name in counted_models.MODELS
+    ],
+)
 
 
-@every_model
+@every_counted_model
 def test_a_frozen_model_keeps_to_its_budget(name: str) -> None:
-    model, args, kwargs = zoo.example(name)
-    arms = inference_arms(model, zoo.converted(name, dtype=torch.bfloat16), args, kwargs)
+    model, args, kwargs = counted_models.example(name)
+    converted = counted_models.converted(name, torch.bfloat16)
+    arms = inference_arms(model, converted, args, kwargs)
     frozen, low, allowed = arms["frozen"], arms["all low"], budget()[name]
     count = frozen.count
     assert count.total <= allowed["calls"]
@@ -40,11 +50,11 @@ def test_a_frozen_model_keeps_to_its_budget(name: str) -> None:
     assert _attention(count.calls) == _attention(low.count.calls)
 
 
-@every_model
+@every_counted_model
 def test_a_training_step_keeps_to_its_budget(name: str) -> None:
     """Never more kernel calls than under autocast, nor, but for FP32 regions, more bytes."""
-    model, args, kwargs = zoo.example(name)
-    converted = zoo.converted(name, dtype=torch.bfloat16)
+    model, args, kwargs = counted_models.example(name)
+    converted = counted_models.converted(name, torch.bfloat16)
     steps, allowed = training_arms(model, converted, args, kwargs), budget()[name]
     mixed, step = steps["mixed"], allowed["step"]
     assert mixed.total <= step["calls"]

@@ -210,6 +210,9 @@ class Settings:
     fold_batch_norm: Annotated[
         Switch, Option("Judge the frozen model with BatchNorm folded into weights, too.")
     ] = False
+    profile: Annotated[
+        Switch, Option("Time each layer, in FP32, under autocast, converted and frozen.")
+    ] = False
     tolerance: Annotated[
         Amount | None,
         Option("Largest relative L2 error of an output.", "X", "0.02, for bfloat16 0.16"),

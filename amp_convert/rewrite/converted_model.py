@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from amp_convert.capture.captured import Captured, Region, RegionCall
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.graph_call import GraphRunner, in_mode
 from amp_convert.capture.hooks import HookWatch, hooks_of, own_hooks_off
 from amp_convert.capture.regions import capture
 from amp_convert.core.errors import UnsupportedModelError, UsageError
@@ -195,6 +195,11 @@ class ConvertedModel(nn.Module):
                     given = runner.inputs(region.args, region.kwargs)
                     try_kernels(rewritten, given, region.traces[mode].values)
 
+    def runner(self, path: str, mode: Mode = Mode.EVAL) -> GraphRunner:
+        """What is called for the captured part at `path` in a mode."""
+        part: _Part = self.__dict__["_parts"][path]
+        return part.runners[mode]
+
     def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
         """What each region receives when this model is called with these inputs, in eval mode."""
         with self._replaced(Mode.EVAL):
@@ -258,16 +263,16 @@ class _Part:
     """The rewritten graphs of one captured part."""
 
     def __init__(self, region: Region, rewritten: Mapping[Mode, Rewritten], *, exact: bool) -> None:
-        self._runners = {}
+        self.runners: dict[Mode, GraphRunner] = {}
         for mode, each in rewritten.items():
             graph_module, signature = each.graph_module, each.captured.signature
             training = mode is Mode.TRAIN
             running = RunningGraph(graph_module, signature, exact=exact, training=training)
-            self._runners[mode] = runner_of(each, region.module, running, running.in_place)
+            self.runners[mode] = runner_of(each, region.module, running, running.in_place)
         self._why_no_train = region.train_failure
 
     def __call__(self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        runner = self._runners.get(mode)
+        runner = self.runners.get(mode)
         if runner is None:
             raise UnsupportedModelError(
                 f"this model was captured for inference only: {self._why_no_train}",
@@ -282,7 +287,7 @@ class _Part:
 
         def called(*args: Any, **kwargs: Any) -> Any:
             mode = Mode.of(module.training)
-            if mode is Mode.EVAL and mode not in self._runners:
+            if mode is Mode.EVAL and mode not in self.runners:
                 return forward(*args, **kwargs)
             return self(mode, args, kwargs)
 

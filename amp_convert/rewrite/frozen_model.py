@@ -45,16 +45,19 @@ class FrozenModel(nn.Module):
             r.path: fold_weights(r, converted.rewritten[r.path][Mode.EVAL], batch_norms=folds)
             for r in captured.regions
         }
+        self.__dict__["_runners"] = runners = {}
         if captured.is_whole:
             hold(self, folded[""].tensors)
-            self.__dict__["_callee"] = _runner(folded[""], self, exact=self.plan.exact)
+            runners[""] = _runner(folded[""], self, exact=self.plan.exact)
+            self.__dict__["_callee"] = runners[""]
         else:
             # What was not captured runs as it is, on a copy of its own.
             model = _copied(captured.model)
             for path, part in folded.items():
                 module = model.get_submodule(path)
                 hold(module, part.tensors)
-                module.__dict__["forward"] = _runner(part, module, exact=self.plan.exact)
+                runners[path] = _runner(part, module, exact=self.plan.exact)
+                module.__dict__["forward"] = runners[path]
             for name in MODULE_STATE:
                 self.__dict__[name] = model.__dict__[name]
             model.training = False
@@ -65,6 +68,11 @@ class FrozenModel(nn.Module):
         """Takes and returns what the original does, in the original's dtypes; no gradients."""
         with torch.no_grad():
             return self.__dict__["_callee"](*args, **kwargs)
+
+    def runner(self, path: str) -> GraphRunner:
+        """What is called for the captured part at `path`."""
+        found: GraphRunner = self.__dict__["_runners"][path]
+        return found
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         refuse_other_dtypes(self, fn)

@@ -24,6 +24,8 @@ from amp_convert.plan.dtype_flow import is_cast_to_fp32, tensor_arguments
 from amp_convert.plan.plan import Decision, Plan, PlannedInput
 
 aten = torch.ops.aten
+LAYER = "layer"
+"""The key in the metadata of a node that carries out one of the FP32 graph: that one's layer."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class _Rewriter:
     def _copy(self, node: fx.Node) -> fx.Node:
         new = self._graph.node_copy(node, lambda n: self._values[n.name])
         new.meta = {**node.meta, "dtype": self._dtype(node), "recorded": self._value(node)}
+        if node.name in self._captured.nodes:
+            new.meta[LAYER] = self._captured.nodes[node.name].layer
         self._values[node.name] = new
         self._origins[new.name] = node.name
         return new

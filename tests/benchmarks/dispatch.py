@@ -42,6 +42,7 @@ from amp_convert.core.number_formats import from_name
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.rewrite.converted_model import ConvertedModel
 from tests import zoo
+from tests.benchmarks import counted_models
 
 aten = torch.ops.aten
 
@@ -249,8 +250,8 @@ def unfused() -> contextlib.AbstractContextManager[None]:
 
 def report(name: str, dtype: torch.dtype, *, kernels: bool) -> None:
     """Print what the arms of one model dispatch."""
-    model, args, kwargs = zoo.example(name)
-    converted = zoo.converted(name, dtype=dtype)
+    model, args, kwargs = counted_models.example(name)
+    converted = counted_models.converted(name, dtype)
     arms = inference_arms(model, converted, args, kwargs)
     print(f"\n{name}, {converted.plan.dtype}, inference; KiB")
     print(
@@ -277,7 +278,7 @@ def report(name: str, dtype: torch.dtype, *, kernels: bool) -> None:
 def main() -> int:
     """Print the counts of every model."""
     parser = argparse.ArgumentParser(description="Count kernel calls and the bytes they move.")
-    parser.add_argument("models", nargs="*", default=list(zoo.BUILDERS), metavar="MODEL")
+    parser.add_argument("models", nargs="*", default=counted_models.MODELS, metavar="MODEL")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--kernels", action="store_true", help="name the kernels that differ")
     given = parser.parse_args()

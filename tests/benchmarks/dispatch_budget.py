@@ -1,4 +1,4 @@
-"""What a model of the zoo may dispatch, frozen and in training, as `dispatch_budget.toml` says."""
+"""What a model may dispatch, frozen and in training, as `dispatch_budget.toml` says."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 FILE = Path(__file__).with_suffix(".toml")
 HEAD = """\
-# One forward pass of each frozen model of tests/zoo.py in BF16 on a CPU: kernel calls, casts, bytes
-# moved, stored, and held at the peak. None may exceed its number; `write_budget` writes them.
+# One forward pass of each frozen model of `counted_models` in BF16 on a CPU: kernel calls, casts,
+# bytes moved, stored, and held at the peak. None may exceed its number; `write_budget` writes them.
 #
 # `regions` says why a model has an FP32 region that the model in BF16 has not, one sentence each,
 # separated by semicolons: each may cost two casts. `tables` says why a table is stored in FP32.
@@ -20,7 +20,7 @@ HEAD = """\
 
 
 def budget() -> dict[str, dict[str, Any]]:
-    """The budget of each model, by its name in the zoo."""
+    """The budget of each model, by its name."""
     if not FILE.exists():
         return {}
     return tomllib.loads(FILE.read_text())

@@ -220,8 +220,8 @@ def test_package_form(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
          "Known are: accumulate, baseline, batches, cache, calibrate, checkpoint, "
          "checkpoint-every, clip-norm, device, dtype, eval-seconds, external-data, "
          "fold-batch-norm, fp32-seeds, initial-scale, io-types, loss-scale, margin, "
-         "metric-tolerance, "
-         "min-speedup, onnx, opset, out, rules, scale-backoff, scale-growth, scale-interval, "
+         "metric-tolerance, min-speedup, onnx, opset, out, profile, rules, scale-backoff, "
+         "scale-growth, scale-interval, "
          "seeds, steps, tolerance, train, train-metric."),
         ("dtype = 'fp16'", "dtype is 'fp16'", "Give float16 or bfloat16."),
         ("dtype = ['float16']", "dtype is ['float16']", "Give float16 or bfloat16."),

@@ -22,6 +22,7 @@ from amp_convert.report.model import RunReport, Unchecked
 from amp_convert.report.records import NodeRecord
 from amp_convert.report.sections import (
     gradient_summary,
+    layer_times,
     onnx_node_summary,
     onnx_summary,
     training_summary,
@@ -34,6 +35,7 @@ from amp_convert.report.sections.grouping import (
     stays_fp32,
 )
 from amp_convert.report.sections.islands import LEAD, TWICE, island_rows, twice_text
+from amp_convert.report.sections.layer_times import time_rows
 from amp_convert.report.sections.summary import (
     ARMS,
     comparison,
@@ -102,6 +104,8 @@ def _content(report: RunReport) -> dict[str, object]:
         "islands_lead": LEAD,
         "twice_lead": TWICE,
         "twice": [twice_text(weight) for weight in report.plan.stored_twice],
+        "times": time_rows(report.inference.layer_times if report.inference else ()),
+        "times_of": layer_times,
         "layers_text": layers_text,
         "ops_text": ops_text,
         "stays_fp32": stays_fp32,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport
 from amp_convert.report.sections.grouping import fp32_groups, layer_name, layers_text, ops_text
+from amp_convert.report.sections.layer_times import LEAD, TIMED, time_rows
 from amp_convert.report.sections.onnx_summary import onnx_summary
 from amp_convert.report.sections.summary import (
     ARMS,
@@ -32,6 +33,7 @@ def markdown_text(report: RunReport) -> str:
         onnx_lines(onnx_summary(report)),
         _fp32(report),
         islands_lines(report.plan.islands, report.plan.stored_twice),
+        _times(report),
         _gaps(report),
         _environment(report),
     )
@@ -55,11 +57,19 @@ def _figures(report: RunReport) -> list[str]:
     return [
         "## Against FP32",
         "",
-        *(table(["", *arms], cells, numbers="1234") if rows else []),
+        *(table(["", *arms], cells, numbers="12345") if rows else []),
         "",
         f"- Low precision: {precision_text(report)}",
         f"- Casts: {casts_text(report)}",
     ]
+
+
+def _times(report: RunReport) -> list[str]:
+    rows = time_rows(report.inference.layer_times if report.inference else ())
+    cells = [[escape(row.layer), *row.times, row.share] for row in rows]
+    header = ["layer", *TIMED, "of frozen"]
+    lines = ["## Time by layer", "", LEAD, "", *table(header, cells, numbers="12345")]
+    return lines if rows else []
 
 
 def _checks(report: RunReport) -> list[str]:

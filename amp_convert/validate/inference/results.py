@@ -133,6 +133,17 @@ class ArmCost:
     note: str
 
 
+@dataclass(frozen=True)
+class LayerTime:
+    """Milliseconds that the operators of one layer took in each arm, timed one by one."""
+
+    layer: str
+    fp32: float
+    autocast: float
+    mixed: float
+    frozen: float
+
+
 class Stop(StrEnum):
     """Why batches were left out."""
 
@@ -164,7 +175,8 @@ class Divergence:
     those of `unvisited` that both called, but only behind the point where they parted.
     `slow_kernels` says why no speed can be expected of the low dtype on the device, "" where it
     can. Where it was asked for, `folded_outputs` and `folded_metrics` are those of the frozen model
-    with BatchNorm folded, whose metric is then what `mixed` says.
+    with BatchNorm folded, whose metric is then what `mixed` says; `layer_times` are the times of
+    each layer, where those were.
     """
 
     batches: int
@@ -193,6 +205,7 @@ class Divergence:
     parted_paths: int = 0
     behind_parting: tuple[str, ...] = ()
     slow_kernels: str = ""
+    layer_times: tuple[LayerTime, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """One row a node, in graph order."""
