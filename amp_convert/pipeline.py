@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+from amp_convert import optional_stages as stages
 from amp_convert.core import device as devices
 from amp_convert.core.device import Device
-from amp_convert.core.errors import UnsupportedModelError, UsageError
+from amp_convert.core.errors import UsageError
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.optional_packages import require
 from amp_convert.core.progress import Logged, Progress, Silent
@@ -29,14 +30,11 @@ from amp_convert.gate.compare import refuse_other
 from amp_convert.loading.model_file import Case, load_case
 from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import score
-from amp_convert.onnx_file import write as onnx_export
 from amp_convert.plan.plan import Plan
-from amp_convert.prepare import Prepared, batches_of, on_device, prepare
+from amp_convert.prepare import batches_of, on_device, prepare
 from amp_convert.report import (
     ModelInfo,
-    OnnxSection,
     RunReport,
-    Unchecked,
 )
 from amp_convert.report.assemble import assemble, model_info
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
@@ -44,10 +42,8 @@ from amp_convert.rules.load import load_rules
 from amp_convert.validate.inference import costs
 from amp_convert.validate.inference.compare import compare
 from amp_convert.validate.inference.layer_times import layer_times
-from amp_convert.validate.onnx.compare import validate_onnx
 from amp_convert.validate.training import checkpoint
 from amp_convert.validate.training import setup as training_setup
-from amp_convert.validate.training.compare import compare_training
 from amp_convert.validate.training.margin import MIN_SPREAD_SEEDS
 from amp_convert.validate.training.options import DEFAULT_STEPS
 from amp_convert.validate.training.results import TrainingParity
@@ -152,11 +148,20 @@ def _checked(
         layer_times=times,
         slow_kernels=devices.slow_kernels(captured.device, from_name(settings.dtype)),
     )
-    exported = _export(prepared, converted, settings, progress, work, divergence.batches)
-    trained = _train(prepared, converted, settings, progress)
+    exported = stages.export(prepared, converted, settings, progress, work, divergence.batches)
+    trained = stages.train(prepared, converted, settings, progress)
+    compiled = stages.compile_(prepared, converted, settings, progress, divergence.batches, trained)
     progress.stage("judge")
     report = assemble(
-        case, prepared.device, captured, settings, converted.plan, divergence, trained, exported
+        case,
+        prepared.device,
+        captured,
+        settings,
+        converted.plan,
+        divergence,
+        trained,
+        exported,
+        compiled,
     )
     files = () if work is None else tuple(sorted(work.iterdir()))
     gated = None
@@ -187,68 +192,6 @@ def _check_settings(settings: Settings) -> None:
         raise UsageError(
             "--fold-batch-norm changes bits, and these rules ask for those of PyTorch itself",
             mend="Leave it out, or give other rules than fp32 and autocast.",
-        )
-
-
-def _export(
-    prepared: Prepared,
-    converted: ConvertedModel,
-    settings: Settings,
-    progress: Progress,
-    work: Path | None,
-    batches: int,
-) -> OnnxSection | Unchecked:
-    if not settings.onnx:
-        return Unchecked(reason="--onnx was not given")
-    if work is None:
-        raise UsageError("there is no folder for the ONNX file", mend="Give one.")
-    case = prepared.case
-    progress.stage("export to ONNX")
-    try:
-        exported = onnx_export.export(
-            converted,
-            work / "model.onnx",
-            "low" if settings.io_types == "low" else "keep",
-            settings.opset,
-            external_data=settings.external_data,
-        )
-    except UnsupportedModelError as error:  # the rest of the report is worth having without
-        return Unchecked(reason=str(error))
-    progress.stage("compare in ONNX Runtime", batches)
-    parity = validate_onnx(
-        converted,
-        exported.file,
-        batches_of(case, prepared.device, batches),
-        fp32=exported.fp32,
-        score=partial(score, case),
-        lower_is_better=case.lower_is_better,
-        on_batch=progress.advance,
-    )
-    name = Path(parity.path).name
-    return OnnxSection(
-        model=dataclasses.replace(exported.file, path=name),
-        parity=dataclasses.replace(parity, path=name),
-    )
-
-
-def _train(
-    prepared: Prepared, converted: ConvertedModel, settings: Settings, progress: Progress
-) -> TrainingParity | Unchecked:
-    case, captured = prepared.case, prepared.captured
-    if reason := training_setup.why_not(case, settings, captured):
-        return Unchecked(reason=reason)
-    options = training_setup.make_options(case, settings, prepared.device.device)
-    steps = settings.steps or DEFAULT_STEPS
-    progress.stage("train beside FP32", steps * options.seeds)
-    with progress.interruptible() as should_stop:
-        return compare_training(
-            converted,
-            training_setup.make_recipe(case, settings),
-            training_setup.make_data(case, settings, prepared.device.device),
-            options,
-            tick=progress.advance,
-            should_stop=should_stop,
-            say=progress.say,
         )
 
 

@@ -210,6 +210,10 @@ class Settings:
     fold_batch_norm: Annotated[
         Switch, Option("Judge the frozen model with BatchNorm folded into weights, too.")
     ] = False
+    compile: Annotated[
+        Switch, Option("Judge and time the model under torch.compile too, with a training step.")
+    ] = False
+    cuda_graphs: Annotated[Switch, Option("With --compile: let it use CUDA graphs.")] = False
     profile: Annotated[
         Switch, Option("Time each layer, in FP32, under autocast, converted and frozen.")
     ] = False

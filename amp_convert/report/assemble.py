@@ -22,6 +22,7 @@ from amp_convert.report.model import (
     RunReport,
     Unchecked,
 )
+from amp_convert.validate.compiled.results import CompiledParity
 from amp_convert.validate.inference.results import Divergence
 from amp_convert.validate.training.results import TrainingParity
 from amp_convert.verdict.verdict import Thresholds, judge
@@ -36,6 +37,7 @@ def assemble(
     divergence: Divergence,
     training: TrainingParity | Unchecked,
     onnx: OnnxSection | Unchecked,
+    compiled: CompiledParity | Unchecked,
 ) -> RunReport:
     """Judge what a run found, and put it together with what it ran on."""
     thresholds = Thresholds.for_dtype(
@@ -57,6 +59,7 @@ def assemble(
         onnx=onnx.parity if isinstance(onnx, OnnxSection) else None,
         no_onnx=onnx.reason if isinstance(onnx, Unchecked) else "",
         onnx_required=settings.onnx,
+        compiled=compiled if isinstance(compiled, CompiledParity) else None,
     )
     return RunReport(
         amp_convert=__version__,
@@ -69,6 +72,7 @@ def assemble(
         inference=divergence,
         training=training,
         onnx=onnx,
+        compiled=compiled,
         fixed_sizes=captured.fixed_sizes,
         judged=_judged(thresholds, divergence, trained),
     )

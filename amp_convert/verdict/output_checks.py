@@ -49,7 +49,7 @@ def untuned_check(
         )
         return Check(name, CheckStatus.UNCHECKED, None, None, reason, required=False)
     checks = checks_of_outputs("outputs", rows, missing, limits, metrics_hold=metrics_hold)
-    return _as_one(name, "with gradients on", checks)
+    return as_one(name, "with gradients on", checks)
 
 
 def folded_checks(
@@ -75,10 +75,10 @@ def folded_checks(
         metric_check(f"metrics.{pair.name}", pair, limits.metric_tolerance, "folded")
         for pair in divergence.folded_metrics
     ]
-    return [_as_one(name, f"with {said}", found)]
+    return [as_one(name, f"with {said}", found)]
 
 
-def _as_one(name: str, how: str, checks: Sequence[Check]) -> Check:
+def as_one(name: str, how: str, checks: Sequence[Check]) -> Check:
     """One check for all of an arm's: the first that fails, or else the first that is required and
     unchecked, decides."""
     for status in (CheckStatus.FAIL, CheckStatus.UNCHECKED):

@@ -16,6 +16,7 @@ not measured is unchecked, and every comparison is written so that NaN fails it.
 7. `metrics.NAME`: do the user's own metrics hold?
 8. `training.*`: does it train as FP32 does? See `training_checks`.
 9. `onnx.*`: does its ONNX file compute the same? See `onnx_checks`.
+10. `compiled.*`: and under `torch.compile`, where that was asked for? See `compiled_checks`.
 
 The verdict fails when any check fails; it is inconclusive when a required check is unchecked;
 otherwise it passes. The checks that do not block stay in the list as unchecked.
@@ -44,6 +45,7 @@ from typing import TYPE_CHECKING
 from amp_convert.core.errors import UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.verdict.check import Check, CheckStatus, optional
+from amp_convert.verdict.compiled_checks import compiled_checks
 from amp_convert.verdict.inference_checks import (
     batches_check,
     buffers_check,
@@ -72,6 +74,7 @@ from amp_convert.verdict.training_checks import training_checks
 if TYPE_CHECKING:
     from amp_convert.capture.fidelity import Fidelity
     from amp_convert.plan.plan import Plan
+    from amp_convert.validate.compiled.results import CompiledParity
     from amp_convert.validate.inference.results import Divergence
     from amp_convert.validate.onnx.results import OnnxParity
     from amp_convert.validate.training.results import TrainingParity
@@ -124,6 +127,7 @@ def judge(
     onnx: OnnxParity | None = None,
     no_onnx: str = "--onnx was not given",
     onnx_required: bool = False,
+    compiled: CompiledParity | None = None,
 ) -> Verdict:
     """Hold the evidence against `thresholds`.
 
@@ -159,6 +163,12 @@ def judge(
         untuned_check(plan, divergence, limits, metrics_hold=metrics_hold),
         *folded_checks(plan, divergence, limits, metrics_hold=metrics_hold),
         performance_check(divergence, limits),
+        *compiled_checks(
+            compiled,
+            limits,
+            metrics_hold=metrics_hold,
+            slow_kernels=divergence.slow_kernels if divergence is not None else "",
+        ),
         *metrics,
         *training_checks(
             training,

@@ -218,7 +218,8 @@ def test_package_form(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
          "Did you mean metric-tolerance?"),
         ("zzz = 1", "unknown setting zzz",
          "Known are: accumulate, baseline, batches, cache, calibrate, checkpoint, "
-         "checkpoint-every, clip-norm, device, dtype, eval-seconds, external-data, "
+         "checkpoint-every, clip-norm, compile, cuda-graphs, device, dtype, eval-seconds, "
+         "external-data, "
          "fold-batch-norm, fp32-seeds, initial-scale, io-types, loss-scale, margin, "
          "metric-tolerance, min-speedup, onnx, opset, out, profile, rules, scale-backoff, "
          "scale-growth, scale-interval, "

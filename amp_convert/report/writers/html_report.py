@@ -27,6 +27,7 @@ from amp_convert.report.sections import (
     onnx_summary,
     training_summary,
 )
+from amp_convert.report.sections.compiled_summary import compiled_summary
 from amp_convert.report.sections.grouping import (
     fp32_groups,
     layer_name,
@@ -104,6 +105,7 @@ def _content(report: RunReport) -> dict[str, object]:
         "islands_lead": LEAD,
         "twice_lead": TWICE,
         "twice": [twice_text(weight) for weight in report.plan.stored_twice],
+        "compiled": compiled_summary(report.compiled),
         "times": time_rows(report.inference.layer_times if report.inference else ()),
         "times_of": layer_times,
         "layers_text": layers_text,

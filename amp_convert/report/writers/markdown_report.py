@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport
+from amp_convert.report.sections.compiled_summary import compiled_summary
 from amp_convert.report.sections.grouping import fp32_groups, layer_name, layers_text, ops_text
 from amp_convert.report.sections.layer_times import LEAD, TIMED, time_rows
 from amp_convert.report.sections.onnx_summary import onnx_summary
@@ -31,6 +32,7 @@ def markdown_text(report: RunReport) -> str:
         _worst(report),
         training_lines(report.training),
         onnx_lines(onnx_summary(report)),
+        _compiled(report),
         _fp32(report),
         islands_lines(report.plan.islands, report.plan.stored_twice),
         _times(report),
@@ -61,6 +63,20 @@ def _figures(report: RunReport) -> list[str]:
         "",
         f"- Low precision: {precision_text(report)}",
         f"- Casts: {casts_text(report)}",
+    ]
+
+
+def _compiled(report: RunReport) -> list[str]:
+    found = compiled_summary(report.compiled)
+    if found is None:
+        return []
+    cells = [[kind, *times] for kind, times in found.rows]
+    return [
+        "## Under torch.compile",
+        "",
+        *table(["", *found.arms], cells, numbers="12345"),
+        "",
+        *(f"- {name}: {escape(value)}" for name, value in found.facts),
     ]
 
 

@@ -36,7 +36,7 @@ class OtherArms:
         self._converted, self._captured = converted, converted.captured
         self._device = self._captured.device
         self._low = from_name(converted.plan.dtype)
-        self._frozen = converted.freeze()
+        self.frozen_model = converted.freeze()
         self.folds = fold_batch_norm
         self._folded = converted.freeze(fold_batch_norm=True) if fold_batch_norm else None
         # What writes to no input needs no copies of them.
@@ -52,19 +52,19 @@ class OtherArms:
 
     def original(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The eager FP32 model's outputs from this random state."""
-        return self._called(self._captured.model, args, kwargs, state)
+        return self.called(self._captured.model, args, kwargs, state)
 
     def frozen(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The frozen model's."""
-        return self._called(self._frozen, args, kwargs, state)
+        return self.called(self.frozen_model, args, kwargs, state)
 
     def folded(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """Those of the frozen model with BatchNorm folded, where it `folds`."""
-        return self._called(self._folded, args, kwargs, state)
+        return self.called(self._folded, args, kwargs, state)
 
     def mixed(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The converted model's."""
-        return self._called(self._converted, args, kwargs, state)
+        return self.called(self._converted, args, kwargs, state)
 
     def autocast(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The original's under native autocast; None once it has failed."""
@@ -115,9 +115,9 @@ class OtherArms:
             self._nudged[id(tensor)] = nudged(tensor, self._coin)
         return self._nudged[id(tensor)]
 
-    def _called(
-        self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any
-    ) -> Any:
+    def called(self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
+        """A model's outputs from this random state, for inputs of its own; its buffers and those of
+        the original are as before."""
         set_rng_state(self._device, state)
         given = (tuple(args), dict(kwargs))
         if self._writes:
