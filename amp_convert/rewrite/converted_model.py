@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from amp_convert.plan.plan import Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_other_dtypes
-from amp_convert.rewrite.graph_execution import KernelError, runner_of, try_kernels
+from amp_convert.rewrite.graph_execution import runner_of, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rewrite.kernels.tuned_graph import RunningGraph
 from amp_convert.rules.load import rules_of_text
@@ -46,22 +46,20 @@ def convert_captured(
 ) -> ConvertedModel:
     """Plan, rewrite, and run each graph once on the example inputs to see that its kernels exist.
 
-    An operator whose kernel refuses its planned dtypes is kept in FP32, with what it said as the
-    evidence, and the model is planned anew.
+    Operators whose kernels refuse their planned dtypes are kept in FP32, with what each said as the
+    evidence, and the model is planned anew: once, unless what is around them changes with that.
+    Raises KernelError for an operator that a rule pins all the same.
     """
     refused: dict[str, str] = {}
     while True:
         plan = make_plan(captured, rules, stats, dtype, refused)
         converted = ConvertedModel(captured, plan)
-        try:
-            converted.try_kernels()
-        except KernelError as error:
-            if error.info is None or error.info.op in refused:
-                raise
-            refused[error.info.op] = error.cause
-            _log.info("%s stays in FP32, the plan is made anew: %s", error.info.op, error.cause)
-        else:
+        found = converted.try_kernels(refused)
+        if not found:
             return converted
+        for op, cause in found.items():
+            _log.info("%s stays in FP32, the plan is made anew: %s", op, cause)
+        refused |= found
 
 
 _log = logging.getLogger(__name__)
@@ -183,17 +181,18 @@ class ConvertedModel(nn.Module):
             )
         return FrozenModel(self, fold_batch_norm=fold_batch_norm)
 
-    def try_kernels(self) -> None:
-        """Run every graph once on its example inputs. Raises KernelError for the first operator
-        that refuses its dtypes."""
-        device = self.captured.device
+    def try_kernels(self, known: Collection[str] = ()) -> dict[str, str]:
+        """Run every graph once on its example inputs: the operators that refuse their dtypes, and
+        what they say. Raises KernelError for one of the `known`, that were kept in FP32 already."""
+        device, refused = self.captured.device, dict[str, str]()
         with torch.no_grad(), preserved_rng(device):
             for region, mode in self.captured.graphs():
                 rewritten = self.rewritten[region.path][mode]
                 runner = runner_of(rewritten, region.module)
                 with in_mode(region.module, training=mode.is_training):
                     given = runner.inputs(region.args, region.kwargs)
-                    try_kernels(rewritten, given, region.traces[mode].values)
+                    refused |= try_kernels(rewritten, given, region.traces[mode].values, known)
+        return refused
 
     def runner(self, path: str, mode: Mode = Mode.EVAL) -> GraphRunner:
         """What is called for the captured part at `path` in a mode."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -16,6 +16,7 @@ from amp_convert.capture.branches.choices import Choices
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core.errors import UnsupportedModelError, first_line
+from amp_convert.core.number_formats import LOW_DTYPES, widened
 from amp_convert.rewrite.insert_casts import Rewritten
 
 
@@ -60,6 +61,22 @@ class GraphExecution:
             self.values[node] = self.arguments(node)[0][0]
         self._spent.append(node)
 
+    def execute_in_fp32(self, node: fx.Node) -> None:
+        """Execute a call that refuses low values on FP32 ones; its results are in the dtype that
+        the graph gives them."""
+
+        def wide(value: Any) -> Any:
+            return value.float() if _is_low(value) else value
+
+        low = node.meta.get("dtype")
+        arguments = pytree.tree_map(wide, self.arguments(node))
+        args, kwargs = widened(arguments)
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        if low is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = value.to(low)
+        self.values[node] = value
+        self._spent.append(node)
+
     def arguments(self, node: fx.Node) -> tuple[Any, Any]:
         return fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
 
@@ -75,6 +92,10 @@ class GraphExecution:
         self._spent.clear()
 
 
+def _is_low(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.dtype in LOW_DTYPES
+
+
 def execute(running: GraphExecution, node: fx.Node, rewritten: Rewritten) -> None:
     """Execute one node of a rewritten graph; KernelError names the node that refuses its dtypes."""
     try:
@@ -86,20 +107,38 @@ def execute(running: GraphExecution, node: fx.Node, rewritten: Rewritten) -> Non
         raise KernelError(info, error) from error
 
 
-def try_kernels(rewritten: Rewritten, inputs: Sequence[Any], recorded: Mapping[str, Any]) -> None:
-    """See that every kernel takes its dtypes. Raises KernelError for the first that does not.
-    `recorded` are the captured graph's values, as in `Trace`.
+def try_kernels(
+    rewritten: Rewritten,
+    inputs: Sequence[Any],
+    recorded: Mapping[str, Any],
+    known: Collection[str] = (),
+) -> dict[str, str]:
+    """The operators, with overload, whose kernels do not take the dtypes that they get, and what
+    each said. `recorded` are the captured graph's values, as in `Trace`.
 
     Layers repeat: each operator is called once for each set of dtypes, shapes and numbers that it
     gets, on zeros. Where that fails, or where a node's values are not known well enough, the graph
-    is run on `inputs`, which alone can say that a kernel is missing.
+    is run on `inputs`, which alone can say that a kernel is missing. What is missing runs in FP32
+    there, so that one run finds them all. Raises KernelError where that fails, too, and for one of
+    the `known`, that were found before.
     """
+    refused: dict[str, str] = {}
     if _run_on_zeros(rewritten, recorded):
-        return
+        return refused
     running = GraphExecution(rewritten.graph_module, inputs)
     for node in rewritten.graph_module.graph.nodes:
-        execute(running, node, rewritten)
+        try:
+            execute(running, node, rewritten)
+        except KernelError as error:
+            if error.info is None or error.info.op in known:
+                raise
+            try:
+                running.execute_in_fp32(node)
+            except (RuntimeError, TypeError, ValueError):
+                raise error from error.__cause__
+            refused.setdefault(error.info.op, error.cause)
         running.free()
+    return refused
 
 
 def _run_on_zeros(rewritten: Rewritten, recorded: Mapping[str, Any]) -> bool:

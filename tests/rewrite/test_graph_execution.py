@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import amp_convert as amp
 from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.rewrite import converted_model
 from amp_convert.rewrite.graph_execution import GraphExecution, KernelError, try_kernels
 from tests.zoo import (
     converted,
@@ -132,3 +133,44 @@ def test_an_operator_without_a_low_kernel_is_kept_in_fp32(tmp_path: Any) -> None
     assert "second line" not in kept.evidence
     assert sum(d.low for d in mixed.plan.eval) == 2
     torch.testing.assert_close(mixed(X), Picky().eval()(X), rtol=1e-2, atol=1e-2)
+
+
+@torch.library.custom_op("amp_convert_tests::also_fp32_only", mutates_args=())
+def also_fp32_only(x: torch.Tensor) -> torch.Tensor:
+    """Another such operator."""
+    if x.dtype != torch.float32:
+        raise RuntimeError("also_fp32_only is for FP32")
+    return x * 2
+
+
+@also_fp32_only.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Pickier(Picky):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.amp_convert_tests.fp32_only(self.first(x))
+        return self.last(torch.ops.amp_convert_tests.also_fp32_only(self.first(y)))
+
+
+def test_all_that_refuse_are_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is made a second time, and not once for each of them."""
+    plans: list[dict[str, str]] = []
+    own = converted_model.make_plan
+
+    def counted(captured: Any, rules: Any, stats: Any, dtype: Any, refused: Any) -> Any:
+        plans.append(dict(refused))
+        return own(captured, rules, stats, dtype, refused)
+
+    monkeypatch.setattr(converted_model, "make_plan", counted)
+    model = Pickier().eval()
+    mixed = amp.convert(model, X, rules="half", train=False)
+    names = ["amp_convert_tests.also_fp32_only.default", "amp_convert_tests.fp32_only.default"]
+    assert [sorted(refused) for refused in plans] == [[], names]
+    kept = {d.op: d.evidence for d in mixed.plan.eval if d.rule == "no kernel"}
+    assert kept == {
+        "amp_convert_tests.fp32_only": "fp32_only is for FP32",
+        "amp_convert_tests.also_fp32_only": "also_fp32_only is for FP32",
+    }
+    torch.testing.assert_close(mixed(X), model(X), rtol=1e-2, atol=1e-2)
