@@ -136,6 +136,7 @@ def _checked(
         at_most=settings.batches,
         seconds=settings.eval_seconds,
         on_batch=progress.advance,
+        on_node=progress.node,
     )
     progress.stage("measure time and memory")
     measured = costs.measure(

@@ -22,7 +22,8 @@ from amp_convert.core.progress import Progress
 from amp_convert.loading.model_file import Case, check_forward
 from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import user_batches
-from amp_convert.profile.calibrate import RangeStats, kept_profile, profile
+from amp_convert.profile.calibrate import RangeStats, profile
+from amp_convert.profile.kept_profile import kept_profile
 from amp_convert.rules.load import load_rules
 from amp_convert.rules.rule_set import Rules
 from amp_convert.validate.training import setup as training_setup
@@ -63,7 +64,9 @@ def prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool)
             drawn = [pytree.tree_map_only(torch.Tensor, torch.clone, batch) for batch in batches]
             stats = kept_profile(captured, drawn, tried, probes=rules.uses_probes)
         else:
-            stats = profile(captured, batches, tried, probes=rules.uses_probes)
+            stats = profile(
+                captured, batches, tried, probes=rules.uses_probes, on_node=progress.node
+            )
     return Prepared(case, device, captured, rules, stats)
 
 

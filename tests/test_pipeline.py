@@ -76,9 +76,13 @@ class Recorder:
     def __init__(self) -> None:
         self.stages: list[tuple[str, int | None]] = []
         self.advanced: list[str] = []
+        self.nodes: list[tuple[int, int]] = []
 
     def stage(self, name: str, steps: int | None = None) -> None:
         self.stages.append((name, steps))
+
+    def node(self, done: int, nodes: int) -> None:
+        self.nodes.append((done, nodes))
 
     def advance(self) -> None:
         self.advanced.append(self.stages[-1][0])
@@ -123,6 +127,9 @@ def timeless(report: RunReport) -> RunReport:
 def test_stages_are_announced_in_order(convert: Callable[..., Run]) -> None:
     progress = Recorder()
     convert(COUNTING, progress, calibrate=2, batches=3)
+    calibrated = progress.nodes[: progress.nodes.index((1, progress.nodes[0][1]), 1)]
+    assert calibrated == [(n, len(calibrated)) for n in range(1, len(calibrated) + 1)]
+    assert [done for done, _ in progress.nodes].count(1) == 2 + 3  # a batch each
     assert progress.stages == [
         ("load the model", None),
         ("capture and check against eager FP32", None),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -44,11 +45,13 @@ class Bar:
             BarColumn(bar_width=24),
             _Steps(),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[nodes]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._steps = 0
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -64,12 +67,20 @@ class Bar:
             return
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(name, total=steps)
+        self._steps = 0
+        self._task = self._bar.add_task(name, total=steps, nodes="")
 
     def advance(self) -> None:
         """Move the current bar on by one step."""
+        self._steps += 1
         if self._task is not None:
-            self._bar.advance(self._task)
+            self._bar.update(self._task, completed=self._steps, nodes="")
+
+    def node(self, done: int, nodes: int) -> None:
+        """Move the current bar on within a step, and say where that is."""
+        if self._task is not None:
+            said = f"node {done:,} of {nodes:,}" if done < nodes else ""
+            self._bar.update(self._task, completed=self._steps + done / nodes, nodes=said)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -104,7 +115,8 @@ class _Steps(ProgressColumn):
     """ "3/8", and nothing for a stage whose number of steps is not known."""
 
     def render(self, task: Task) -> Text:
-        return Text("" if task.total is None else f"{task.completed:g}/{task.total:g}")
+        done = math.floor(task.completed)
+        return Text("" if task.total is None else f"{done:g}/{task.total:g}")
 
 
 class _Kept:

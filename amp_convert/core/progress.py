@@ -11,6 +11,14 @@ from typing import Protocol
 _log = logging.getLogger(__name__)
 
 
+OnNode = Callable[[int, int], None]
+"""Told of each node that is done: how many are, of how many."""
+
+
+def unwatched(done: int, nodes: int) -> None:
+    """Nobody is told."""
+
+
 class Progress(Protocol):
     """Who is told how far a run is."""
 
@@ -19,6 +27,9 @@ class Progress(Protocol):
 
     def advance(self) -> None:
         """One step of the current stage is done."""
+
+    def node(self, done: int, nodes: int) -> None:
+        """Of the current step, which goes through a graph of so many nodes, so many are done."""
 
     def say(self, text: str) -> None:
         """Something that the user should know now; a sentence or a clause."""
@@ -35,6 +46,9 @@ class Silent:
 
     def advance(self) -> None:
         """One step of it is done."""
+
+    def node(self, done: int, nodes: int) -> None:
+        """Some nodes of it are done."""
 
     def say(self, text: str) -> None:
         """Something that the user should know now goes to the log."""
@@ -57,6 +71,9 @@ class Logged:
 
     def advance(self) -> None:
         self._progress.advance()
+
+    def node(self, done: int, nodes: int) -> None:
+        self._progress.node(done, nodes)
 
     def say(self, text: str) -> None:
         _log.info("%s", text)

@@ -21,13 +21,11 @@ from torch.utils import _pytree as pytree
 from amp_convert.capture.branches.choices import UNTAKEN, OneBranch
 from amp_convert.capture.captured import Captured, Region
 from amp_convert.capture.graph_signature import Source
-from amp_convert.capture.kept import fingerprint
-from amp_convert.capture.kept.answers import kept_plainly
 from amp_convert.capture.node_info import NodeInfo
 from amp_convert.core import device as devices
-from amp_convert.core.files.plain_data import PlainData
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES, is_float_tensor
+from amp_convert.core.progress import OnNode, unwatched
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.profile.growth import Growth
 from amp_convert.profile.range_probes import Extremes, probed_extremes
@@ -142,10 +140,11 @@ def profile(
     dtypes: Sequence[torch.dtype] = LOW_DTYPES,
     *,
     probes: bool = True,
+    on_node: OnNode = unwatched,
 ) -> RangeStats:
     """Run the eval graphs in FP32 over `batches` of (args, kwargs); keep ranges, and how errors
     grow that come of rounding to each of `dtypes`. With `probes` the first batch is also tried with
-    larger values than it has."""
+    larger values than it has. `on_node` is told of each node that was looked at."""
     if not devices.has_values(captured.model):
         return no_evidence()
     ranges: dict[str, Range] = {}
@@ -159,32 +158,10 @@ def profile(
             if probes and count == 1:
                 extremes = probed_extremes(captured, args, kwargs)
             for region, call in captured.calls(args, kwargs):
-                _profile_call(region, call, ranges, growths)
+                _profile_call(region, call, ranges, growths, on_node)
     for name in extremes.keys() & ranges.keys():
         ranges[name] = replace(ranges[name], probed=Range(*extremes[name]))
     return RangeStats(count, ranges, growths)
-
-
-def kept_profile(
-    captured: Captured,
-    batches: Sequence[tuple[Sequence[Any], Mapping[str, Any]]],
-    dtypes: Sequence[torch.dtype],
-    *,
-    probes: bool,
-) -> RangeStats:
-    """`profile`, or what it found before on the same model and batches (see `kept.answers`)."""
-
-    def about() -> str:
-        inputs = (captured.args, dict(captured.kwargs), list(batches))
-        return fingerprint.of_call(captured.model, inputs, list(map(str, dtypes)), probes)
-
-    def found() -> RangeStats:
-        return profile(captured, batches, dtypes, probes=probes)
-
-    return kept_plainly("the ranges of the model", about, found, _PLAIN)
-
-
-_PLAIN = PlainData(RangeStats, Range, Growth)
 
 
 def _profile_call(
@@ -192,6 +169,7 @@ def _profile_call(
     call: tuple[Sequence[Any], Mapping[str, Any]],
     ranges: dict[str, Range],
     growths: Growths,
+    on_node: OnNode,
 ) -> None:
     runner = region.runner(Mode.EVAL)
     inputs = runner.inputs(*call)
@@ -215,6 +193,7 @@ def _profile_call(
     profiler = _Profiler(
         runner.graph_module, infos, values, ranges, growths, counting, is_whole=not region.path
     )
+    profiler.on_node = on_node
     profiler.run(*inputs, enable_io_processing=False)
 
 
@@ -240,10 +219,18 @@ class _Profiler(OneBranch):
         self._names = {name: info.identity for name, info in infos.items()}
         self._ranges, self._growths, self._counting = ranges, growths, counting
         self._is_whole = is_whole
+        self.on_node: OnNode = unwatched
+        self._done, self._nodes = 0, len(graph_module.graph.nodes)
         labels = {n: f"{i.short_op} in {i.layer or 'the model itself'}" for n, i in infos.items()}
         self._trials = {d: Trials(graph_module.graph, labels, values, d) for d in growths}
 
     def run_node(self, n: fx.Node) -> Any:
+        result = self._looked_at(n)
+        self._done += 1
+        self.on_node(self._done, self._nodes)
+        return result
+
+    def _looked_at(self, n: fx.Node) -> Any:
         sources = [s for s in n.all_input_nodes if _has_float(self.env[s])]
         may_count = all(source in self._counting for source in sources)
         result = super().run_node(n)

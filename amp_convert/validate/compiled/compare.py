@@ -34,7 +34,7 @@ from amp_convert.core.tensor_errors import ErrorSums
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.compiled.results import CompiledParity, CompiledStep
 from amp_convert.validate.compiled.watch import Watch
-from amp_convert.validate.inference.compare import evaluating
+from amp_convert.validate.inference.evaluating import evaluating
 from amp_convert.validate.inference.other_arms import OtherArms
 from amp_convert.validate.inference.output_errors import OutputSums, accumulate
 from amp_convert.validate.inference.reordered import row_matcher

@@ -13,7 +13,6 @@ Nodes are summed up in `node_errors`, outputs in `output_errors`; outputs are co
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,16 +21,16 @@ from typing import Any
 import torch
 
 from amp_convert.capture.branches.nest import one_branch
-from amp_convert.capture.graph_call import in_mode
-from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch, Score, batch_size, no_score
 from amp_convert.core.errors import ModelError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name, is_float_tensor
-from amp_convert.core.random_state import preserved_rng, rng_state, set_rng_state
+from amp_convert.core.progress import OnNode, unwatched
+from amp_convert.core.random_state import rng_state, set_rng_state
 from amp_convert.core.tensor_errors import larger
 from amp_convert.core.tree_paths import named_leaves
 from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.validate.inference.evaluating import evaluating
 from amp_convert.validate.inference.inputs_seen import InputsSeen
 from amp_convert.validate.inference.metrics import AUTOCAST, FOLDED, Metrics
 from amp_convert.validate.inference.node_errors import NodeErrors
@@ -61,18 +60,19 @@ def compare(
     at_most: int | None = None,
     seconds: float = math.inf,
     on_batch: Callable[[], None] = lambda: None,
+    on_node: OnNode = unwatched,
 ) -> Divergence:
     """Run both models on `batches` in eval mode, without gradients, and measure.
 
     Nodes are compared on the first `node_batches`, or on all; no batch is begun after the first
     `at_most`, nor after `seconds`, but for the first. `autocast` also runs the original under
     `torch.autocast`, `fold_batch_norm` the model that is frozen so. `on_batch` is called after each
-    batch. The model's training flags, buffers and random state are left as they were. Raises
-    ModelError for a name in `lower_is_better` that no metric has, UsageError where the plan forbids
-    to fold.
+    batch, `on_node` for each node that is compared. The model's training flags, buffers and random
+    state are left as they were. Raises ModelError for a name in `lower_is_better` that no metric
+    has, UsageError where the plan forbids to fold.
     """
     arms = OtherArms(converted, autocast=autocast, fold_batch_norm=fold_batch_norm)
-    comparison = _Comparison(converted, arms, score, node_batches)
+    comparison = _Comparison(converted, arms, score, node_batches, on_node)
     begin, given = time.perf_counter(), iter(batches)
     with evaluating(converted):
         for batch in given:
@@ -104,8 +104,9 @@ class _Comparison:
         arms: OtherArms,
         score: Score | None,
         node_batches: int | None,
+        on_node: OnNode,
     ) -> None:
-        self._converted, self._arms = converted, arms
+        self._converted, self._arms, self._on_node = converted, arms, on_node
         self._captured, self._plan = converted.captured, converted.plan
         self._device = self._captured.device
         self._low = from_name(self._plan.dtype)
@@ -212,7 +213,7 @@ class _Comparison:
         runner = self._captured.regions[0].runner(Mode.EVAL)
         if self.batches < self._node_batches:
             inputs = runner.inputs(args, kwargs)
-            reference, mixed = self._tables[""].run(inputs, inputs)
+            reference, mixed = self._tables[""].run(inputs, inputs, self._on_node)
         else:
             set_rng_state(self._device, state)
             reference, mixed = runner.run(*runner.inputs(args, kwargs)), None
@@ -284,17 +285,3 @@ class _Comparison:
 
 def _rows(sums: Mapping[str, OutputSums]) -> tuple[OutputError, ...]:
     return tuple(total.row(name) for name, total in sums.items())
-
-
-@contextlib.contextmanager
-def evaluating(converted: ConvertedModel) -> Iterator[None]:
-    """Eval mode, no gradients, FP32 products exact; everything as before afterwards."""
-    device = converted.captured.device
-    with (
-        in_mode(converted.captured.model, training=False),
-        in_mode(converted, training=False),
-        torch.no_grad(),
-        devices.exact_fp32(device),
-        preserved_rng(device),
-    ):
-        yield

@@ -16,6 +16,7 @@ two is compared with the reference times that.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from amp_convert.core import choices
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.op_facts import Family, facts_of, facts_of_target
+from amp_convert.core.progress import OnNode, unwatched
 from amp_convert.core.tensor_errors import ErrorSums, RoundingSums
 from amp_convert.plan.plan import Decision
 from amp_convert.rewrite.converted_model import ConvertedModel
@@ -69,9 +71,18 @@ class NodeErrors:
             and (source := _unchanged_source(node, values, self._decisions)) is not None
         }
 
-    def run(self, reference: Sequence[Any], mixed: Sequence[Any]) -> tuple[Any, Any]:
+    def run(
+        self, reference: Sequence[Any], mixed: Sequence[Any], on_node: OnNode = unwatched
+    ) -> tuple[Any, Any]:
+        nodes = len(self._decisions)
+        visited = itertools.count(1)
+
+        def visit(step: lockstep.NodeValues) -> None:
+            self._visit(step)
+            on_node(min(next(visited), nodes), nodes)
+
         return lockstep.run(
-            self._rewritten, reference, mixed, self._visit, self._wants_local, self._device
+            self._rewritten, reference, mixed, visit, self._wants_local, self._device
         )
 
     def _wants_local(self, node: fx.Node) -> bool:

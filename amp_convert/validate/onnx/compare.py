@@ -30,7 +30,7 @@ from amp_convert.onnx_file import build as onnx_program
 from amp_convert.onnx_file.write import OnnxModel
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rewrite.frozen_model import fold_weights
-from amp_convert.validate.inference.compare import evaluating
+from amp_convert.validate.inference.evaluating import evaluating
 from amp_convert.validate.inference.output_errors import accumulate
 from amp_convert.validate.inference.reordered import row_matcher
 from amp_convert.validate.inference.results import OutputError
