@@ -39,6 +39,7 @@ from amp_convert.report import (
 from amp_convert.report.assemble import assemble, model_info
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rules.load import load_rules
+from amp_convert.rules.rule_set import Painting, ask_for_fp32
 from amp_convert.validate.inference import costs
 from amp_convert.validate.inference.compare import compare
 from amp_convert.validate.inference.layer_times import layer_times
@@ -189,10 +190,11 @@ def _check_settings(settings: Settings) -> None:
     if settings.onnx:
         require("onnx", "onnx", "onnxscript", "onnxruntime")
     training_setup.load_margin(settings)
-    if settings.fold_batch_norm and load_rules(settings.rules).exact:
+    rules = load_rules(settings.rules) if settings.fold_batch_norm else None
+    if rules is not None and (rules.painting is Painting.AUTOCAST or ask_for_fp32(rules.files)):
         raise UsageError(
             "--fold-batch-norm changes bits, and these rules ask for those of PyTorch itself",
-            mend="Leave it out, or give other rules than fp32 and autocast.",
+            mend="Leave it out, or give rules that do not.",
         )
 
 

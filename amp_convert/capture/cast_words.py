@@ -27,6 +27,7 @@ from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.node_info import is_library_frame, user_frame
 from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode
+from amp_convert.core.module_state import other_tensors
 from amp_convert.core.number_formats import LOW_DTYPES
 from amp_convert.core.random_state import preserved_rng
 
@@ -135,10 +136,9 @@ def _heard(model: nn.Module, inputs: Any, run: _Run, mode: Mode) -> dict[Line, l
 
 
 def _all_low(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    lowered = {name: _lowered(tensor.detach()) for name, tensor in tensors.items()}
     args, kwargs = pytree.tree_map_only(torch.Tensor, _lowered, (args, kwargs))
-    return torch.func.functional_call(model, lowered, args, kwargs)
+    with other_tensors(model, lambda tensor: _lowered(tensor.detach())):
+        return model(*args, **kwargs)
 
 
 def _under_autocast(model: nn.Module, args: Any, kwargs: Any) -> Any:

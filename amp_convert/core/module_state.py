@@ -1,4 +1,5 @@
-"""What a model keeps in plain attributes, such as a hidden state or a cache: put back after a call.
+"""What a model holds, for a call that is to leave it as it was: its tensors, and what it keeps in
+plain attributes, such as a hidden state or a cache.
 
 Buffers are put back anyway. An attribute that one call sets and the next one reads would make each
 arm of a comparison begin where the one before it ended, with values of its precision.
@@ -6,10 +7,42 @@ arm of a comparison begin where the one before it ended, with values of its prec
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+
+@contextlib.contextmanager
+def other_tensors(
+    model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """While this is open, each parameter and buffer of a model is what `change` makes of it: one
+    for each tensor, whatever names it has. Afterwards its tables are as they were.
+
+    `torch.func.functional_call` does the same, but leaves its own tensors in a module that two
+    paths lead to (seen with PyTorch 2.13).
+    """
+    tables: list[Any] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
+    before = [(table, dict(table.items())) for table in tables]
+    made: dict[int, torch.Tensor] = {}
+    try:
+        for table, kept in before:
+            for name, tensor in kept.items():
+                if tensor is not None:
+                    if id(tensor) not in made:
+                        made[id(tensor)] = change(tensor)
+                    table[name] = made[id(tensor)]
+        yield
+    finally:
+        for table, kept in before:
+            for name in [name for name in dict(table.items()) if name not in kept]:
+                del table[name]
+            for name, tensor in kept.items():
+                table[name] = tensor
+
 
 _OWN = frozenset(nn.Module().__dict__)
 """What every module has: flags, tables of parts and hooks."""

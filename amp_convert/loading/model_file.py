@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.files import digests
-from amp_convert.core.module_state import Attributes
+from amp_convert.core.module_state import Attributes, other_tensors
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.printable import is_text
 from amp_convert.core.tree_paths import named_leaves
@@ -167,13 +167,17 @@ def _eager_outputs(case: Case, *, gradients: bool = False) -> Any:
             user_code("the model, called with example_inputs,", case.path, mend),
         ):
             inputs = tree_map_only(torch.Tensor, torch.clone, (case.args, case.kwargs))
-            buffers = {name: buffer.clone() for name, buffer in case.model.named_buffers()}
             case.model.eval()
-            return torch.func.functional_call(case.model, buffers, *inputs)
+            with other_tensors(case.model, _buffer_of_its_own):
+                return case.model(*inputs[0], **inputs[1])
     finally:
         attributes.restore()
         for module, training in flags:
             module.training = training
+
+
+def _buffer_of_its_own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
 
 
 def _check_names(case: Case) -> None:

@@ -8,7 +8,8 @@ before it once its weight w and bias b are multiplied beforehand (`folded_weight
 with the running mean m and variance v, the weight g and bias h of the BatchNorm.
 
 One rounding and one pass over the activations are saved. But s w may leave a dtype's range where w
-does not (a channel of nearly no variance), so the guards of weights look at what would be stored.
+does not (a channel of nearly no variance, or of a tiny gain), so the guards of weights look at what
+would be stored, channel by channel. They look again at the weights that a model is frozen with.
 Folded is only where both compute in one low dtype, nothing else reads what is between them, and all
 tensors are the model's own; see `rewrite.fold_batch_norm` for how.
 """
@@ -43,9 +44,9 @@ CHANNEL = {
 }  # fmt: skip
 """The products that can take a BatchNorm in, and the dimension of their output channels in the
 weight. Their arguments begin with input, weight, bias."""
+TINY = torch.finfo(torch.float16).tiny
 _GROUPS = 6
 """The place of `groups` among the arguments of a transposed convolution."""
-_GUARDS = (WeightRange(), WeightTiny())
 
 Call = Callable[..., Any]
 """Calls an operator on tensors, or puts the call into a graph."""
@@ -161,15 +162,23 @@ class _Folds:
             cast(float, norm.args[6]),
             factor_shape(product, self._own[weight].dim()),
         )
-        said = [f"{self._names[weight]} times its BatchNorm's factor"]
-        said.append("of its BatchNorm's offset")
+        said = (f"{self._names[weight]} times its BatchNorm's factor", "of its BatchNorm's offset")
         operands = [
             Operand(argument, Range.of(value, is_weight=True), tuple(value.shape), weight=what)
             for argument, value, what in zip(("weight", "bias"), folded, said, strict=True)
         ]
-        site = Site(planned.op, operands=operands)
-        for guard in _GUARDS:
-            finding = guard.find(site, self._limits, from_name(planned.precision))
-            if finding is not None:
-                return f"{finding.reason}: {finding.evidence} (guard {finding.guard})"
-        return ""
+        low = from_name(planned.precision)
+        finding = WeightRange().find(Site(planned.op, operands=operands), self._limits, low)
+        # A whole channel may vanish among others. The bias is nothing beside a channel that is not
+        # tiny, and is as small as it where it is.
+        channel = CHANNEL[product.target]  # type: ignore[index]
+        rows = folded[0].movedim(channel, 0).flatten(1)
+        shares = torch.stack([(rows.abs() < TINY) & (rows != 0), rows != 0]).sum(2).double()
+        worst = int((shares[0] / shares[1].clamp(min=1)).argmax())
+        if finding is None:
+            tiny = Operand("weight", Range.of(rows[worst], is_weight=True), weight=said[0])
+            site = Site(planned.op, operands=[tiny])
+            finding = WeightTiny().find(site, self._limits, low)
+        if finding is None:
+            return ""
+        return f"{finding.reason}: {finding.evidence} (guard {finding.guard})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from amp_convert.capture.captured import Uncaptured
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import FULL
 from amp_convert.plan.costs import Casts, Island, StoredTwice
-from amp_convert.rules.rule_set import Category, Painting, Rewrites
+from amp_convert.rules.rule_set import Category, GuardLimits, Painting, Rewrites, ask_for_fp32
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,8 +163,9 @@ class Plan:
     `calibration_batches` the number of batches that the evidence rests on, and `unmatched_rules`
     the node, layer and module rules that no node answers to. `eager_macs` are the multiply-adds of
     what was not captured, `islands` the FP32 regions of the eval graph, the dearest first,
-    `stored_twice` the weights that freezing leaves in two dtypes. `batch_norm_folds` are for
-    `freeze(fold_batch_norm=True)` alone.
+    `stored_twice` the weights that freezing leaves in two dtypes, which rewriting shows.
+    `batch_norm_folds` are for
+    `freeze(fold_batch_norm=True)` alone, which holds the weights of then to these `guards`.
     """
 
     dtype: str
@@ -182,6 +183,12 @@ class Plan:
     islands: tuple[Island, ...] = ()
     stored_twice: tuple[StoredTwice, ...] = ()
     batch_norm_folds: tuple[BatchNormFold, ...] = ()
+    guards: GuardLimits = field(default_factory=GuardLimits)
+
+    @property
+    def asks_for_bits(self) -> bool:
+        """Whether the rules are those that ask for the bits of PyTorch itself."""
+        return self.painting == Painting.AUTOCAST or ask_for_fp32(self.rules)
 
     @property
     def exact(self) -> bool:

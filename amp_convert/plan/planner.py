@@ -46,7 +46,6 @@ from amp_convert.plan.node_context import Sites
 from amp_convert.plan.plan import Decision, DecisionKind, Plan
 from amp_convert.plan.rescaling import UNSCALED, Rescaler, Scaling
 from amp_convert.plan.rulings import Judge, Ruling, ruling_of
-from amp_convert.plan.stored_twice import stored_twice
 from amp_convert.plan.tied_tables import is_table_low
 from amp_convert.plan.unmatched_rules import unmatched
 from amp_convert.profile.calibrate import Range, RangeStats
@@ -89,8 +88,8 @@ def make_plan(
         unmatched_rules=unmatched(captured, rules),
         eager_macs=captured.eager_macs,
         islands=islands(captured, decisions[Mode.EVAL], dtype),
-        stored_twice=stored_twice(captured, decisions[Mode.EVAL], dtype),
         batch_norm_folds=tuple(folds),
+        guards=rules.guards,
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_o
 from amp_convert.rewrite.graph_execution import runner_of, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rewrite.kernels.tuned_graph import RunningGraph
+from amp_convert.rewrite.stored_twice import stored_twice
 from amp_convert.rules.load import rules_of_text
 from amp_convert.rules.rule_set import Rules
 
@@ -93,6 +95,8 @@ class ConvertedModel(nn.Module):
         for region, mode in captured.graphs():
             rewritten.setdefault(region.path, {})[mode] = rewrite(region, mode, plan)
         self.__dict__["rewritten"] = rewritten
+        twice = stored_twice(captured, rewritten, from_name(plan.dtype))
+        self.__dict__["plan"] = replace(plan, stored_twice=twice)
         self._run_rewritten()
 
     def _run_rewritten(self) -> None:
@@ -168,16 +172,17 @@ class ConvertedModel(nn.Module):
     def freeze(self, *, fold_batch_norm: bool = False) -> FrozenModel:
         """A copy for inference, weights stored in low precision; this model is left as it is.
 
-        With `fold_batch_norm` each BatchNorm that `plan.batch_norm_folds` says can be goes into the
-        weights before it: fewer kernels, and other bits than this model's, which the verdict judges
-        where `check` was given `fold_batch_norm=True`. Raises UsageError where the plan asks for
-        the bits of FP32 or of autocast.
+        With `fold_batch_norm` each BatchNorm that can be goes into the weights before it, as
+        `plan.batch_norm_folds` says of the weights at conversion, and `batch_norm_folds` of the
+        result of those of now: fewer kernels, and other bits than this model's, which the verdict
+        judges where `check` was given `fold_batch_norm=True`. Raises UsageError where the rules ask
+        for the bits of FP32 or of autocast.
         """
         self.heed_hooks()
-        if fold_batch_norm and self.plan.exact:
+        if fold_batch_norm and self.plan.asks_for_bits:
             raise UsageError(
-                "folding BatchNorm changes bits, and this plan asks for those of PyTorch itself",
-                mend="Convert under other rules than fp32 and autocast, or leave it out.",
+                "folding BatchNorm changes bits, and these rules ask for those of PyTorch itself",
+                mend="Leave it out, or convert under rules that do not.",
             )
         return FrozenModel(self, fold_batch_norm=fold_batch_norm)
 

@@ -17,8 +17,6 @@ from amp_convert.plan.plan import BatchNormFold
 from amp_convert.rewrite.insert_casts import Rewritten
 
 aten = torch.ops.aten
-STORED_AS = "stored_as"
-"""The key in the metadata of a node that is to be stored under another node's name."""
 
 
 def fold_batch_norms(
@@ -31,10 +29,13 @@ def fold_batch_norms(
             product, norm = (
                 copied[rewritten.values[names[identity]]] for identity in (fold.product, fold.norm)
             )
-            _fold(product, norm)
+            layer = fold.product.rpartition("/")[0].replace(".", "_")
+            _fold(product, norm, layer or product.name)
 
 
-def _fold(product: fx.Node, norm: fx.Node) -> None:
+def _fold(product: fx.Node, norm: fx.Node, name: str) -> None:
+    """Fold one pair; `name` is what its weights are called. Not as the original's are: what reads
+    those somewhere else is to find them as they were."""
     graph, dtype = product.graph, product.meta["dtype"]
     weight, bias = (_wide_source(a) for a in (*product.args[1:3], None)[:2])
     given = tuple(_wide_source(argument) for argument in norm.args[1:5])
@@ -48,10 +49,16 @@ def _fold(product: fx.Node, norm: fx.Node) -> None:
 
         shape = factor_shape(product, len(weight.meta["shape"]))
         wide = folded_weights(call, (weight, bias), given, eps, shape)  # type: ignore[arg-type]
-        stored = [call(aten._to_copy.default, value, dtype=dtype) for value in wide]
+        stored = [
+            graph.create_node(
+                "call_function", aten._to_copy.default, (value,), {"dtype": dtype},
+                name=f"{name}_{part}",
+            )
+            for value, part in zip(wide, ("weight", "bias"), strict=True)
+        ]  # fmt: skip
     for node, like in zip(stored, (weight, bias or given[1] or given[2]), strict=True):
         assert like is not None
-        node.meta = {"dtype": dtype, "shape": like.meta.get("shape"), STORED_AS: like}
+        node.meta = {"dtype": dtype, "shape": like.meta.get("shape")}
     product.args = (product.args[0], *stored, *product.args[3:])
     for reader in list(norm.users):  # the BatchNorm gives a tuple
         reader.replace_all_uses_with(product)

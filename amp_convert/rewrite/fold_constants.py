@@ -14,8 +14,9 @@ Buffers that the graph itself changes are state, not constants, and stay as they
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,7 @@ from amp_convert.capture.graph_signature import InputSpec, Signature, Source
 from amp_convert.core.number_formats import LOW_DTYPES, name_of, widened
 from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.plan.plan import BatchNormFold
-from amp_convert.rewrite.fold_batch_norm import STORED_AS, fold_batch_norms
+from amp_convert.rewrite.fold_batch_norm import fold_batch_norms
 from amp_convert.rewrite.insert_casts import Rewritten
 from amp_convert.rewrite.kernels.aliasing import reaches_output
 
@@ -54,13 +55,53 @@ def fold(
     With `wide`, what is stored has not been rounded: casts to a low dtype are to FP32 there, in the
     same places and by the same names.
     """
+    return _Folder(_prepared(rewritten, batch_norms), rewritten, tensors, wide=wide).run()
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A tensor of the model's that folding will store, whole or in part, in some dtype, by the name
+    that its graph has for it; `reader` is the first node that reads it at a call."""
+
+    tensor: torch.Tensor
+    name: str
+    dtype: torch.dtype
+    reader: fx.Node
+
+
+def stored_weights(
+    rewritten: Rewritten, held: Sequence[torch.Tensor | None]
+) -> Iterator[StoredWeight]:
+    """What folding the eval graph will store of the model's own tensors, without folding it;
+    `held` are its inputs as `GraphRunner.tensors` gives them."""
+    folder = _Folder(_prepared(rewritten, ()), rewritten, {}, wide=False)
+    own = dict(zip(folder.placeholders, held, strict=True))
+    for node, reader in folder.frontier().items():
+        source = node
+        while source not in own and (_is_cast(source) or _is_copy(source)):
+            source = source.all_input_nodes[0]
+        tensor = own.get(source)
+        if tensor is not None and tensor.is_floating_point():
+            dtype = node.kwargs["dtype"] if _is_cast(node) else tensor.dtype
+            assert isinstance(dtype, torch.dtype)
+            yield StoredWeight(tensor, folder.placeholders[source].target, dtype, reader)
+
+
+def _prepared(rewritten: Rewritten, batch_norms: Iterable[BatchNormFold]) -> fx.Graph:
+    """A copy of the eval graph, with what comes before its constants are computed."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(rewritten.graph_module.graph, copied))
     fold_batch_norms(rewritten, copied, batch_norms)
     for node in list(graph.nodes):
         _cast_table(graph, node)
-    return _Folder(graph, rewritten, tensors, wide=wide).run()
+    return graph
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """Whether a node has the values of what it reads, or some of them."""
+    facts = facts_of_target(node.target)
+    return node.target is operator.getitem or _is_view(node) or facts.is_a(Family.COPY, Family.PART)
 
 
 def _cast_table(graph: fx.Graph, cast: fx.Node) -> None:
@@ -97,7 +138,7 @@ class _Folder:
     ) -> None:
         self._graph, self._root, self._wide = graph, rewritten.graph_module, wide
         self._signature = rewritten.captured.signature
-        self._specs = self._signature.placeholders(graph)
+        self._specs = self.placeholders = self._signature.placeholders(graph)
         self._placeholders = list(self._specs)
         originals = self._signature.placeholders(rewritten.graph_module.graph)
         self._known = {
@@ -117,14 +158,15 @@ class _Folder:
                     tensors[spec.target] = self._known[placeholder]
         first = next(n for n in self._graph.nodes if n.op != "placeholder")
         held: dict[object, fx.Node] = {}
+        reserved = {spec.target for spec in self._specs.values()}
         # All values come first: replacing a weight takes it away from those computed from it.
         found = [
             (node, self._key(node), self._value(node), self._weight_name(node))
-            for node in self._frontier()
+            for node in self.frontier()
         ]
         for node, key, value, weight in found:
             if key not in held:
-                name = weight if weight not in tensors else f"{weight}_{_dtype_name(node, value)}"
+                name = _free_name(weight, _dtype_name(node, value), tensors, reserved)
                 with self._graph.inserting_before(first):
                     held[key] = self._graph.placeholder(f"folded_{len(specs)}")
                 held[key].meta = {"shape": tuple(value.shape), "dtype": value.dtype}
@@ -166,23 +208,24 @@ class _Folder:
                     found.add(node)
         return found
 
-    def _frontier(self) -> list[fx.Node]:
-        """Constant nodes to store: those read by what is not constant, views looked through."""
-        frontier: dict[fx.Node, None] = {}
+    def frontier(self) -> dict[fx.Node, fx.Node]:
+        """Constant nodes to store: those read by what is not constant, views looked through; and
+        the first node that reads each."""
+        frontier: dict[fx.Node, fx.Node] = {}
 
-        def need(node: fx.Node) -> None:
+        def need(node: fx.Node, reader: fx.Node) -> None:
             if _is_view(node):
                 for source in node.all_input_nodes:
-                    need(source)
+                    need(source, reader)
             else:
-                frontier[node] = None
+                frontier.setdefault(node, reader)
 
         for node in self._graph.nodes:
             if node not in self._constant:
                 for source in node.all_input_nodes:
                     if source in self._constant:
-                        need(source)
-        return list(frontier)
+                        need(source, node)
+        return frontier
 
     def _value(self, node: fx.Node) -> torch.Tensor:
         if node not in self._known:
@@ -195,9 +238,19 @@ class _Folder:
 
     def _weight_name(self, node: fx.Node) -> str:
         """The weight's own name where the value is that weight, cast or not."""
-        source = node.meta.get(STORED_AS, node.args[0] if _is_cast(node) else node)
+        source = node.args[0] if _is_cast(node) else node
         spec = self._specs.get(source) if isinstance(source, fx.Node) else None
         return spec.target if spec is not None else f"folded.{node.name}"
+
+
+def _free_name(name: str, dtype: str, used: Collection[str], reserved: Collection[str]) -> str:
+    """The name of a stored tensor that is made from the one called `name`: that, or one like it
+    that nothing else has or could have."""
+    if name not in used:
+        return name
+    numbers = (f"_{n}" for n in itertools.count(2))
+    found = (f"{name}_{dtype}{number}" for number in itertools.chain([""], numbers))
+    return next(each for each in found if each not in used and each not in reserved)
 
 
 def _returned_as_copy(constant: fx.Node, first: fx.Node) -> None:

@@ -15,6 +15,7 @@ from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import name_of
+from amp_convert.plan.batch_norm_folds import batch_norm_folds
 from amp_convert.plan.plan import BatchNormFold, Plan
 from amp_convert.rewrite.fold_constants import Folded, fold
 from amp_convert.rewrite.graph_execution import runner_of
@@ -35,14 +36,23 @@ class FrozenModel(nn.Module):
     """
 
     plan: Plan
+    batch_norm_folds: tuple[BatchNormFold, ...]
+    """Which BatchNorms are folded, and why others are not; none where that was not asked for."""
 
     def __init__(self, converted: ConvertedModel, *, fold_batch_norm: bool = False) -> None:
         super().__init__()
         captured = converted.captured
         self.__dict__["plan"] = converted.plan
-        folds = self.plan.batch_norm_folds if fold_batch_norm else ()
+        by_node = {decision.node: decision for decision in self.plan.eval}
+        folds = {
+            r.path: tuple(batch_norm_folds(r, by_node, self.plan.guards)) if fold_batch_norm else ()
+            for r in captured.regions
+        }
+        self.__dict__["batch_norm_folds"] = tuple(f for each in folds.values() for f in each)
         folded = {
-            r.path: fold_weights(r, converted.rewritten[r.path][Mode.EVAL], batch_norms=folds)
+            r.path: fold_weights(
+                r, converted.rewritten[r.path][Mode.EVAL], batch_norms=folds[r.path]
+            )
             for r in captured.regions
         }
         self.__dict__["_runners"] = runners = {}
@@ -53,10 +63,14 @@ class FrozenModel(nn.Module):
         else:
             # What was not captured runs as it is, on a copy of its own.
             model = _copied(captured.model)
-            for path, part in folded.items():
-                module = model.get_submodule(path)
-                hold(module, part.tensors)
-                runners[path] = _runner(part, module, exact=self.plan.exact)
+            shared = _shared(model, folded)
+            for number, (path, part) in enumerate(folded.items()):
+                module = owner = model.get_submodule(path)
+                if path in shared:  # what another part reads as well is not replaced
+                    owner = nn.Module()
+                    model.add_module(f"frozen_part_{number}", owner)
+                hold(owner, part.tensors)
+                runners[path] = _runner(part, owner, exact=self.plan.exact)
                 module.__dict__["forward"] = runners[path]
             for name in MODULE_STATE:
                 self.__dict__[name] = model.__dict__[name]
@@ -91,6 +105,15 @@ class FrozenModel(nn.Module):
 def _runner(folded: Folded, owner: nn.Module, *, exact: bool) -> GraphRunner:
     running = RunningGraph(folded.graph_module, folded.signature, exact=exact)
     return GraphRunner(folded.graph_module, folded.signature, {}, owner, running)
+
+
+def _shared(model: nn.Module, paths: Iterable[str]) -> set[str]:
+    """The parts that have a module in common with another part."""
+    holders: dict[nn.Module, set[str]] = {}
+    for path in paths:
+        for module in model.get_submodule(path).modules():
+            holders.setdefault(module, set()).add(path)
+    return {path for found in holders.values() if len(found) > 1 for path in found}
 
 
 def _copied(model: nn.Module) -> nn.Module:

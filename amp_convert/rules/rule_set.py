@@ -58,13 +58,6 @@ class Rules:
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     @property
-    def exact(self) -> bool:
-        """Whether they ask for PyTorch's own bits: autocast's, or the original's."""
-        return self.painting is Painting.AUTOCAST or not any(
-            rule.category is Category.ALLOW for rule in self.rules
-        )
-
-    @property
     def uses_probes(self) -> bool:
         """Whether anything asks how large values become on other inputs (see `range_probes`)."""
         scales = self.rewrites.scale_scores or self.rewrites.rescale_layers
@@ -159,6 +152,11 @@ class Rules:
             for index, rule in enumerate(self.rules)
             if rule.target is Target.MODULE
         )
+
+
+def ask_for_fp32(files: Sequence[str]) -> bool:
+    """Whether these rules files are the preset that asks for FP32 throughout."""
+    return [file.removesuffix(".toml") for file in files] == ["fp32"]
 
 
 def _in_layer(pattern: str, layer: str) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from amp_convert.core.mode import Mode
+from amp_convert.rules.rule_set import ask_for_fp32
 from amp_convert.validate.inference.results import Stop
 from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.thresholds import LEAST_WORK, Thresholds
@@ -86,7 +87,7 @@ def low_precision_check(plan: Plan) -> Check:
             )
             return Check(name, CheckStatus.UNCHECKED, work, LEAST_WORK, reason)
         return Check(name, CheckStatus.PASS, float(low), 1.0, reason)
-    if [rule.removesuffix(".toml") for rule in plan.rules] == ["fp32"]:
+    if ask_for_fp32(plan.rules):
         reason = "the rules ask for FP32 throughout, so the outputs must be bit-identical"
         return Check(name, CheckStatus.PASS, 0.0, 0.0, reason)
     kept = Counter(decision.rule for decision in floating).most_common(3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from amp_convert.core.slices import LEAST
@@ -70,6 +71,9 @@ def folded_checks(
         return [Check(name, CheckStatus.UNCHECKED, None, None, reason, required=False)]
     found = checks_of_outputs(
         "outputs", divergence.folded_outputs, missing, limits, metrics_hold=metrics_hold
+    )
+    found.append(
+        autocast_check(plan, replace(divergence, outputs=divergence.folded_outputs), limits)
     )
     found += [
         metric_check(f"metrics.{pair.name}", pair, limits.metric_tolerance, "folded")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import amp_convert as amp
-from amp_convert.core.module_state import Attributes
+from amp_convert.core.module_state import Attributes, other_tensors
 
 
 class Keeps(nn.Module):
@@ -104,3 +104,60 @@ def test_a_model_with_state_or_early_exits_ends_in_a_verdict(
     assert (check.status, check.required) == ("unchecked", False)
     assert said in check.reason
     assert getattr(made, "h", None) is None
+
+
+# --- other tensors -------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """A layer that two paths lead to, tied weights, and a buffer that the call writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = nn.Linear(4, 4)
+        self.two = nn.Sequential(self.one, nn.Linear(4, 4))
+        self.two[1].weight = self.one.weight
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return self.two(x) + self.one(x)
+
+
+def test_a_model_runs_with_other_tensors_and_has_its_own_again() -> None:
+    model, x = Shared(), torch.randn(3, 4)
+    before = {id(t) for t in (*model.parameters(), *model.buffers())}
+    held = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    asked: list[int] = []
+
+    def doubled(tensor: Tensor) -> Tensor:
+        asked.append(id(tensor))
+        return tensor.detach() * 2
+
+    with torch.no_grad(), other_tensors(model, doubled):
+        assert model.one.weight is model.two[1].weight is model.two[0].weight
+        have = model(x)
+    assert len(asked) == len(set(asked)) == 4
+    assert {id(t) for t in (*model.parameters(), *model.buffers())} == before
+    assert all(torch.equal(t, held[name]) for name, t in model.state_dict().items())
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        assert torch.equal(have, model(x))
+
+
+def test_they_come_back_where_the_call_fails() -> None:
+    model = Shared()
+    own = model.one.weight
+
+    def fails() -> None:
+        with other_tensors(model, torch.clone):
+            model.register_parameter("more", nn.Parameter(torch.zeros(1)))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert model.one.weight is own
+    assert "more" not in dict(model.named_parameters())

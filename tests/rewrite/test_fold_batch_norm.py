@@ -106,10 +106,8 @@ def test_the_weights_are_those_of_pytorchs_fusion(name: str, dtype: torch.dtype)
     assert calls[0].total - calls[1].total == 1
     assert not [name for name in calls[1].calls if "batch_norm" in name]
     state = folded.state_dict()
-    weight, bias = fused(model)
-    assert torch.equal(state["product.weight"], weight.to(dtype))
-    offset = [t for name, t in state.items() if t.shape == bias.shape and name != "product.weight"]
-    assert any(torch.equal(tensor, bias.to(dtype)) for tensor in offset)
+    for name, wanted in zip(("weight", "bias"), fused(model), strict=True):
+        assert torch.equal(state[f"folded.product_{name}"], wanted.to(dtype))
     assert {t.dtype for t in state.values()} == {dtype}
     assert torch.equal(plain(x), converted(x))  # neither is changed by the other
 
@@ -191,6 +189,94 @@ def test_it_is_refused_where_bits_are_asked_for(rules: str) -> None:
         amp.check(model, x, rules=rules, fold_batch_norm=True)
 
 
+def test_a_channel_that_would_vanish_is_seen_among_others() -> None:
+    """Three of eight gains are tiny, and what reads these channels is as large."""
+    model, x = convolution()
+    with torch.no_grad():
+        model.norm.weight[:3] = 1e-4
+        model.norm.bias[:3] = 0
+        model.last.weight[:, :3] *= 5e3
+    converted = mixed(model, x)
+    [fold] = converted.plan.batch_norm_folds
+    assert fold.reason.endswith("(guard weight-tiny)")
+    frozen = converted.freeze(fold_batch_norm=True)
+    assert torch.equal(frozen(x), converted.freeze()(x))
+
+
+def test_the_weights_of_then_are_held_to_the_guards() -> None:
+    """Convert, train, freeze: what the guards saw at first is not what is stored."""
+    model, x = convolution()
+    converted = mixed(model, x)
+    assert [fold.reason for fold in converted.plan.batch_norm_folds] == [""]
+    with torch.no_grad():
+        model.norm.running_var.fill_(1e-9)
+        model.norm.weight.fill_(3000.0)
+    folded = converted.freeze(fold_batch_norm=True)
+    [fold] = folded.batch_norm_folds
+    assert fold.reason.endswith("(guard weight-range)")
+    assert [name for name in counted(lambda: folded(x)).calls if "batch_norm" in name]
+
+
+def test_folds_of_one_bias_have_a_name_each() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.c = nn.ModuleList(nn.Conv2d(3, 8, 3) for _ in range(3))
+            self.c[1].bias = self.c[2].bias = self.c[0].bias
+            self.n = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+            self.out = nn.Linear(128, 4)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            parts = [n(c(x)).relu().flatten(1) for c, n in zip(self.c, self.n, strict=True)]
+            return [self.out(part) for part in parts]
+
+    model = Three().eval()
+    for norm in model.n:
+        nn.init.normal_(norm.running_mean)
+    x = torch.randn(2, 3, 6, 6)
+    folded = mixed(model, x).freeze(fold_batch_norm=True)
+    assert len([name for name in folded.state_dict() if name.startswith("folded.")]) == 6
+    with torch.no_grad():
+        assert all(rel_l2(a, b) < 2e-3 for a, b in zip(folded(x), model(x), strict=True))
+
+
+class Outside(nn.Module):
+    """Parts around a condition that no graph holds. `shared`: both parts have one convolution;
+    else the code between them reads the first one's weight, for large inputs."""
+
+    def __init__(self, *, shared: bool) -> None:
+        super().__init__()
+        self.shared, (self.a, _) = shared, convolution()
+        self.b, _ = convolution()
+        if shared:
+            self.b.product = self.a.product
+        self.a.norm.running_var.fill_(0.01)
+        self.b.norm.running_var.fill_(4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if x.detach().mean().item() > 1:
+            y = y / self.a.product.weight.float().norm()
+        return y + self.b(x) if self.shared else y
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_else_reads_a_folded_weight_finds_it_as_it_was(shared: bool) -> None:
+    model, x = Outside(shared=shared).eval(), convolution()[1]
+    weight, held = model.a.product.weight, model.a.product.weight.detach().clone()
+    converted = mixed(model, x)
+    assert not converted.captured.is_whole
+    folded = converted.freeze(fold_batch_norm=True)
+    assert {fold.reason for fold in folded.batch_norm_folds} == {""}
+    with torch.no_grad():
+        for given in (x, x + 3):
+            assert rel_l2(folded(given), model(given)) < 5e-3
+    amp.compare(model, converted, [x])
+    assert model.a.product.weight is weight
+    assert torch.equal(weight, held)
+
+
 def test_parts_are_folded_too() -> None:
     """A model that is captured in parts is frozen as a copy of it, part by part."""
 
@@ -249,7 +335,7 @@ def test_a_fold_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(self: FrozenModel, converted: Any, *, fold_batch_norm: bool = False) -> None:
         own(self, converted, fold_batch_norm=fold_batch_norm)
         if fold_batch_norm:
-            self.get_buffer("product.weight")[0] *= 2
+            self.get_buffer("folded.product_weight")[0] *= 2
 
     monkeypatch.setattr(FrozenModel, "__init__", wrong)
     model, x = convolution()

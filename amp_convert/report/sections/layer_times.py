@@ -52,6 +52,10 @@ def _name(members: list[LayerTime]) -> str:
 
 
 def _row(name: str, members: list[LayerTime], total: float) -> TimeRow:
-    sums = [sum(getattr(each, arm) for each in members) for arm in TIMED]
-    share = sums[-1] / total if total else 0.0
-    return TimeRow(name, tuple(map(fmt.milliseconds, sums)), fmt.percent(share), sums[-1] > sums[0])
+    sums: list[float | None] = []
+    for arm in TIMED:
+        times = [getattr(each, arm) for each in members]
+        sums.append(None if None in times else sum(times))
+    fp32, frozen = (sum(getattr(each, arm) for each in members) for arm in ("fp32", "frozen"))
+    share = fmt.percent(frozen / total if total else 0.0)
+    return TimeRow(name, tuple(map(fmt.milliseconds, sums)), share, frozen > fp32)

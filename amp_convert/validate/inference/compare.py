@@ -140,6 +140,7 @@ class _Comparison:
         del untuned
         mixed = self._arms.mixed(args, kwargs, state)
         accumulate(self._outputs, reference, mixed, noise, matcher)
+        noise = noise if self._arms.folds else None
         self._metrics.add_pair(reference, mixed, target, size)
         if self._captured.is_whole:  # else the reference is the eager model itself
             self._check_reference(self._arms.original(args, kwargs, state), reference)

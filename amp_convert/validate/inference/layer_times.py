@@ -25,7 +25,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.branches.choices import OneBranch
+from amp_convert.capture.branches.choices import UNTAKEN, OneBranch
+from amp_convert.capture.branches.nest import Choice
 from amp_convert.capture.captured import Region
 from amp_convert.capture.graph_call import GraphRunner, in_mode
 from amp_convert.core import device as devices
@@ -70,20 +71,28 @@ def layer_times(
         for turn in range(TURNS + 1):
             if turn > 1 and time.perf_counter() - begin > BUDGET_SECONDS:
                 break
-            for arm, timed in arms.items():
-                taken = timed()
+            for arm, timed in list(arms.items()):
+                try:
+                    taken = timed()
+                except RuntimeError:  # autocast breaks some models: a result
+                    if arm != "autocast":
+                        raise
+                    del arms[arm]
+                    continue
                 if turn:
                     found[arm].append(taken)
     layers = {layer for turns in found.values() for turn in turns for layer in turn}
     rows = [
-        LayerTime(layer, **{arm: _median(turns, layer) for arm, turns in found.items()})
-        for layer in layers
+        LayerTime(layer, *(_median(found.get(arm, []), layer) for arm in ARMS)) for layer in layers
     ]
     return tuple(sorted(rows, key=lambda row: (-row.fp32, row.layer)))
 
 
-def _median(turns: Sequence[Counter[str]], layer: str) -> float:
-    return statistics.median(turn[layer] for turn in turns)
+ARMS = ("fp32", "autocast", "mixed", "frozen")
+
+
+def _median(turns: Sequence[Counter[str]], layer: str) -> Any:
+    return statistics.median(turn[layer] for turn in turns) if turns else None
 
 
 Graph = tuple[GraphRunner, fx.GraphModule, Mapping[fx.Node, str]]
@@ -119,13 +128,17 @@ def _as_it_runs(runner_of: Callable[[str], GraphRunner], region: Region) -> Grap
     """The graph that runs, which knows the layers of the operators that passes left alone."""
     runner = runner_of(region.path)
     graph_module = runner.run.tuned  # type: ignore[attr-defined]
+    return runner, graph_module, _layers_of(graph_module)
+
+
+def _layers_of(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     known: dict[fx.Node, str] = {}
     for node in reversed(graph_module.graph.nodes):
         readers = [known[user] for user in node.users if user in known]
         layer = node.meta.get(LAYER, readers[0] if readers else None)
         if layer is not None:
             known[node] = layer
-    return runner, graph_module, known
+    return known
 
 
 class _Timer(OneBranch):
@@ -145,9 +158,21 @@ class _Timer(OneBranch):
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self._ends.append(("", self._now()))
+        if n.op == "call_module" and isinstance(choice := self.fetch_attr(str(n.target)), Choice):
+            return self._branch(choice, n)
         result = super().run_node(n)
-        self._ends.append((self._layers.get(n, ""), self._now()))
+        if result is not UNTAKEN:
+            self._ends.append((self._layers.get(n, ""), self._now()))
         return result
+
+    def _branch(self, choice: Choice, node: fx.Node) -> Any:
+        """The branch that a condition takes, by its own operators."""
+        condition, *operands = self.fetch_args_kwargs_from_env(node)[0]
+        one, other = choice.branches
+        taken: Any = one if condition else other
+        inside = _Timer(taken, _layers_of(taken), self._device)
+        inside._ends = self._ends
+        return inside.run(*operands, enable_io_processing=False)
 
     def _now(self) -> Any:
         if self._device.type != "cuda":

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.core.batches import anew
 from amp_convert.core.errors import first_line
 from amp_convert.core.mode import Mode
+from amp_convert.core.module_state import other_tensors
 from amp_convert.core.noise import nudged
 from amp_convert.core.number_formats import from_name, is_float_tensor
 from amp_convert.core.random_state import set_rng_state
@@ -94,9 +96,8 @@ class OtherArms:
                 ]  # a buffer that the graph writes to is a copy, and stays as it is
                 return runner.results(runner.run(*inputs))
             model = self._captured.model
-            moved = {name: self._weight(tensor) for name, tensor in model.named_parameters()}
-            with in_mode(model, training=False):
-                return torch.func.functional_call(model, moved, *given)
+            with in_mode(model, training=False), other_tensors(model, self._parameter):
+                return model(*given[0], **given[1])
 
         if not self.noise_reason:
             outputs, self.noise_reason = _tried(run, "FP32 fails once it is nudged by one ULP")
@@ -108,6 +109,9 @@ class OtherArms:
         if tensor.dtype != torch.float32 or tensor.layout is not torch.strided:
             return tensor
         return torch.where(tensor == tensor.round(), tensor, nudged(tensor, self._coin))
+
+    def _parameter(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._weight(tensor) if isinstance(tensor, nn.Parameter) else tensor
 
     def _weight(self, tensor: torch.Tensor) -> torch.Tensor:
         """A weight nudged, once for all batches."""

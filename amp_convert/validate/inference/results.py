@@ -135,11 +135,12 @@ class ArmCost:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Milliseconds that the operators of one layer took in each arm, timed one by one."""
+    """Milliseconds that the operators of one layer took in each arm, timed one by one; None in
+    autocast where that does not run the model."""
 
     layer: str
     fp32: float
-    autocast: float
+    autocast: float | None
     mixed: float
     frozen: float
 

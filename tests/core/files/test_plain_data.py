@@ -29,7 +29,8 @@ class Point:
 PLAIN = PlainData(Point, Colour)
 
 LEAVES = (
-    st.none() | st.booleans() | st.integers(-(10**17), 10**17) | st.text() | st.complex_numbers()
+    st.none() | st.booleans() | st.integers(-(10**17), 10**17) | st.text()
+    | st.complex_numbers(allow_nan=False)
     | st.floats(allow_nan=False) | st.just(Colour.RED)
     | st.sampled_from([torch.float16, torch.int64, torch.device("cpu"), torch.device("cuda", 1),
                        torch.strided, torch.sparse_coo, torch.channels_last])

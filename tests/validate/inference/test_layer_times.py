@@ -129,8 +129,27 @@ def test_only_the_branch_that_is_taken_counts() -> None:
     model, x = Either().eval(), torch.ones(2, 4)
     times = layer_times(amp.convert(model, x, train=False), (x,), {})
     rows = {row.layer: row for row in times}
+    assert rows.keys() == {"", "one"}
     assert rows["one"].fp32 > 0
-    assert rows["one"].frozen + rows[""].frozen > 0
+    assert rows["one"].frozen > 0
+
+
+def test_a_model_that_autocast_cannot_run_has_no_time_there() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros(4, 8).index_add(0, torch.arange(4), self.layer(x))
+
+    torch.manual_seed(0)
+    run = amp.check(Adds().eval(), torch.randn(4, 8), profile=True)
+    assert run.report.inference is not None
+    times = run.report.inference.layer_times
+    assert {row.autocast for row in times} == {None}
+    assert all(row.fp32 > 0 and row.frozen > 0 for row in times)
+    assert [row.times[1] for row in time_rows(times)] == [""] * (len(times) + 1)
 
 
 def of(layer: str, fp32: float, frozen: float) -> LayerTime:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,94 @@ def test_the_measured_effect_forbids_it_and_the_cost_is_said() -> None:
     stream = io.StringIO()
     render_audit(Console(file=stream, width=200), report)
     assert sentence in stream.getvalue()
+
+
+class Reads(nn.Module):
+    """A layer, and something else that is made of its weight."""
+
+    def __init__(self, read: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.read = nn.Linear(8, 8), read
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), self.read(x, self.layer.weight)
+
+
+READS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "row": lambda x, w: (x * w[0]).exp(),
+    "slice": lambda x, w: (x[:, :4] * w[:4, 0]).exp(),
+    "diagonal": lambda x, w: (x * w.diagonal()).exp(),
+    "expanded": lambda x, w: (x.unsqueeze(1) * w.expand(4, 8, 8)).exp(),
+    "returned": lambda x, w: w,
+    "returned view": lambda x, w: w.t(),
+    "copy": lambda x, w: (x * w.clone()[0]).exp(),
+    "chunk": lambda x, w: (x * w.chunk(2)[1][0]).exp(),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_whatever_reads_a_weight_in_fp32(name: str) -> None:
+    mixed = amp.convert(Reads(READS[name]).eval(), torch.randn(4, 8), train=False)
+    state = mixed.freeze().state_dict()
+    assert {t.dtype for t in state.values()} == {torch.float16, torch.float32}
+    [twice] = mixed.plan.stored_twice
+    assert (twice.weight, twice.low_bytes) == ("layer.weight", 128)
+    assert twice.reason == "the model returns it" if "returned" in name else twice.reader
+
+
+def test_a_name_that_the_model_has_is_not_taken() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.w = nn.Parameter(torch.randn(8, 8))
+            self.w_float32 = nn.Parameter(torch.randn(8, 8) * 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            wide = torch.exp(x.unsqueeze(1) * self.w).sum(1)
+            return (x @ self.w).relu() @ self.w_float32, wide
+
+    model, x = Named().eval(), torch.randn(4, 8)
+    frozen = amp.convert(model, x, train=False).freeze()
+    with torch.no_grad():
+        for have, want in zip(frozen(x), model(x), strict=True):
+            torch.testing.assert_close(have, want, rtol=2e-2, atol=2e-2)
+
+
+class Part(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(x).relu())
+
+
+class Parts(nn.Module):
+    """Two parts that have a layer in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.Linear(8, 8)
+        self.a, self.b = Part(layer), Part(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if y.detach().sum().item() > 1e9:
+            y = y * 2
+        return y + self.b(x)
+
+
+def test_a_layer_in_two_parts_of_two_dtypes(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nlayer = "b.layer"\ncategory = "deny"\nreason = "mine"\n')
+    model, x = Parts().eval(), torch.randn(4, 8)
+    mixed = amp.convert(model, x, rules=["default", rules], train=False)
+    assert not mixed.captured.is_whole
+    assert {each.weight for each in mixed.plan.stored_twice} == {"b.layer.weight", "b.layer.bias"}
+    assert torch.equal(mixed.freeze()(x), mixed(x))
 
 
 class Twice(nn.Module):
