@@ -1,4 +1,4 @@
-"""Where the time of a call goes: layers that differ only in an index are one row."""
+"""Where the time of a call goes: layers of one class that differ only in an index are one row."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class TimeRow:
 def time_rows(times: Iterable[LayerTime], most: int = 20) -> list[TimeRow]:
     """The `most` rows of the longest frozen times, the rest as one, and the sum; none where nothing
     was timed."""
-    groups: dict[str, list[LayerTime]] = {}
+    groups: dict[tuple[str, str], list[LayerTime]] = {}
     for each in times:
-        groups.setdefault(pattern_of(each.layer), []).append(each)
+        groups.setdefault((pattern_of(each.layer), each.module), []).append(each)
     if not groups:
         return []
     every = [each for members in groups.values() for each in members]
@@ -46,9 +46,11 @@ def time_rows(times: Iterable[LayerTime], most: int = 20) -> list[TimeRow]:
 
 
 def _name(members: list[LayerTime]) -> str:
+    first = members[0]
+    kind = f", {fmt.printable(first.module)}" if first.module else ""
     if len(members) == 1:
-        return layer_name(members[0].layer)
-    return f"{layer_name(pattern_of(members[0].layer))} ({len(members)} layers)"
+        return f"{layer_name(first.layer)}{kind}"
+    return f"{layer_name(pattern_of(first.layer))}{kind} ({len(members)} layers)"
 
 
 def _row(name: str, members: list[LayerTime], total: float) -> TimeRow:

@@ -82,8 +82,16 @@ def layer_times(
                 if turn:
                     found[arm].append(taken)
     layers = {layer for turns in found.values() for turn in turns for layer in turn}
+    classes = {
+        info.layer: info.modules[0].rpartition(".")[2] if info.modules else ""
+        for region in captured.regions
+        for info in region.graphs[Mode.EVAL].nodes.values()
+    }
     rows = [
-        LayerTime(layer, *(_median(found.get(arm, []), layer) for arm in ARMS)) for layer in layers
+        LayerTime(
+            layer, classes.get(layer, ""), *(_median(found.get(arm, []), layer) for arm in ARMS)
+        )
+        for layer in layers
     ]
     return tuple(sorted(rows, key=lambda row: (-row.fp32, row.layer)))
 

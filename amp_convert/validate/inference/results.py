@@ -136,9 +136,10 @@ class ArmCost:
 @dataclass(frozen=True)
 class LayerTime:
     """Milliseconds that the operators of one layer took in each arm, timed one by one; None in
-    autocast where that does not run the model."""
+    autocast where that does not run the model. `module` is the class of the layer."""
 
     layer: str
+    module: str
     fp32: float
     autocast: float | None
     mixed: float

@@ -152,16 +152,20 @@ def test_a_model_that_autocast_cannot_run_has_no_time_there() -> None:
     assert [row.times[1] for row in time_rows(times)] == [""] * (len(times) + 1)
 
 
-def of(layer: str, fp32: float, frozen: float) -> LayerTime:
-    return LayerTime(layer, fp32, 2.0, 3.0, frozen)
+def of(layer: str, fp32: float, frozen: float, module: str = "Linear") -> LayerTime:
+    return LayerTime(layer, module, fp32, 2.0, 3.0, frozen)
 
 
 def test_layers_that_differ_in_an_index_are_one_row() -> None:
-    times = [of("a.0.up", 4, 1), of("a.1.up", 4, 1), of("head", 1, 2), of("", 9, 4), of("b", 1, 0)]
+    times = [of("a.0.up", 4, 1), of("a.1.up", 4, 1), of("head", 1, 2), of("", 9, 4, "")]
+    times += [of("a.2.up", 1, 0, "Conv2d")]
     first, second, *rest = time_rows(times, most=2)
     assert (first.layer, first.times) == ("(top level)", ("9 ms", "2 ms", "3 ms", "4 ms"))
     assert (first.share, first.slower) == ("50.0 %", False)
-    assert (second.layer, second.times) == ("a.*.up (2 layers)", ("8 ms", "4 ms", "6 ms", "2 ms"))
+    assert (second.layer, second.times) == (
+        "a.*.up, Linear (2 layers)",
+        ("8 ms", "4 ms", "6 ms", "2 ms"),
+    )
     assert [row.layer for row in rest] == ["2 other layers", "all"]
     assert rest[-1].times == ("19 ms", "10 ms", "15 ms", "8 ms")
     assert time_rows([]) == []
@@ -175,7 +179,7 @@ def test_the_report_has_them_where_they_are_asked_for(tmp_path: Path) -> None:
     assert {row.layer for row in run.report.inference.layer_times} >= {"0.up", "1.up", "2"}
     text = html.unescape((tmp_path / "report" / "report.md").read_text())
     assert "## Time by layer" in text
-    assert "| *.up (2 layers) |" in text
+    assert "| *.up, Linear (2 layers) |" in text
     assert "Time by layer" in (tmp_path / "report" / "report.html").read_text()
     plain = amp.check(model, x)
     assert plain.report.inference is not None
