@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,18 +78,24 @@ def check(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     mode: Mode,
+    *,
+    gradients: bool = True,
 ) -> Fidelity:
-    """Compare `captured` with `module` in `mode`, forward and backward, in FP32."""
+    """Compare `captured` with `module` in `mode`, in FP32: forward, and with `gradients` backward,
+    which takes twice the memory of the weights."""
     device = devices.of_model(module)
     if not devices.has_values(module):
         return unchecked(mode, "the model's tensors hold no values that could be compared")
-    backward, without = True, ""
+    backward, without = gradients, ""
+    if not gradients:
+        without = "; gradients were not compared, since training was not asked for"
     try:
         eager = _trace(module, module, args, kwargs, mode, device, backward=backward)
     except Exception as error:  # noqa: BLE001  some models can be run but not differentiated
         refuse_environment(error)
+        if not backward:
+            return unchecked(mode, f"the eager model fails in {mode} mode: {error}")
         backward, without = False, f"; gradients were not compared: {first_line(error)}"
-    if not backward:
         try:
             eager = _trace(module, module, args, kwargs, mode, device, backward=backward)
         except Exception as error:  # noqa: BLE001  the same
@@ -128,7 +135,9 @@ def _graph_trace(
     """What the graph gives; or nothing, and why it has not the model's gradients."""
     device = devices.of_model(module)
     try:
-        graph = _trace(module, captured, args, kwargs, mode, device, backward=backward)
+        graph = _trace(
+            module, captured, args, kwargs, mode, device, backward=backward, known=eager.gradients
+        )
     except RuntimeError as error:  # an operator of the graph may have no derivative
         if not backward:
             raise
@@ -178,6 +187,7 @@ def _trace(
     device: torch.device,
     *,
     backward: bool,
+    known: Mapping[str, torch.Tensor] | None = None,
 ) -> _Trace:
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
     # Before the call, which may put other things into a dict or list that it is given.
@@ -194,7 +204,7 @@ def _trace(
         result = call(*args, **kwargs)
         custom = _custom_backwards(result) if backward else []
         drawn = before.drawn_outside_torch(rng_state(device))
-        gradients = _gradients(module, result) if backward else {}
+        gradients = _gradients(module, result, known or {}) if backward else {}
         outputs = {
             path: leaf.detach().clone()
             for path, leaf in leaves_by_path(result)
@@ -229,8 +239,14 @@ def _is_operators(node: torch.autograd.function.BackwardCFunction) -> bool:
     return module.startswith("torch._higher_order_ops.")
 
 
-def _gradients(module: nn.Module, result: Any) -> dict[str, torch.Tensor]:
-    """Gradients of every parameter from seeded random cotangents on every differentiable output."""
+def _gradients(
+    module: nn.Module, result: Any, known: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Gradients of every parameter from seeded random cotangents on every differentiable output.
+
+    One that is identical to the `known` one is that tensor, and what was computed is dropped on the
+    way: two whole sets of gradients are never held.
+    """
     outputs = [t for t in pytree.tree_leaves(result) if is_float_tensor(t) and t.requires_grad]
     wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not outputs or not wanted:
@@ -240,9 +256,33 @@ def _gradients(module: nn.Module, result: Any) -> dict[str, torch.Tensor]:
         torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t.device, t.dtype)
         for t in outputs
     ]
-    found = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
-    gradients: list[torch.Tensor | None] = list(found)
-    return {n: g for n, g in zip(wanted, gradients, strict=True) if g is not None}
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in wanted.values()):
+        # What the user has hung there, such as an optimizer, is not to run.
+        found = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
+        maybe: list[torch.Tensor | None] = list(found)
+        return {n: g for n, g in zip(wanted, maybe, strict=True) if g is not None}
+    gradients: dict[str, torch.Tensor] = {}
+
+    def take(name: str, parameter: torch.Tensor) -> None:
+        have, parameter.grad = parameter.grad, None
+        assert have is not None
+        same = name in known and identical(known[name], have)
+        gradients[name] = known[name] if same else have
+
+    before = [(parameter, parameter.grad) for parameter in wanted.values()]
+    hooks = [
+        p.register_post_accumulate_grad_hook(partial(take, name)) for name, p in wanted.items()
+    ]
+    try:
+        for parameter in wanted.values():
+            parameter.grad = None
+        torch.autograd.backward(outputs, cotangents, inputs=list(wanted.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, gradient in before:
+            parameter.grad = gradient
+    return gradients
 
 
 def identical(a: torch.Tensor, b: torch.Tensor) -> bool:

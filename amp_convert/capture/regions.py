@@ -229,11 +229,17 @@ def _fidelity(region: Region, mode: Mode, *, proofs: bool = True) -> Fidelity:
     if mode not in region.graphs:
         return fidelity.unchecked(mode, f"the train graph was not captured: {region.train_failure}")
 
+    trains = Mode.TRAIN in region.graphs
+
     def checked() -> Fidelity:
-        return fidelity.check(region.module, region.runner(mode), region.args, region.kwargs, mode)
+        runner = region.runner(mode)
+        return fidelity.check(
+            region.module, runner, region.args, region.kwargs, mode, gradients=trains
+        )
 
     def about() -> str:
-        return fingerprint.of_call(region.module, (region.args, dict(region.kwargs)), str(mode))
+        inputs = (region.args, dict(region.kwargs))
+        return fingerprint.of_call(region.module, inputs, str(mode), trains)
 
     with own_hooks_off(region.module) if region.path else contextlib.nullcontext():
         if proofs:

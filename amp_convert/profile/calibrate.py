@@ -27,6 +27,7 @@ from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import LOW_DTYPES, is_float_tensor
 from amp_convert.core.progress import OnNode, unwatched
 from amp_convert.core.random_state import preserved_rng
+from amp_convert.core.tensor_errors import CHUNK
 from amp_convert.profile.growth import Growth
 from amp_convert.profile.range_probes import Extremes, probed_extremes
 from amp_convert.profile.rounding_trials import Trials, keep_window
@@ -70,7 +71,7 @@ class Range:
             return cls(math.nan, math.nan, tiny_share, under=under)
         size = max(-low, high, 0.0)
         # FP32 itself counts no further than 2**24: what is larger is a mask value, not a count.
-        integral = may_count and size <= 2**24 and bool(torch.equal(tensor, tensor.round()))
+        integral = may_count and size <= 2**24 and _is_whole(tensor)
         lowest_row = (
             float(tensor.detach().amax(-1).min()) if low < -1e3 and tensor.dim() else math.inf
         )
@@ -266,13 +267,20 @@ def _measurable(value: object) -> TypeGuard[torch.Tensor]:
     return is_float_tensor(value) and value.layout is torch.strided and value.numel() > 0
 
 
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether every value is a whole number."""
+    return all(torch.equal(part, part.round()) for part in tensor.detach().reshape(-1).split(CHUNK))
+
+
 def _shares_under(tensor: torch.Tensor) -> tuple[float, ...]:
     """The shares of nonzero values under 2**(-14 - _SPAN), ..., 2**-14, ..., 2**(-14 + _SPAN)."""
-    magnitude = tensor.detach().abs()
-    # frexp gives e with a magnitude in [2**(e - 1), 2**e): it is under 2**n when e <= n.
-    exponents = torch.frexp(magnitude[magnitude > 0]).exponent
     lowest = -14 - _SPAN
-    counts = torch.bincount((exponents.clamp(lowest, -13 + _SPAN) - lowest).long().cpu())
-    shares = counts.cumsum(0).double() / max(exponents.numel(), 1)
-    padded = [*shares.tolist(), *[1.0 if exponents.numel() else 0.0] * (2 * _SPAN + 1)]
-    return tuple(padded[: 2 * _SPAN + 1])
+    counts = torch.zeros(2 * _SPAN + 2, dtype=torch.int64)
+    for part in tensor.detach().reshape(-1).split(CHUNK):
+        magnitude = part.abs()
+        # frexp gives e with a magnitude in [2**(e - 1), 2**e): it is under 2**n when e <= n.
+        exponents = torch.frexp(magnitude[magnitude > 0]).exponent
+        found = (exponents.clamp(lowest, lowest + 2 * _SPAN + 1) - lowest).long()
+        counts += torch.bincount(found, minlength=len(counts)).cpu()
+    shares = counts.cumsum(0).double() / max(int(counts.sum()), 1)
+    return tuple(shares[: 2 * _SPAN + 1].tolist())

@@ -29,7 +29,7 @@ from amp_convert.core import choices
 from amp_convert.core.number_formats import is_float_tensor, unit_roundoff
 from amp_convert.core.op_facts import HEAVY, Family, facts_of_target
 from amp_convert.core.slices import LEAST, SliceKind, SliceSums
-from amp_convert.core.tensor_errors import ErrorSums, larger
+from amp_convert.core.tensor_errors import CHUNK, ErrorSums, larger
 from amp_convert.profile.graph_roles import is_running, routes
 from amp_convert.profile.growth import Growth
 from amp_convert.profile.rerun import can_be_tried, evaluate, kept_inputs, repeatable
@@ -249,8 +249,7 @@ class Trials:
         def low(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.dtype != torch.float32:
                 return tensor
-            rounded = tensor.detach().to(self._dtype).to(torch.float32)
-            return torch.where(rounded.isinf(), tensor, rounded)
+            return rounded_within(tensor.detach(), self._dtype)
 
         return pytree.tree_map_only(torch.Tensor, low, value)
 
@@ -269,6 +268,20 @@ class Trials:
                 sums.add(want, have)
                 error = larger(error, sums.rel_l2)
         return error / unit_roundoff(self._dtype)
+
+
+def rounded_within(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An FP32 tensor of the same strides, rounded to a low dtype; what leaves its range stays."""
+    rounded = torch.empty_like(tensor)
+    if not rounded.is_contiguous():
+        rounded.copy_(tensor.to(dtype))
+        return torch.where(rounded.isinf(), tensor, rounded)
+    # A weight may be as large as all the rest: a part at a time.
+    flat = tensor.contiguous().reshape(-1)
+    for part, into in zip(flat.split(CHUNK), rounded.reshape(-1).split(CHUNK), strict=True):
+        into.copy_(part.to(dtype))
+        torch.where(into.isinf(), part, into, out=into)
+    return rounded
 
 
 def _infinite(refusal: Exception) -> float:

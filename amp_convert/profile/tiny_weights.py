@@ -16,6 +16,7 @@ from torch import fx
 
 from amp_convert.core.number_formats import is_float_tensor, unit_roundoff
 from amp_convert.core.op_facts import HEAVY, Family, facts_of_target
+from amp_convert.core.tensor_errors import CHUNK
 
 _SOME = 0.01
 """Of the values of a weight."""
@@ -39,8 +40,9 @@ class TinyWeights:
             if source.op != "placeholder" or not is_float_tensor(value) or not value.numel():
                 continue
             if source not in self._tiny:
-                small = (value.abs() < smallest) & (value != 0)
-                self._tiny[source] = float(small.float().mean()) >= _SOME
+                parts = value.detach().reshape(-1).split(CHUNK)
+                small = sum(int(((p.abs() < smallest) & (p != 0)).sum()) for p in parts)
+                self._tiny[source] = small / value.numel() >= _SOME
             if self._tiny[source]:
                 return True
         return False

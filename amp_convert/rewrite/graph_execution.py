@@ -154,6 +154,8 @@ def _run_on_zeros(rewritten: Rewritten, recorded: Mapping[str, Any]) -> bool:
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 return False
             continue  # what takes tuples apart, and computes with sizes
+        if node.target is torch.ops.aten._to_copy.default and set(node.kwargs) == {"dtype"}:
+            continue  # a cast, which every device has
         try:
             asked = fx.map_arg((node.args, node.kwargs), known)
         except LookupError:
