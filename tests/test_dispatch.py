@@ -12,13 +12,13 @@ from torch.utils import _pytree as pytree
 from tests import zoo
 from tests.benchmarks import counted_models
 from tests.benchmarks.dispatch import counted, inference_arms, training_arms
-from tests.benchmarks.dispatch_budget import budget
+from tests.benchmarks.dispatch_budget import budget, regions
 
 every_counted_model = pytest.mark.parametrize(
     "name",
     [
         pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xdist_group(name)])
-        for name in counted_models.MODELS
+        for name in budget()
     ],
 )
 
@@ -41,9 +41,9 @@ def test_a_frozen_model_keeps_to_its_budget(name: str) -> None:
     with zoo.mode(model), torch.no_grad():
         given = pytree.tree_leaves((args, kwargs, model(*args, **kwargs)))
     ends = sum(isinstance(t, torch.Tensor) and t.is_floating_point() for t in given)
-    regions = len(list(filter(None, allowed.get("regions", "").split(";"))))
-    assert count.total <= low.count.total + ends + 2 * regions
-    assert count.casts <= low.count.casts + ends + 2 * regions
+    named = regions(allowed.get("regions", ""))
+    assert count.total <= low.count.total + ends + 2 * named
+    assert count.casts <= low.count.casts + ends + 2 * named
     assert count.moved - count.wide <= 1.02 * low.count.moved
     if "tables" not in allowed:
         assert frozen.stored <= 1.02 * low.stored + 1024  # norms' statistics, a scale
@@ -68,6 +68,15 @@ def test_a_training_step_keeps_to_its_budget(name: str) -> None:
 
 def _attention(calls: dict[str, int]) -> dict[str, int]:
     return {kernel: n for kernel, n in calls.items() if "attention" in kernel}
+
+
+def test_each_model_of_the_tests_has_a_budget() -> None:
+    assert zoo.BUILDERS.keys() <= budget().keys()
+
+
+def test_regions_are_counted() -> None:
+    found = map(regions, ("", "one; another", "7 x seven alike; one", "x of one"))
+    assert list(found) == [0, 2, 8, 1]
 
 
 def test_what_is_counted() -> None:
