@@ -12,7 +12,7 @@ from amp_convert.rewrite.kernels.tuned_graph import RunningGraph
 def running(model: Any, mode: str = "eval") -> RunningGraph:
     """The graph of a mode of a model that was captured whole, converted or frozen."""
     parts = model.__dict__.get("_parts")
-    runner = model.__dict__["_callee"] if parts is None else parts[""]._runners[mode]
+    runner = model.__dict__["_callee"] if parts is None else parts[""].runners[mode]
     found: RunningGraph = runner.run
     return found
 
