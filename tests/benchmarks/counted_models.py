@@ -1,4 +1,4 @@
-"""The models whose kernel calls have a budget: those of the tests, and those that are timed.
+"""The models whose kernel calls are counted: those of the tests, and those that are timed.
 
 The latter, under "speed/", are as wide and deep as where they are timed on a CPU, with few and
 short inputs: what is called does not depend on these. They are planned as a user's model is, by
