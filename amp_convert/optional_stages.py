@@ -116,6 +116,8 @@ def compile_(
         case.args,
         case.kwargs,
         step=step,
+        score=partial(score, case),
+        lower_is_better=case.lower_is_better,
         cuda_graphs=settings.cuda_graphs,
         on_batch=progress.advance,
     )

@@ -140,7 +140,8 @@ class Settings:
     the digest of all that they depend on.
 
     `fold_batch_norm` is for those who deploy `freeze(fold_batch_norm=True)`: that model is then an
-    arm of its own.
+    arm of its own. `profile` times each layer. `compile` judges the model under `torch.compile`
+    too, which `cuda_graphs` lets use CUDA graphs.
 
     `calibrate` and `batches` count batches (the latter: evaluated at most, within `eval_seconds`),
     `steps` optimizer steps, `seeds` training pairs. `tolerance` bounds the relative L2 error of an

@@ -34,6 +34,8 @@ def agreed(settings: Settings, given: Mapping[str, object]) -> Settings:
     """`settings`, and what those that were `given` for this run ask for; None for absent. Raises
     UsageError for one that says the opposite of another, or would do nothing."""
     settings = _with_onnx(settings, given)
+    if given.get("cuda_graphs") and given.get("compile") is False:
+        raise UsageError("--cuda-graphs was given, and compile is off", mend=_LEAVE_ONE_OUT)
     if given.get("cuda_graphs"):
         settings = dataclasses.replace(settings, compile=True)
     asked = [name for name in _OF_TRAINING if given.get(name) is not None]

@@ -58,14 +58,19 @@ def folded_weights(
     norm: tuple[Any, Any, Any, Any],
     eps: float,
     shape: list[int],
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Any, Any]:
-    """The weight and bias of a product that does its BatchNorm's work, in FP64.
+    """The weight and bias of a product that does its BatchNorm's work, in `dtype`.
 
     `product` are its w and b, `norm` are g, h, m and v; b, g and h may be None.
     `shape` is that of a channel's factor beside the weight.
     """
-    weight, bias = (_wide(call, t) for t in product)
-    gain, offset, mean, variance = (_wide(call, t) for t in norm)
+
+    def wide(tensor: Any) -> Any:
+        return None if tensor is None else call(aten._to_copy.default, tensor, dtype=dtype)
+
+    weight, bias = map(wide, product)
+    gain, offset, mean, variance = map(wide, norm)
     scale = call(aten.rsqrt.default, call(aten.add.Scalar, variance, eps))
     if gain is not None:
         scale = call(aten.mul.Tensor, scale, gain)
@@ -74,10 +79,6 @@ def folded_weights(
     if offset is not None:
         shift = call(aten.add.Tensor, shift, offset)
     return call(aten.mul.Tensor, weight, call(aten.view.default, scale, shape)), shift
-
-
-def _wide(call: Call, tensor: Any) -> Any:
-    return None if tensor is None else call(aten._to_copy.default, tensor, dtype=torch.float64)
 
 
 def factor_shape(product: fx.Node, dims: int) -> list[int]:
@@ -161,6 +162,7 @@ class _Folds:
             (gain, offset, mean, variance),
             cast(float, norm.args[6]),
             factor_shape(product, self._own[weight].dim()),
+            torch.float32,  # a weight may be as large as all the rest
         )
         said = (f"{self._names[weight]} times its BatchNorm's factor", "of its BatchNorm's offset")
         operands = [

@@ -1,10 +1,10 @@
 """The checks of a verdict on the model under `torch.compile`; none where it was not asked for.
 
-1. `compiled.outputs`: are the outputs of the compiled frozen model within the limits of `outputs`?
+1. `compiled.outputs`: are outputs and metrics of the compiled frozen model within the usual limits?
 2. `compiled.precision`: is every operator that the plan is about compiled in the dtype that it was
    traced in? See `validate.compiled.watch`.
 3. `compiled.gradients`: are the gradients of a compiled training step within the limit of
-   `training.gradients`?
+   `training.gradients`? Required where training was compared.
 4. `compiled.performance`: is it no slower than autocast, both compiled? Never required.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from amp_convert.validate.compiled.watch import lowered, raised
 from amp_convert.verdict.check import Check, CheckStatus
-from amp_convert.verdict.output_checks import as_one, checks_of_outputs
+from amp_convert.verdict.output_checks import as_one, checks_of_arm
 from amp_convert.verdict.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ def compiled_checks(
     parity: CompiledParity | None,
     limits: Thresholds,
     *,
-    metrics_hold: bool = False,
     slow_kernels: str = "",
 ) -> list[Check]:
     """All of them; `slow_kernels` says why no speed can be expected of the device."""
@@ -35,7 +34,7 @@ def compiled_checks(
     if parity.failure or not parity.batches:
         reason = parity.failure or "no batch was compared"
         return [Check("compiled.outputs", CheckStatus.UNCHECKED, None, None, reason)]
-    found = checks_of_outputs("outputs", parity.outputs, "", limits, metrics_hold=metrics_hold)
+    found = checks_of_arm("compiled", parity.outputs, parity.metrics, limits)
     return [
         as_one("compiled.outputs", "compiled", found),
         _precision_check(parity),
@@ -67,7 +66,8 @@ def _said(row: OperatorCount) -> str:
 def _gradients_check(parity: CompiledParity, limits: Thresholds) -> Check:
     name, limit, step = "compiled.gradients", limits.gradient_rel_l2, parity.step
     if step is None:
-        return Check(name, CheckStatus.UNCHECKED, None, limit, parity.no_step, required=False)
+        required = parity.step_failed
+        return Check(name, CheckStatus.UNCHECKED, None, limit, parity.no_step, required=required)
     error = step.rel_l2
     if step.missing:
         reason = (
@@ -88,8 +88,8 @@ def _gradients_check(parity: CompiledParity, limits: Thresholds) -> Check:
 
 def _performance_check(parity: CompiledParity, slow_kernels: str) -> Check:
     name = "compiled.performance"
-    times = {cost.arm: cost.milliseconds for cost in parity.costs}
-    native, frozen = (times.get(f"{arm}, forward") for arm in ("autocast", "frozen"))
+    times = {cost.arm: cost.milliseconds for cost in parity.forward}
+    native, frozen = (times.get(arm) for arm in ("autocast", "frozen"))
     if not native or not frozen:
         reason = "no forward pass of both was timed"
         return Check(name, CheckStatus.UNCHECKED, None, 1.0, reason, required=False)

@@ -20,7 +20,7 @@ from amp_convert.verdict.thresholds import COSINE_SLACK, Thresholds, rounding_un
 
 if TYPE_CHECKING:
     from amp_convert.plan.plan import Plan
-    from amp_convert.validate.inference.results import Divergence, OutputError
+    from amp_convert.validate.inference.results import Divergence, MetricPair, OutputError
 
 _NO_ELEMENT = "the model returned no element to compare"
 _NO_FLOAT = "the model returns no floating point output"
@@ -53,14 +53,12 @@ def untuned_check(
     return as_one(name, "with gradients on", checks)
 
 
-def folded_checks(
-    plan: Plan, divergence: Divergence | None, limits: Thresholds, *, metrics_hold: bool = False
-) -> list[Check]:
+def folded_checks(plan: Plan, divergence: Divergence | None, limits: Thresholds) -> list[Check]:
     """The outputs and metrics of the frozen model with BatchNorm folded, which has other bits than
     the one that was compared; none where it was not asked for."""
     if divergence is None or not divergence.folded_outputs:
         return []
-    name, missing = "outputs.folded", nothing_ran(plan, divergence)
+    name = "outputs.folded"
     folds = plan.batch_norm_folds
     left = [fold for fold in folds if fold.reason]
     said = f"{len(folds) - len(left)} of {len(folds)} BatchNorms folded"
@@ -69,17 +67,21 @@ def folded_checks(
     if len(left) == len(folds):
         reason = said if folds else "no product has a BatchNorm behind it that could be folded"
         return [Check(name, CheckStatus.UNCHECKED, None, None, reason, required=False)]
-    found = checks_of_outputs(
-        "outputs", divergence.folded_outputs, missing, limits, metrics_hold=metrics_hold
-    )
-    found.append(
-        autocast_check(plan, replace(divergence, outputs=divergence.folded_outputs), limits)
-    )
-    found += [
-        metric_check(f"metrics.{pair.name}", pair, limits.metric_tolerance, "folded")
-        for pair in divergence.folded_metrics
+    found = checks_of_arm("folded", divergence.folded_outputs, divergence.folded_metrics, limits)
+    of_folded = replace(divergence, outputs=divergence.folded_outputs)
+    return [as_one(name, f"with {said}", [*found, autocast_check(plan, of_folded, limits)])]
+
+
+def checks_of_arm(
+    arm: str, outputs: Sequence[OutputError], metrics: Sequence[MetricPair], limits: Thresholds
+) -> list[Check]:
+    """The checks of an arm that has other bits than the one that was compared: its outputs, and its
+    own metrics, which alone can say that a faint channel does not matter."""
+    judged = [
+        metric_check(f"metrics.{pair.name}", pair, limits.metric_tolerance, arm) for pair in metrics
     ]
-    return [as_one(name, f"with {said}", found)]
+    hold = bool(judged) and all(check.status is CheckStatus.PASS for check in judged)
+    return [*checks_of_outputs("outputs", outputs, "", limits, metrics_hold=hold), *judged]
 
 
 def as_one(name: str, how: str, checks: Sequence[Check]) -> Check:

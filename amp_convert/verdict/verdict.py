@@ -161,12 +161,11 @@ def judge(
         buffers_check(plan, divergence),
         frozen_check(divergence),
         untuned_check(plan, divergence, limits, metrics_hold=metrics_hold),
-        *folded_checks(plan, divergence, limits, metrics_hold=metrics_hold),
+        *folded_checks(plan, divergence, limits),
         performance_check(divergence, limits),
         *compiled_checks(
             compiled,
             limits,
-            metrics_hold=metrics_hold,
             slow_kernels=divergence.slow_kernels if divergence is not None else "",
         ),
         *metrics,

@@ -12,7 +12,7 @@ from amp_convert.validate.compiled.results import CompiledParity, CompiledStep, 
 from amp_convert.validate.inference.results import ArmCost
 from amp_convert.verdict.compiled_checks import compiled_checks
 from amp_convert.verdict.thresholds import Thresholds
-from tests.evidence import output
+from tests.evidence import metric, output
 
 LIMITS = Thresholds.for_dtype("float16")
 STEP = CompiledStep(1.0, 1.0, 1e-3, 1e-3, (), ())
@@ -24,10 +24,7 @@ def parity(**changes: Any) -> CompiledParity:
         batches=1,
         outputs=(output(),),
         ops=(OperatorCount("aten.exp", "float32", 1, 1),),
-        costs=(
-            ArmCost("autocast, forward", 2.0, None, ""),
-            ArmCost("frozen, forward", 1.0, None, ""),
-        ),
+        forward=(ArmCost("autocast", 2.0, None, ""), ArmCost("frozen", 1.0, None, "")),
         seconds=1.0,
         step=STEP,
     )
@@ -73,10 +70,13 @@ def test_all_pass() -> None:
             {"gradients": ("unchecked", False)},
         ),
         ({"step": replace(STEP, rel_l2=9.0, eager_rel_l2=0.8)}, {"gradients": ("fail", True)}),
-        ({"costs": ()}, {"performance": ("unchecked", False)}),
+        ({"step": None, "step_failed": True}, {"gradients": ("unchecked", True)}),
+        ({"metrics": (metric(mixed=0.5),)}, {"outputs": ("fail", True)}),
+        ({"metrics": (metric(),)}, {}),
+        ({"forward": ()}, {"performance": ("unchecked", False)}),
         (
-            {"costs": (ArmCost("autocast, forward", 1.0, None, ""),
-                       ArmCost("frozen, forward", 2.0, None, ""))},
+            {"forward": (ArmCost("autocast", 1.0, None, ""),
+                         ArmCost("frozen", 2.0, None, ""))},
             {"performance": ("unchecked", False)},
         ),
     ],

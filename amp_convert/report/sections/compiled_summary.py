@@ -35,11 +35,14 @@ def compiled_summary(compiled: CompiledParity | Unchecked) -> CompiledSummary | 
     facts.append(("the first call, with compiling", f"{compiled.seconds:.3g} s"))
     if compiled.cuda_graphs:
         facts.append(("CUDA graphs", "allowed"))
-    times = {cost.arm: cost.milliseconds for cost in compiled.costs}
-    kinds = dict.fromkeys(arm.partition(", ")[2] for arm in times)
-    arms = tuple(arm for arm in ARMS if any(f"{arm}, {kind}" in times for kind in kinds))
+    timed = {
+        kind: {cost.arm: cost.milliseconds for cost in costs}
+        for kind, costs in (("forward", compiled.forward), ("training step", compiled.training))
+        if costs
+    }
+    arms = tuple(arm for arm in ARMS if any(arm in times for times in timed.values()))
     rows = tuple(
-        (kind, tuple(fmt.milliseconds(times.get(f"{arm}, {kind}")) for arm in arms))
-        for kind in kinds
+        (kind, tuple(fmt.milliseconds(times.get(arm)) for arm in arms))
+        for kind, times in timed.items()
     )
     return CompiledSummary(tuple(facts), arms, rows)

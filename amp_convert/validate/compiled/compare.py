@@ -17,7 +17,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,15 +26,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from amp_convert.core import device as devices
-from amp_convert.core.batches import Batch, batch_size
+from amp_convert.core.batches import Batch, Score, batch_size, no_score
 from amp_convert.core.errors import first_line, refuse_environment
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.random_state import rng_state
 from amp_convert.core.tensor_errors import ErrorSums
 from amp_convert.rewrite.converted_model import ConvertedModel
-from amp_convert.validate.compiled.results import CompiledParity, CompiledStep
+from amp_convert.validate.compiled.results import CompiledParity, CompiledStep, OperatorCount
 from amp_convert.validate.compiled.watch import Watch
 from amp_convert.validate.inference.evaluating import evaluating
+from amp_convert.validate.inference.metrics import Metrics
 from amp_convert.validate.inference.other_arms import OtherArms
 from amp_convert.validate.inference.output_errors import OutputSums, accumulate
 from amp_convert.validate.inference.reordered import row_matcher
@@ -63,30 +64,39 @@ def compare_compiled(
     kwargs: Mapping[str, Any],
     *,
     step: StepToCompile | str = "training was not compared",
+    score: Score | None = None,
+    lower_is_better: frozenset[str] = frozenset(),
     cuda_graphs: bool = False,
     on_batch: Callable[[], None] = lambda: None,
 ) -> CompiledParity:
     """Compile, compare on `batches`, and time on the inputs `args` and `kwargs`; `step` may say why
-    no step is made. What the compiler fails at is a result, and no error."""
+    no step is made. `score` gives the user's metrics. What the compiler fails at is a result, and
+    no error."""
     compiler = _Compiler(converted, cuda_graphs=cuda_graphs)
+    metrics = Metrics(score or no_score)
     with compiler.alone():
         try:
-            found = compiler.inference(batches, on_batch)
-            costs = compiler.times(args, kwargs)
+            found = compiler.inference(batches, metrics, on_batch)
+            forward = compiler.times(args, kwargs)
         except Exception as error:  # noqa: BLE001  compilers fail in as many ways as user code
-            refuse_environment(error)
-            failure = f"torch.compile fails: {type(error).__name__}: {first_line(error)}"
-            return CompiledParity(cuda_graphs, 0, (), (), (), 0.0, failure=failure)
-        made: CompiledStep | None = None
-        no_step = step if isinstance(step, str) else ""
-        if isinstance(step, StepToCompile):
-            try:
-                made, more = compiler.step(step)
-                costs += more
-            except Exception as error:  # noqa: BLE001  see above
-                refuse_environment(error)
-                no_step = f"torch.compile fails: {type(error).__name__}: {first_line(error)}"
-    return CompiledParity(**found, costs=costs, step=made, no_step=no_step)
+            return CompiledParity(cuda_graphs, 0, failure=_failure(error))
+        found = replace(found, forward=forward, metrics=metrics.pairs(lower_is_better))
+        if isinstance(step, str):
+            return replace(found, no_step=step)
+        try:
+            made, training = compiler.step(step)
+        except Exception as error:  # noqa: BLE001  see above
+            return replace(found, no_step=_failure(error), step_failed=True)
+    return replace(found, step=made, training=training)
+
+
+def _failure(error: Exception) -> str:
+    refuse_environment(error)
+    return f"torch.compile fails: {type(error).__name__}: {first_line(error)}"
+
+
+class NothingCompiledError(RuntimeError):
+    """`torch.compile` gave what it was given."""
 
 
 class _Compiler:
@@ -110,30 +120,36 @@ class _Compiler:
         finally:
             torch._dynamo.reset()
 
-    def inference(self, batches: Iterable[Batch], on_batch: Callable[[], None]) -> dict[str, Any]:
+    def inference(
+        self, batches: Iterable[Batch], metrics: Metrics, on_batch: Callable[[], None]
+    ) -> CompiledParity:
         """The outputs of the compiled frozen model against the eager FP32 model's."""
         sums: dict[str, OutputSums] = {}
         count, seconds = 0, 0.0
         self._frozen = self._compiled(self._arms.frozen_model)
         with evaluating(self._converted):
-            for args, kwargs, _ in batches:
-                state = rng_state(self._device)
-                matcher = row_matcher(self._converted, batch_size(args, kwargs))
+            for args, kwargs, target in batches:
+                state, size = rng_state(self._device), batch_size(args, kwargs)
+                matcher = row_matcher(self._converted, size)
                 reference = self._arms.original(args, kwargs, state)
                 noise = self._arms.noise(args, kwargs, state)
                 begin = time.perf_counter()
                 have = self._arms.called(self._frozen, args, kwargs, state)
                 seconds = seconds or time.perf_counter() - begin
                 accumulate(sums, reference, have, noise, matcher)
+                metrics.add_pair(reference, have, target, size)
                 count += 1
                 on_batch()
-        return {
-            "cuda_graphs": self._cuda_graphs,
-            "batches": count,
-            "outputs": tuple(total.row(name) for name, total in sums.items()),
-            "ops": self._watch.counts(),
-            "seconds": seconds,
-        }
+        outputs = tuple(total.row(name) for name, total in sums.items())
+        ops = self._compiled_ops()
+        return CompiledParity(self._cuda_graphs, count, outputs, ops=ops, seconds=seconds)
+
+    def _compiled_ops(self) -> tuple[OperatorCount, ...]:
+        """What was compiled since the last call. Raises NothingCompiledError where nothing was,
+        as where Dynamo is switched off: eager PyTorch would be judged in its place."""
+        if not self._watch.graphs:
+            raise NothingCompiledError("no graph has reached Inductor")
+        return self._watch.counts()
 
     def times(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[ArmCost, ...]:
         """A forward pass of each arm."""
@@ -154,7 +170,7 @@ class _Compiler:
             low = self._compiled(copy.deepcopy(self._model).to(self._low))
             arms["all low"] = partial(run, low, _lowered(given, self._low))
         with evaluating(self._converted):
-            return self._timed("forward", arms)
+            return self._timed(arms)
 
     def step(self, step: StepToCompile) -> tuple[CompiledStep, tuple[ArmCost, ...]]:
         """One compiled training step against FP32's."""
@@ -165,7 +181,7 @@ class _Compiler:
         eager = one.run(self._converted, "mixed", step.scale)
         mixed = self._compiled(self._converted)
         have = one.run(mixed, "mixed", step.scale)
-        ops = self._watch.counts()
+        ops = self._compiled_ops()
         error, missing = _apart(reference, have, step.scale)
         found = CompiledStep(
             loss_fp32=reference.loss,
@@ -186,9 +202,9 @@ class _Compiler:
             "autocast": partial(one.run, native, "mixed", step.scale),
             "mixed": partial(one.run, mixed, "mixed", step.scale),
         }
-        return found, self._timed("training step", arms)
+        return found, self._timed(arms)
 
-    def _timed(self, what: str, arms: Arms) -> tuple[ArmCost, ...]:
+    def _timed(self, arms: Arms) -> tuple[ArmCost, ...]:
         times: dict[str, list[float]] = {name: [] for name in arms}
         notes: dict[str, str] = {}
         for name, run in arms.items():
@@ -204,7 +220,7 @@ class _Compiler:
         self._watch.counts()
         return tuple(
             ArmCost(
-                arm=f"{name}, {what}",
+                arm=name,
                 milliseconds=statistics.median(taken) if taken else None,
                 peak_bytes=None,
                 note=notes.get(name, f"compiled; median of {len(taken)} calls"),

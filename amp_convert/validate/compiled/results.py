@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amp_convert.validate.inference.results import ArmCost, OutputError
+from amp_convert.validate.inference.results import ArmCost, MetricPair, OutputError
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,23 @@ class CompiledStep:
 class CompiledParity:
     """The frozen model and a training step under `torch.compile`, held against FP32.
 
-    `outputs` are the errors of the compiled frozen model over `batches`, `ops` what its graphs
-    compute in. `costs` are the times of FP32, of autocast, of the model all in the low dtype and of
-    the frozen one, each compiled, for inference and, where `step` was made, for a training step.
-    `seconds` is how long the frozen model took to compile. `failure` says why it was not compiled,
-    `no_step` why no step was: "" where they were.
+    `outputs` are the errors of the compiled frozen model over `batches`, `metrics` the user's of it
+    (as `mixed`), `ops` what its graphs compute in. `forward` are the times of FP32, of autocast, of
+    the model all in the low dtype and of the frozen one, each compiled; `training` those of a step
+    of FP32, autocast and the mixed model. `seconds` is how long the frozen model's first call took.
+    `failure` says why it was not compiled, `no_step` why no `step` was made, "" where they were;
+    `step_failed` is whether that was the compiler's doing.
     """
 
     cuda_graphs: bool
     batches: int
-    outputs: tuple[OutputError, ...]
-    ops: tuple[OperatorCount, ...]
-    costs: tuple[ArmCost, ...]
-    seconds: float
+    outputs: tuple[OutputError, ...] = ()
+    metrics: tuple[MetricPair, ...] = ()
+    ops: tuple[OperatorCount, ...] = ()
+    forward: tuple[ArmCost, ...] = ()
+    training: tuple[ArmCost, ...] = ()
+    seconds: float = 0.0
     step: CompiledStep | None = None
     no_step: str = ""
+    step_failed: bool = False
     failure: str = ""

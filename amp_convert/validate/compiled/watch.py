@@ -34,17 +34,23 @@ class Watch:
     def __init__(self) -> None:
         self.traced: Counter[tuple[str, str]] = Counter()
         self.compiled: Counter[tuple[str, str]] = Counter()
+        self.graphs = 0
+        """How many graphs were compiled since the last `counts`."""
 
     def options(self, *, cuda_graphs: bool) -> dict[str, Any]:
         """For `torch.compile`. Random numbers are those of eager, and nothing comes from Inductor's
         cache, which would leave the hooks out."""
         return {
             "joint_custom_pre_pass": lambda graph: _count(graph, self.traced),
-            "post_grad_custom_post_pass": lambda graph: _count(graph, self.compiled),
+            "post_grad_custom_post_pass": self._finished,
             "fallback_random": True,
             "fx_graph_cache": False,
             "triton.cudagraphs": cuda_graphs,
         }
+
+    def _finished(self, graph: fx.Graph) -> None:
+        self.graphs += 1
+        _count(graph, self.compiled)
 
     def counts(self) -> tuple[OperatorCount, ...]:
         """Those of operators whose precision the plan is about, and forget them."""
@@ -55,6 +61,7 @@ class Watch:
         )
         self.traced.clear()
         self.compiled.clear()
+        self.graphs = 0
         return rows
 
 

@@ -37,6 +37,7 @@ from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rewrite.insert_casts import LAYER
 from amp_convert.validate.inference.results import LayerTime
 
+ARMS = ("fp32", "autocast", "mixed", "frozen")
 TURNS = 5
 BUDGET_SECONDS = 20.0
 """Past this no further turn is started; the first two, of which one warms up, always run."""
@@ -94,9 +95,6 @@ def layer_times(
         for layer in layers
     ]
     return tuple(sorted(rows, key=lambda row: (-row.fp32, row.layer)))
-
-
-ARMS = ("fp32", "autocast", "mixed", "frozen")
 
 
 def _median(turns: Sequence[Counter[str]], layer: str) -> Any:

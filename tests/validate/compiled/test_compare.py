@@ -77,11 +77,8 @@ def test_a_compiled_model_is_judged_in_inference_and_in_a_step() -> None:
     assert found.step.missing == ()
     assert by_op(found.step.ops)[PRODUCT, "bfloat16"][0] == 15  # 6, and 9 backward
     assert lowered(found.step.ops) == raised(found.step.ops) == []
-    timed = {cost.arm for cost in found.costs if cost.milliseconds}
-    assert timed == {
-        "fp32, forward", "autocast, forward", "all low, forward", "frozen, forward",
-        "fp32, training step", "autocast, training step", "mixed, training step",
-    }  # fmt: skip
+    timed = [{c.arm for c in costs if c.milliseconds} for costs in (found.forward, found.training)]
+    assert timed == [{"fp32", "autocast", "all low", "frozen"}, {"fp32", "autocast", "mixed"}]
     assert model.training
     assert all(p.grad is None for p in model.parameters())
 
@@ -136,6 +133,30 @@ def test_a_compiler_that_fails_is_a_result(monkeypatch: pytest.MonkeyPatch) -> N
     [check] = [check for check in run.verdict.checks if check.name.startswith("compiled")]
     assert (check.status, check.required, run.exit_code) == ("unchecked", True, 3)
     assert check.reason == "torch.compile fails: RuntimeError: no compiler here"
+
+
+def test_nothing_compiled_is_nothing_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Dynamo is switched off, `torch.compile` gives the model that it was given."""
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    run = amp.check(Attention().eval(), X, dtype=BF16, compile=True)
+    [check] = [check for check in run.verdict.checks if check.name.startswith("compiled")]
+    assert (check.status, check.required, run.exit_code) == ("unchecked", True, 3)
+    assert check.reason.endswith("no graph has reached Inductor")
+
+
+def test_the_users_metrics_are_those_of_the_compiled_model() -> None:
+    def metrics(outputs: Tensor, _: Any) -> dict[str, float]:
+        return {"mean": float(outputs.mean())}
+
+    model = Attention().eval()
+    batches = [(X, None), (X.flip(0), None)]
+    run = amp.check(model, X, dtype=BF16, compile=True, eval_batches=batches, metrics=metrics)
+    found = run.report.compiled
+    assert isinstance(found, CompiledParity)
+    [pair] = found.metrics
+    with torch.no_grad():
+        torch.testing.assert_close(pair.fp32, float(model(X).mean()), rtol=1e-4, atol=1e-6)
+    assert pair.mixed != pair.fp32
 
 
 def test_a_model_that_is_compiled_anew_too_often_is_not_judged_by_eager() -> None:
