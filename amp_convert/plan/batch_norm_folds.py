@@ -44,6 +44,9 @@ CHANNEL = {
 }  # fmt: skip
 """The products that can take a BatchNorm in, and the dimension of their output channels in the
 weight. Their arguments begin with input, weight, bias."""
+_LIMITS = GuardLimits()
+"""Of the guards, whatever a rules file says of other weights: no rule has decided about these, and
+a plan that is given back switches its guards off."""
 TINY = torch.finfo(torch.float16).tiny
 _GROUPS = 6
 """The place of `groups` among the arguments of a transposed convolution."""
@@ -87,15 +90,13 @@ def factor_shape(product: fx.Node, dims: int) -> list[int]:
     return [-1 if dim == channel else 1 for dim in range(dims)]
 
 
-def batch_norm_folds(
-    region: Region, decisions: Mapping[str, Decision], limits: GuardLimits
-) -> Iterator[BatchNormFold]:
+def batch_norm_folds(region: Region, decisions: Mapping[str, Decision]) -> Iterator[BatchNormFold]:
     """Each BatchNorm behind a product, and whether it is folded; `decisions` by node identity."""
     graph = region.graphs[Mode.EVAL]
     norms = graph.graph_module.graph.find_nodes(op="call_function", target=BATCH_NORM)
     pairs = [(n.args[0], n) for n in norms if _is_product(n.args[0])]
     if pairs and devices.has_values(region.module):
-        folds = _Folds(region, decisions, limits)
+        folds = _Folds(region, decisions)
         for product, norm in pairs:
             product_id, norm_id = (graph.nodes[node.name].identity for node in (product, norm))
             reason = folds.why_not(product, norm)
@@ -109,10 +110,8 @@ def _is_product(node: Any) -> bool:
 class _Folds:
     """What is known of the eval graph of a region, and why a pair in it is not folded."""
 
-    def __init__(
-        self, region: Region, decisions: Mapping[str, Decision], limits: GuardLimits
-    ) -> None:
-        graph, self._limits = region.graphs[Mode.EVAL], limits
+    def __init__(self, region: Region, decisions: Mapping[str, Decision]) -> None:
+        graph = region.graphs[Mode.EVAL]
         self._values = region.traces[Mode.EVAL].values
         self._planned = {name: decisions[info.identity] for name, info in graph.nodes.items()}
         held = zip(
@@ -170,7 +169,7 @@ class _Folds:
             for argument, value, what in zip(("weight", "bias"), folded, said, strict=True)
         ]
         low = from_name(planned.precision)
-        finding = WeightRange().find(Site(planned.op, operands=operands), self._limits, low)
+        finding = WeightRange().find(Site(planned.op, operands=operands), _LIMITS, low)
         # A whole channel may vanish among others. The bias is nothing beside a channel that is not
         # tiny, and is as small as it where it is.
         channel = CHANNEL[product.target]  # type: ignore[index]
@@ -180,7 +179,7 @@ class _Folds:
         if finding is None:
             tiny = Operand("weight", Range.of(rows[worst], is_weight=True), weight=said[0])
             site = Site(planned.op, operands=[tiny])
-            finding = WeightTiny().find(site, self._limits, low)
+            finding = WeightTiny().find(site, _LIMITS, low)
         if finding is None:
             return ""
         return f"{finding.reason}: {finding.evidence} (guard {finding.guard})"

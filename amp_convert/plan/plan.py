@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from amp_convert.capture.captured import Uncaptured
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import FULL
 from amp_convert.plan.costs import Casts, Island, StoredTwice
-from amp_convert.rules.rule_set import Category, GuardLimits, Painting, Rewrites, ask_for_fp32
+from amp_convert.rules.rule_set import Category, Painting, Rewrites, ask_for_fp32
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,7 +165,7 @@ class Plan:
     what was not captured, `islands` the FP32 regions of the eval graph, the dearest first,
     `stored_twice` the weights that freezing leaves in two dtypes, which rewriting shows.
     `batch_norm_folds` are for
-    `freeze(fold_batch_norm=True)` alone, which holds the weights of then to these `guards`.
+    `freeze(fold_batch_norm=True)` alone, which looks again at the weights of then.
     """
 
     dtype: str
@@ -183,7 +183,6 @@ class Plan:
     islands: tuple[Island, ...] = ()
     stored_twice: tuple[StoredTwice, ...] = ()
     batch_norm_folds: tuple[BatchNormFold, ...] = ()
-    guards: GuardLimits = field(default_factory=GuardLimits)
 
     @property
     def asks_for_bits(self) -> bool:

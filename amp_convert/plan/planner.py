@@ -73,7 +73,7 @@ def make_plan(
         decisions[mode] += found
         casts[mode] += count
     by_node = {d.node: d for d in decisions[Mode.EVAL]}
-    folds = [f for r in captured.regions for f in batch_norm_folds(r, by_node, rules.guards)]
+    folds = [f for r in captured.regions for f in batch_norm_folds(r, by_node)]
     return Plan(
         dtype=name_of(dtype),
         device=captured.device.type,
@@ -89,7 +89,6 @@ def make_plan(
         eager_macs=captured.eager_macs,
         islands=islands(captured, decisions[Mode.EVAL], dtype),
         batch_norm_folds=tuple(folds),
-        guards=rules.guards,
     )
 
 

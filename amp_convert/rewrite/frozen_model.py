@@ -45,7 +45,7 @@ class FrozenModel(nn.Module):
         self.__dict__["plan"] = converted.plan
         by_node = {decision.node: decision for decision in self.plan.eval}
         folds = {
-            r.path: tuple(batch_norm_folds(r, by_node, self.plan.guards)) if fold_batch_norm else ()
+            r.path: tuple(batch_norm_folds(r, by_node)) if fold_batch_norm else ()
             for r in captured.regions
         }
         self.__dict__["batch_norm_folds"] = tuple(f for each in folds.values() for f in each)

@@ -174,6 +174,10 @@ def test_the_guards_see_the_folded_weights(tmp_path: Path) -> None:
     assert half.reason.startswith("weight product.weight times its BatchNorm's factor does not fit")
     assert half.reason.endswith("(guard weight-range)")
     assert bfloat.reason == ""
+    saved = tmp_path / "plan.toml"
+    saved.write_text(found[F16].plan.to_toml())
+    again = mixed(model, x, rules=[saved])
+    assert again.plan.batch_norm_folds == found[F16].plan.batch_norm_folds
     frozen = found[F16].freeze(fold_batch_norm=True)
     assert torch.equal(frozen(x), found[F16](x))
 

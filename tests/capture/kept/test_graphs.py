@@ -184,7 +184,7 @@ def test_a_fidelity_may_come_from_the_cache_where_no_verdict_follows(
 
     checks: list[Any] = []
     own = fidelity.check
-    monkeypatch.setattr(fidelity, "check", lambda *a: (checks.append(a), own(*a))[1])
+    monkeypatch.setattr(fidelity, "check", lambda *a, **k: (checks.append(a), own(*a, **k))[1])
     for proofs, count in ((False, 2), (False, 2), (True, 4), (True, 6)):
         found = capture(Scaled(), (X,), {}, proofs=proofs)
         assert [f.status for f in found.fidelity] == ["identical"] * 2
