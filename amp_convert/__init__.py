@@ -6,6 +6,7 @@
     mixed.plan.to_frame()                       # one row a node: rule, reason, evidence
     amp.compare(model, mixed, batches).to_frame()
     frozen = mixed.freeze()                     # for inference, weights in low precision
+    with mixed.plan.autocast(model): ...        # the plan on the model as it is, in any shape
     amp.export_onnx(mixed, "model.onnx")        # the same precision in every node
     amp.audit(model, inputs).to_frame()         # which layers stay FP32, and why
     amp.check(model, inputs, eval_batches=batches).verdict  # the whole job of the command
@@ -27,6 +28,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from amp_convert.api import audit as audit
+    from amp_convert.api import autocast as autocast
     from amp_convert.api import check as check
     from amp_convert.api import compare as compare
     from amp_convert.api import convert as convert
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 __getattr__, __all__ = names_in(
     __name__,
-    api="audit check compare convert export_onnx",
+    api="audit autocast check compare convert export_onnx",
     core__errors="AmpConvertError ModelError UnsupportedModelError UsageError",
     pipeline="Run",
     plan="Decision Plan",

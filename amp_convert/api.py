@@ -19,12 +19,14 @@ from amp_convert.core import device as devices
 from amp_convert.core.errors import UsageError
 from amp_convert.core.files import digests
 from amp_convert.core.number_formats import LOW_DTYPES, name_of
+from amp_convert.eager import EagerPlan
 from amp_convert.loading.model_file import Case, as_call, kind_of
 from amp_convert.loading.settings import given_settings, make_settings
 from amp_convert.loading.together import agreed
 from amp_convert.onnx_file.write import export_onnx as export_onnx
 from amp_convert.pipeline import Run
 from amp_convert.plan.plan import Plan
+from amp_convert.plan.saved_plan import eager_plan
 from amp_convert.profile.calibrate import profile
 from amp_convert.report.files import write_report
 from amp_convert.report.folder import check_writable, workspace
@@ -225,6 +227,19 @@ def _require_values(model: nn.Module) -> None:
             "the model's tensors hold no values that could be compared",
             mend="Move it to a real device and convert it there.",
         )
+
+
+def autocast(plan: Plan | str | PathLike[str], model: nn.Module | None = None) -> EagerPlan:
+    """Apply a plan to `model` as it is, as `torch.autocast` applies its lists: a context, or a
+    decorator. `plan` is a `Plan`, or the path of a saved one (the plan.toml of a report). See
+    `Plan.autocast`; without `model`, the module that is called first is taken for it.
+
+    Raises UsageError for a file that is no saved plan.
+    """
+    if isinstance(plan, Plan):
+        return plan.autocast(model)
+    path = fspath(plan)
+    return eager_plan(load_rules([path]), path, model)
 
 
 def compare(model: nn.Module, mixed: ConvertedModel, batches: Iterable[Any]) -> Divergence:

@@ -298,6 +298,12 @@ class OpFacts:
         return self.is_a(Family.SHAPE, Family.COPY, Family.PART, Family.CHOICE)
 
     @property
+    def keeps_values(self) -> bool:
+        """Whether no precision can be told from what it gives: it `moves` values, or draws at
+        random which of them to keep."""
+        return self.moves or self.is_a(Family.DROPOUT)
+
+    @property
     def sums(self) -> bool:
         """Whether a result is the sum of many terms."""
         return self.is_a(Family.REDUCTION, Family.CUMULATIVE, *HEAVY)
@@ -317,6 +323,11 @@ class OpFacts:
         """Whether a low node computes in FP32 and casts what comes out. A table is looked up first
         and cast after: the same bits, for a fraction of the work."""
         return self.is_a(Family.LOOKUP)
+
+    @property
+    def keeps_arguments(self) -> bool:
+        """Whether it has `kept_arguments` on some device."""
+        return self.has_fp32_statistics or self.delivers_low
 
     def kept_arguments(self, device: str) -> frozenset[str]:
         """Arguments that stay FP32 in a low node on `device`, since the kernel takes them so at no

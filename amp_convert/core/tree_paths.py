@@ -51,15 +51,12 @@ def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
     pytree, and dataclasses, which `named_leaves` looks into as well."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)
-        for field in dataclasses.fields(value):
-            new = map_tensors(change, getattr(value, field.name))
-            object.__setattr__(made, field.name, new)
-        return made
-    if tree_is_leaf(value):
+    if not tree_is_leaf(value):
+        return tree_map(lambda leaf: map_tensors(change, leaf), value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
-    return tree_map(
-        lambda leaf: map_tensors(change, leaf), value,
-        is_leaf=lambda leaf: leaf is not value and dataclasses.is_dataclass(leaf),
-    )  # fmt: skip
+    made = copy.copy(value)
+    for field in dataclasses.fields(value):
+        new = map_tensors(change, getattr(value, field.name))
+        object.__setattr__(made, field.name, new)
+    return made

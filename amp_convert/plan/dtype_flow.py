@@ -13,7 +13,6 @@ import logging
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -27,23 +26,8 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.captured import Value
 from amp_convert.core.errors import first_line
-from amp_convert.core.number_formats import castable
 from amp_convert.core.op_facts import Family, facts_of_target
-
-
-class Precision(StrEnum):
-    """How a node's floating point inputs are brought to one dtype.
-
-    ORIGINAL: to what the FP32 model has there. LOW: FP32 becomes the low dtype, except where the
-    operator keeps its parameters. FULL: low becomes FP32. WIDEST: to the widest that arrives.
-    AS_IS: nothing is cast.
-    """
-
-    ORIGINAL = "original"
-    LOW = "low"
-    FULL = "full"
-    WIDEST = "widest"
-    AS_IS = "as-is"
+from amp_convert.core.precision import Precision, wanted_dtype
 
 
 @dataclass(frozen=True)
@@ -147,17 +131,14 @@ class _Walk:
     ) -> Iterator[torch.dtype]:
         kept = facts_of_target(node.target).kept_arguments(self._device)
         for (name, producer), have in zip(arguments, arriving, strict=True):
-            original = self._values[producer.name].dtype
-            if not castable(have) or precision is Precision.AS_IS:
-                yield have
-            elif precision is Precision.FULL:
-                yield torch.float32
-            elif precision is Precision.WIDEST:
-                yield torch.float32 if torch.float32 in arriving else have
-            elif precision is Precision.LOW and original == torch.float32 and name not in kept:
-                yield self._low
-            else:
-                yield original
+            yield wanted_dtype(
+                precision,
+                have,
+                original=self._values[producer.name].dtype,
+                low=self._low,
+                kept=name in kept,
+                meets_fp32=torch.float32 in arriving,
+            )
 
     def _result(
         self, node: fx.Node, arguments: list[tuple[str, fx.Node]], dtypes: list[torch.dtype]

@@ -7,8 +7,7 @@ file (`to_toml`), which anyone may edit and give back with `--rules`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -16,10 +15,13 @@ from amp_convert.capture.captured import Uncaptured
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import FULL
 from amp_convert.plan.costs import Casts, Island, StoredTwice
-from amp_convert.rules.rule_set import Category, Painting, Rewrites, ask_for_fp32
+from amp_convert.rules.rule_set import Category, Painting, ask_for_fp32
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
+
+    from amp_convert.eager import EagerPlan
 
 
 class DecisionKind(StrEnum):
@@ -123,6 +125,11 @@ class Decision:
         return self.precision not in ("", FULL)
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether a power of two goes in with its arguments or its result."""
+        return {self.scale, self.number_scale, *(i.scale for i in self.inputs)} != {1.0}
+
+    @property
     def input_dtypes(self) -> tuple[str | None, ...]:
         """The dtypes that its tensor arguments are cast to, in order; None for no cast."""
         return tuple(planned.dtype for planned in self.inputs)
@@ -156,6 +163,15 @@ class BatchNormFold:
 
 
 @dataclass(frozen=True)
+class OperatorRule:
+    """What the rules say of an operator, or a glob of operators, in a mode ("" for both)."""
+
+    pattern: str
+    category: Category
+    mode: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """The decisions for a model's eval and train graphs.
 
@@ -165,7 +181,8 @@ class Plan:
     what was not captured, `islands` the FP32 regions of the eval graph, the dearest first,
     `stored_twice` the weights that freezing leaves in two dtypes, which rewriting shows.
     `batch_norm_folds` are for
-    `freeze(fold_batch_norm=True)` alone, which looks again at the weights of then.
+    `freeze(fold_batch_norm=True)` alone, which looks again at the weights of then. `operators` are
+    for calls that no decision answers to, where the plan is applied to a running model.
     """
 
     dtype: str
@@ -183,6 +200,7 @@ class Plan:
     islands: tuple[Island, ...] = ()
     stored_twice: tuple[StoredTwice, ...] = ()
     batch_norm_folds: tuple[BatchNormFold, ...] = ()
+    operators: tuple[OperatorRule, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def asks_for_bits(self) -> bool:
@@ -239,62 +257,24 @@ class Plan:
 
     def to_toml(self) -> str:
         """The plan as a rules file with one `[[rule]]` a decided node; `--rules plan.toml` gives it
-        back.
+        back. See `saved_plan`."""
+        from amp_convert.plan.saved_plan import plan_toml
 
-        With Grappler's painting a node is pinned by what it became (allow: low, deny: FP32); with
-        autocast's by its category, which decides about each of its inputs. A node that the two
-        graphs decide differently about gets a rule for each mode.
+        return plan_toml(self)
+
+    def autocast(self, model: nn.Module | None = None) -> EagerPlan:
+        """Apply this plan to `model` as it is, as `torch.autocast` applies its lists: a context,
+        or a decorator of a function.
+
+            with mixed.plan.autocast(model):
+                model.generate(ids)
+
+        Any shape, method, control flow and hook runs in the plan's precision, operation by
+        operation. A call that is no node of the plan takes the rule for its operator; the context
+        counts these (`unplanned`). `model` is what was converted; without it, the module that is
+        called first is taken for it. The model gives what it gave in FP32, in those dtypes.
         """
-        rules = ", ".join(map(_quoted, self.rules))
-        lines = [
-            f"# amp-convert's plan for {self.dtype}, made from {rules}.",
-            "# Copy it, change a category (allow: low precision, deny: FP32), and give that back",
-            "# with --rules. This file itself is replaced by the next run.",
-            f"painting = {_quoted(self.painting)}",
-            "# What the guards found is already decided below.",
-            "guards = false",
-            "",
-            "[rewrites]",
-            *(f"{name} = {str(used).lower()}" for name, used in self._rewrites().items()),
-        ]
-        for decision, mode in self._pinned():
-            lines += [
-                "",
-                "[[rule]]",
-                f"node = {_quoted(decision.node)}",
-                f"category = {_quoted(self._category(decision))}",
-                *([f"mode = {_quoted(mode)}"] if mode else []),
-                f"reason = {_quoted(decision.reason)}",
-            ]
-        return "\n".join(lines) + "\n"
+        from amp_convert.plan.saved_plan import eager_plan, plan_toml
+        from amp_convert.rules.load import rules_of_text
 
-    def _rewrites(self) -> dict[str, bool]:
-        """The name of each rewrite, and whether some node of the plan has it."""
-        used = {kind for d in (*self.eval, *self.train) for kind in d.rewrites}
-        return {rewrite.name: rewrite.name in used for rewrite in fields(Rewrites)}
-
-    def _pinned(self) -> Iterator[tuple[Decision, str]]:
-        """Each decided node, with the one mode that it is pinned for, or "" for both."""
-        in_train = {d.node: d for d in self.train if d.decided}
-        for decision in self.eval:
-            twin = in_train.pop(decision.node, None)
-            if decision.decided:
-                differs = twin is not None and self._category(twin) != self._category(decision)
-                yield decision, "eval" if differs else ""
-                if twin is not None and differs:
-                    yield twin, "train"
-            elif twin is not None:
-                yield twin, ""
-        for decision in in_train.values():
-            yield decision, ""
-
-    def _category(self, decision: Decision) -> str:
-        if self.painting == Painting.AUTOCAST and decision.category is not None:
-            return decision.category
-        return Category.ALLOW if decision.low else Category.DENY
-
-
-def _quoted(text: str) -> str:
-    """A TOML basic string."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
+        return eager_plan(rules_of_text(plan_toml(self), "the plan"), "the plan", model)

@@ -33,19 +33,20 @@ from amp_convert.capture.captured import Captured, Region, Value
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.op_facts import Family, canonical, facts_of_target
+from amp_convert.core.precision import Precision
 from amp_convert.plan import guards as guarding
 from amp_convert.plan.batch_norm_folds import batch_norm_folds
 from amp_convert.plan.coloring import Painted, paint
 from amp_convert.plan.costs import Casts
 from amp_convert.plan.decision_writer import Settled, Writer
-from amp_convert.plan.dtype_flow import NoKernelError, Precision, propagate, tensor_arguments
+from amp_convert.plan.dtype_flow import NoKernelError, propagate, tensor_arguments
 from amp_convert.plan.evidence import Evidence
 from amp_convert.plan.guards import Site
 from amp_convert.plan.islands import islands
 from amp_convert.plan.node_context import Sites
 from amp_convert.plan.plan import Decision, DecisionKind, Plan
 from amp_convert.plan.rescaling import UNSCALED, Rescaler, Scaling
-from amp_convert.plan.rulings import Judge, Ruling, ruling_of
+from amp_convert.plan.rulings import Judge, Ruling, operator_rules, ruling_of
 from amp_convert.plan.tied_tables import is_table_low
 from amp_convert.plan.unmatched_rules import unmatched
 from amp_convert.profile.calibrate import Range, RangeStats
@@ -89,6 +90,7 @@ def make_plan(
         eager_macs=captured.eager_macs,
         islands=islands(captured, decisions[Mode.EVAL], dtype),
         batch_norm_folds=tuple(folds),
+        operators=operator_rules(rules, name_of(dtype), captured.device.type),
     )
 
 

@@ -15,8 +15,9 @@ from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.plan.guards import GuardFinding
-from amp_convert.plan.plan import DecisionKind
+from amp_convert.plan.plan import DecisionKind, OperatorRule
 from amp_convert.rules.rule import Category, Painting, Target
+from amp_convert.rules.rule_file import is_known_op
 from amp_convert.rules.rule_set import Place, Rules
 
 
@@ -152,3 +153,16 @@ class Judge:
             return False
         writes = facts_of_target(node.target).is_a(Family.ACCUMULATING_WRITE)
         return writes and True in (*node.args[3:4], *node.kwargs.values())
+
+
+def operator_rules(rules: Rules, dtype: str, device: str) -> tuple[OperatorRule, ...]:
+    """What the rules say of each operator: one entry where both modes agree."""
+    by_mode = {mode: rules.op_categories(Place(dtype, device, mode)) for mode in Mode}
+    found: dict[OperatorRule, None] = {}
+    for mode, categories in by_mode.items():
+        for pattern, category in categories.items():
+            if not is_known_op(pattern):
+                continue  # a preset names it for another version of PyTorch
+            agreed = all(other.get(pattern) is category for other in by_mode.values())
+            found[OperatorRule(pattern, category, "" if agreed else mode)] = None
+    return tuple(found)

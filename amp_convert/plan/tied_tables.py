@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from amp_convert.core.op_facts import facts_of_target
-from amp_convert.plan.dtype_flow import Precision
+from amp_convert.core.precision import Precision
 
 
 def is_table_low(

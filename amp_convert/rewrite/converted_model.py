@@ -15,6 +15,7 @@ call pays for casting them.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,21 +24,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from amp_convert.capture.captured import Captured, Region, RegionCall
+from amp_convert.capture.captured import Captured, RegionCall
 from amp_convert.capture.graph_call import GraphRunner, in_mode
 from amp_convert.capture.hooks import HookWatch, hooks_of, own_hooks_off
 from amp_convert.capture.regions import capture
-from amp_convert.core.errors import UnsupportedModelError, UsageError
+from amp_convert.core.errors import UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.random_state import preserved_rng
+from amp_convert.eager import EagerPlan, no_plan
 from amp_convert.plan.plan import Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
+from amp_convert.rewrite.converted_part import Part
 from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_other_dtypes
 from amp_convert.rewrite.graph_execution import runner_of, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
-from amp_convert.rewrite.kernels.tuned_graph import RunningGraph
+from amp_convert.rewrite.original_methods import under_plan
 from amp_convert.rewrite.stored_twice import stored_twice
 from amp_convert.rules.load import rules_of_text
 from amp_convert.rules.rule_set import Rules
@@ -91,6 +94,7 @@ class ConvertedModel(nn.Module):
         """Rewrite what was captured as planned. Not through nn.Module: none of this is a
         submodule."""
         self.__dict__["captured"], self.__dict__["plan"] = captured, plan
+        self.__dict__.pop("_applied", None)
         rewritten: dict[str, dict[Mode, Rewritten]] = {}
         for region, mode in captured.graphs():
             rewritten.setdefault(region.path, {})[mode] = rewrite(region, mode, plan)
@@ -103,7 +107,7 @@ class ConvertedModel(nn.Module):
         """Make what runs from the rewritten graphs as they are now."""
         captured, exact = self.captured, self.plan.exact
         self.__dict__["_parts"] = {
-            region.path: _Part(region, self.rewritten[region.path], exact=exact)
+            region.path: Part(region, self.rewritten[region.path], exact=exact)
             for mode in Mode
             for region in captured.in_mode(mode).regions
         }
@@ -138,8 +142,13 @@ class ConvertedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the original does, in the original's dtypes."""
-        if not torch.compiler.is_compiling():
-            self.heed_hooks()
+        if torch.compiler.is_compiling():
+            return self._called(args, kwargs)
+        self.heed_hooks()
+        with no_plan():
+            return self._called(args, kwargs)
+
+    def _called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         mode = Mode.of(self.training)
         if self.captured.in_mode(mode).is_whole:
             return self.__dict__["_parts"][""](mode, args, kwargs)
@@ -201,7 +210,7 @@ class ConvertedModel(nn.Module):
 
     def runner(self, path: str, mode: Mode = Mode.EVAL) -> GraphRunner:
         """What is called for the captured part at `path` in a mode."""
-        part: _Part = self.__dict__["_parts"][path]
+        part: Part = self.__dict__["_parts"][path]
         return part.runners[mode]
 
     def calls(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RegionCall]:
@@ -232,7 +241,23 @@ class ConvertedModel(nn.Module):
         except AttributeError:
             if name.startswith("__") or "captured" not in self.__dict__:
                 raise
-            return getattr(self.__dict__["captured"].model, name)
+            return self._of_original(name)
+
+    def _of_original(self, name: str) -> Any:
+        """An attribute of the original. A method of it, such as `generate`, runs under the plan: no
+        graph holds it, but what it calls is known operation by operation."""
+        original = self.captured.model
+        found = getattr(original, name)
+        if not inspect.ismethod(found) or found.__self__ is not original:
+            return found
+        return under_plan(found, self._eager_plan)
+
+    @property
+    def _eager_plan(self) -> EagerPlan:
+        if "_applied" not in self.__dict__:
+            self.__dict__["_applied"] = self.plan.autocast(self.captured.model)
+        applied: EagerPlan = self.__dict__["_applied"]
+        return applied
 
 
 def _recaptured(
@@ -261,38 +286,3 @@ def _unheard(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
         for module in {id(m): m for m in map(model.get_submodule, paths)}.values():
             off.enter_context(own_hooks_off(module))
         yield
-
-
-class _Part:
-    """The rewritten graphs of one captured part."""
-
-    def __init__(self, region: Region, rewritten: Mapping[Mode, Rewritten], *, exact: bool) -> None:
-        self.runners: dict[Mode, GraphRunner] = {}
-        for mode, each in rewritten.items():
-            graph_module, signature = each.graph_module, each.captured.signature
-            training = mode is Mode.TRAIN
-            running = RunningGraph(graph_module, signature, exact=exact, training=training)
-            self.runners[mode] = runner_of(each, region.module, running, running.in_place)
-        self._why_no_train = region.train_failure
-
-    def __call__(self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        runner = self.runners.get(mode)
-        if runner is None:
-            raise UnsupportedModelError(
-                f"this model was captured for inference only: {self._why_no_train}",
-                mend="Call .eval() on it, or make its forward pass exportable in training mode.",
-            )
-        return runner(*args, **kwargs)
-
-    def as_forward(self, module: nn.Module) -> Callable[..., Any]:
-        """A `forward` for the part's module, which follows that module's mode: a part that was
-        captured for training alone is the original where it is put in eval mode."""
-        forward = module.forward
-
-        def called(*args: Any, **kwargs: Any) -> Any:
-            mode = Mode.of(module.training)
-            if mode is Mode.EVAL and mode not in self.runners:
-                return forward(*args, **kwargs)
-            return self(mode, args, kwargs)
-
-        return called

@@ -15,6 +15,7 @@ from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import name_of
+from amp_convert.eager import no_plan
 from amp_convert.plan.batch_norm_folds import batch_norm_folds
 from amp_convert.plan.plan import BatchNormFold, Plan
 from amp_convert.rewrite.fold_constants import Folded, fold
@@ -80,7 +81,10 @@ class FrozenModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the original does, in the original's dtypes; no gradients."""
-        with torch.no_grad():
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return self.__dict__["_callee"](*args, **kwargs)
+        with torch.no_grad(), no_plan():
             return self.__dict__["_callee"](*args, **kwargs)
 
     def runner(self, path: str) -> GraphRunner:

@@ -51,6 +51,7 @@ def load_rules(names: Sequence[str]) -> Rules:
         guards=guards,
         files=tuple(file.shown for file in loaded.values()),
         rewrites=rewrites,
+        made_for=[None, *(f.made_for for f in loaded.values())][-1],
     )
 
 
@@ -65,6 +66,7 @@ def rules_of_text(text: str, shown: str) -> Rules:
         guards=replace(GuardLimits(), **file.guards),
         files=(shown,),
         rewrites=replace(Rewrites(), **file.rewrites),
+        made_for=file.made_for,
     )
 
 

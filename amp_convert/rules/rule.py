@@ -108,6 +108,19 @@ class Rewrites:
 
 
 @dataclass(frozen=True)
+class MadeFor:
+    """What a plan that was saved as rules was made for, the `[made_for]` table: the low dtype, the
+    device type, and the nodes, by identity, that it does more to than casting: those whose mask is
+    `clamped`, and those that are `rescaled`. Planning does not read it; who applies a saved plan to
+    a running model does."""
+
+    dtype: str
+    device: str
+    clamped: frozenset[str] = frozenset()
+    rescaled: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Rule:
     """One `[[rule]]`, or one operator of one with `ops`. `dtype`, `device` and `mode` ("eval" or
     "train") of None mean any; `source` is "file.toml:line", `preset` says whether that file is one

@@ -1,7 +1,6 @@
 """One rules file: its words, its schema, and where in the text each thing stands.
 
-Each error names file, line, the wrong word and the nearest right one. tomllib gives no lines; they
-come from the text with strings and comments blanked out, where what looks like a key is one.
+Each error names file, line, the wrong word and the nearest right one.
 """
 
 from __future__ import annotations
@@ -14,13 +13,23 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from amp_convert.core.errors import UsageError
 from amp_convert.core.files.reading import parse_toml
-from amp_convert.rules.rule import Category, GuardLimits, Limit, Painting, Rewrites, Rule, Target
+from amp_convert.rules.rule import (
+    Category,
+    GuardLimits,
+    Limit,
+    MadeFor,
+    Painting,
+    Rewrites,
+    Rule,
+    Target,
+)
+from amp_convert.rules.toml_source import TomlSource
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class RuleFile:
     painting: Painting | None
     guards: dict[str, Limit]
     rewrites: dict[str, bool]
+    made_for: MadeFor | None
     rules: tuple[Rule, ...]
 
 
@@ -41,7 +51,7 @@ def parse_rule_file(text: str, shown: str, *, preset: bool = False) -> RuleFile:
 
     Ops of presets are not looked up: they exist in the pinned torch, an older one may lack a few.
     """
-    source = _Source(shown, text)
+    source = TomlSource(shown, text)
     document = _toml(source)
     _known_keys("top-level key", document, _TOP, source.at_key)
     painting = document.get("painting")
@@ -64,6 +74,7 @@ def parse_rule_file(text: str, shown: str, *, preset: bool = False) -> RuleFile:
         painting=painting,
         guards=_guards(source, document.get("guards", {})),
         rewrites=_rewrites(source, document.get("rewrites", {})),
+        made_for=_made_for(source, document["made_for"]) if "made_for" in document else None,
         rules=tuple(rules),
     )
 
@@ -87,7 +98,7 @@ def unknown(
     return UsageError(f"unknown {kind} {word!r}", where=where, mend=mend)
 
 
-_TOP = ("extends", "painting", "guards", "rewrites", "rule")
+_TOP = ("extends", "painting", "made_for", "guards", "rewrites", "rule")
 _OPS = "ops"
 _RULE_KEYS = (*Target, _OPS, "category", "reason", "dtype", "device", "mode")
 _CHOICES: dict[str, Collection[str]] = {
@@ -97,43 +108,9 @@ _CHOICES: dict[str, Collection[str]] = {
     "device": ("cpu", "cuda"),
     "mode": ("eval", "train"),
 }
-_OPAQUE = re.compile(
-    r'"""(?:\\.|[^\\])*?"{3,5}' r"|'''.*?'{3,5}" r'|"(?:\\.|[^"\\\n])*"' r"|'[^'\n]*'" r"|#[^\n]*",
-    re.DOTALL,
-)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The text of a file, and the lines where its headers and keys stand."""
-
-    shown: str
-    text: str
-
-    @cached_property
-    def lines(self) -> list[str]:
-        return _OPAQUE.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), self.text).split("\n")
-
-    @cached_property
-    def headers(self) -> list[int]:
-        header = re.compile(r"\s*\[\[\s*rule\s*\]\]")
-        return [n for n, line in enumerate(self.lines, 1) if header.match(line)]
-
-    def at(self, line: int) -> str:
-        return f"{self.shown}:{line}"
-
-    def at_key(self, key: str, start: int = 0) -> str:
-        """Where `key` or table `[key]` is written: in the table headed at line `start`, if any."""
-        sought = re.compile(rf"\s*+\[*+\s*+{re.escape(key)}\s*+[=.\]]")
-        for number, line in enumerate(self.lines[start:], start + 1):
-            if sought.match(line):
-                return self.at(number)
-            if start and line.lstrip().startswith("["):
-                break
-        return self.at(max(start, 1))
-
-
-def _toml(source: _Source) -> dict[str, Any]:
+def _toml(source: TomlSource) -> dict[str, Any]:
     try:
         return parse_toml(source.text)
     except tomllib.TOMLDecodeError as error:
@@ -146,7 +123,7 @@ def _toml(source: _Source) -> dict[str, Any]:
     raise UsageError(f"not TOML: {what.lower()}", where=where, mend="Mend the text there.")
 
 
-def _extends(source: _Source, value: Any) -> tuple[str, ...]:
+def _extends(source: TomlSource, value: Any) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
         mend = "Write a preset's name, a path, or a list of those."
@@ -154,7 +131,7 @@ def _extends(source: _Source, value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _guards(source: _Source, table: Any) -> dict[str, Limit]:
+def _guards(source: TomlSource, table: Any) -> dict[str, Limit]:
     where = source.at_key("guards")
     if table is False:
         return {field.name: False for field in fields(GuardLimits)}
@@ -176,7 +153,7 @@ def _guards(source: _Source, table: Any) -> dict[str, Limit]:
     return {key: value and float(value) for key, value in table.items()}
 
 
-def _rewrites(source: _Source, table: Any) -> dict[str, bool]:
+def _rewrites(source: TomlSource, table: Any) -> dict[str, bool]:
     where = source.at_key("rewrites")
     if not isinstance(table, dict):
         raise UsageError("`rewrites` is not a table", where=where, mend="Write [rewrites].")
@@ -189,7 +166,28 @@ def _rewrites(source: _Source, table: Any) -> dict[str, bool]:
     return table
 
 
-def _rules(source: _Source, table: dict[str, Any], line: int, *, preset: bool) -> Iterator[Rule]:
+def _made_for(source: TomlSource, table: Any) -> MadeFor:
+    where = source.at_key("made_for")
+    if not isinstance(table, dict):
+        raise UsageError("`made_for` is not a table", where=where, mend="Write [made_for].")
+    at = partial(source.at_key, start=int(where.rpartition(":")[2]))
+    _known_keys("key in made_for", table, [f.name for f in fields(MadeFor)], at)
+    nodes = {}
+    for key in ("clamped", "rescaled"):
+        value = table.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(node, str) for node in value):
+            mend = "Write a list of nodes, as plan.toml has them."
+            raise UsageError(f"`{key}` is not a list of nodes", where=at(key), mend=mend)
+        nodes[key] = frozenset(value)
+    for key in ("dtype", "device"):
+        if key not in table:
+            mend = f"Add a line `{key} = ...`."
+            raise UsageError(f"[made_for] has no `{key}`", where=where, mend=mend)
+        _choice(key, table[key], at(key))
+    return MadeFor(table["dtype"], table["device"], **nodes)
+
+
+def _rules(source: TomlSource, table: dict[str, Any], line: int, *, preset: bool) -> Iterator[Rule]:
     """The rules of one `[[rule]]`: one an operator that it names."""
     where = partial(source.at_key, start=line)
     _known_keys("key in a rule", table, _RULE_KEYS, where)
@@ -234,12 +232,9 @@ def _check_ops(value: Any, where: str) -> None:
 
 
 def _check_op(pattern: str, where: str) -> None:
-    # Other libraries register their ops when the model is imported: not yet.
-    if pattern.partition(".")[0] not in ("aten", "operator", "torch", pattern) or pattern == "*":
+    if is_known_op(pattern):
         return
     known = _op_names()
-    if pattern in known or (is_glob(pattern) and any(fnmatchcase(n, pattern) for n in known)):
-        return
     op = ".".join(pattern.split(".")[:2])
     if op in known:
         raise unknown("overload", pattern, [n for n in known if n.startswith(f"{op}.")], where)
@@ -247,6 +242,15 @@ def _check_op(pattern: str, where: str) -> None:
     if not word.startswith(("aten.", "operator.")):
         word = f"aten.{word.rpartition('.')[2]}"
     raise unknown("op", pattern, known, where, near=word)
+
+
+def is_known_op(pattern: str) -> bool:
+    """Whether an operator, or glob of them, is in this PyTorch, or may be in another library."""
+    # Other libraries register their ops when the model is imported: not yet.
+    if pattern.partition(".")[0] not in ("aten", "operator", "torch", pattern) or pattern == "*":
+        return True
+    known = _op_names()
+    return pattern in known or (is_glob(pattern) and any(fnmatchcase(n, pattern) for n in known))
 
 
 @lru_cache(maxsize=1)

@@ -17,12 +17,21 @@ from typing import Any
 
 from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import canonical, short_name, with_overload
-from amp_convert.rules.rule import Category, GuardLimits, Painting, Rewrites, Rule, Target
+from amp_convert.rules.rule import (
+    Category,
+    GuardLimits,
+    MadeFor,
+    Painting,
+    Rewrites,
+    Rule,
+    Target,
+)
 from amp_convert.rules.rule_file import is_glob
 
 __all__ = [
     "Category",
     "GuardLimits",
+    "MadeFor",
     "Painting",
     "Place",
     "Rewrites",
@@ -48,7 +57,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Rules:
-    """All rules of a run in file order; the last match wins. `name` joins the names asked for."""
+    """All rules of a run in file order; the last match wins. `name` joins the names asked for.
+    `made_for` is there where the last file is a saved plan."""
 
     name: str
     painting: Painting
@@ -56,6 +66,7 @@ class Rules:
     guards: GuardLimits
     files: tuple[str, ...]
     rewrites: Rewrites = field(default_factory=Rewrites)
+    made_for: MadeFor | None = None
 
     @property
     def uses_probes(self) -> bool:
@@ -108,6 +119,14 @@ class Rules:
                 found[index] = -len(exact)
         order = sorted(found, key=lambda i: (self.rules[i].rank, found[i], i), reverse=True)
         return next((r for r in map(self.rules.__getitem__, order) if place.is_covered_by(r)), None)
+
+    def op_categories(self, place: Place) -> dict[str, Category]:
+        """The category of each operator, or glob of operators, that a rule names, at `place`."""
+        found = {}
+        for rule in self.rules:
+            if rule.target is Target.OP and rule.pattern not in found and place.is_covered_by(rule):
+                found[rule.pattern] = self.match_op(place, rule.pattern).category  # type: ignore[union-attr]
+        return found
 
     def _last(self, indices: Iterable[int], place: Place) -> Rule | None:
         for index in sorted(indices, reverse=True):

@@ -129,6 +129,7 @@ def test_a_saved_plan_pins_every_decided_node() -> None:
     assert document == {
         "painting": "grappler",
         "guards": False,
+        "made_for": {"dtype": "float16", "device": "cpu"},
         "rewrites": {"clamp_masks": False, "scale_scores": False, "rescale_layers": False},
         "rule": [
             {"node": "a/aten.linear#0", "category": "allow", "reason": "matrix product"},

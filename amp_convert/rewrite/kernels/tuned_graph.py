@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from amp_convert.capture.branches.nest import nest, one_branch
 from amp_convert.capture.graph_signature import InputSpec, Signature, Source
 from amp_convert.capture.stored_graph import StoredGraph, restored, stored
+from amp_convert.core.folded_linear import folded_linear
 from amp_convert.rewrite.kernels import (
     attention,
     batch_norm,
@@ -36,7 +37,7 @@ from amp_convert.rewrite.kernels import (
 )
 from amp_convert.rewrite.kernels.transforms import autocasting, is_plain_call
 
-_ALLOCATING: frozenset[object] = frozenset({products.folded_linear})
+_ALLOCATING: frozenset[object] = frozenset({folded_linear})
 
 
 def tuned(graph_module: fx.GraphModule, signature: Signature, *, exact: bool) -> fx.GraphModule:

@@ -30,6 +30,7 @@ from amp_convert.core.random_state import rng_state, set_rng_state
 from amp_convert.core.tensor_errors import larger
 from amp_convert.core.tree_paths import named_leaves
 from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.validate.inference.eager_plan import eager_plan_parity
 from amp_convert.validate.inference.evaluating import evaluating
 from amp_convert.validate.inference.inputs_seen import InputsSeen
 from amp_convert.validate.inference.metrics import AUTOCAST, FOLDED, Metrics
@@ -39,6 +40,7 @@ from amp_convert.validate.inference.output_errors import OutputSums, accumulate,
 from amp_convert.validate.inference.reordered import RowMatcher, row_matcher
 from amp_convert.validate.inference.results import (
     Divergence,
+    EagerPlanParity,
     OutputError,
     Stop,
 )
@@ -117,6 +119,7 @@ class _Comparison:
         self._folded: dict[str, OutputSums] = {}
         self._untuned: dict[str, OutputSums] = {}
         self._frozen_identical = True
+        self._eager_plan: EagerPlanParity | None = None
         self._metrics = Metrics(score or no_score)
         self._node_batches = math.inf if node_batches is None else node_batches
         self.batches = self._samples = 0
@@ -138,8 +141,13 @@ class _Comparison:
         if untuned is not None:
             accumulate(self._untuned, reference, untuned, noise, matcher)
         del untuned
+        # Before the mixed model, which may leave another state in the original's attributes.
+        planned = self._arms.planned(args, kwargs, state) if self._eager_plan is None else None
         mixed = self._arms.mixed(args, kwargs, state)
         accumulate(self._outputs, reference, mixed, noise, matcher)
+        if planned is not None:
+            self._eager_plan = eager_plan_parity(planned, mixed)
+        del planned
         noise = noise if self._arms.folds else None
         self._metrics.add_pair(reference, mixed, target, size)
         if self._captured.is_whole:  # else the reference is the eager model itself
@@ -281,6 +289,7 @@ class _Comparison:
             kept_state=tuple(self._arms.kept),
             drawn_outside=tuple(sorted(self._drawn)),
             same_inputs=self._inputs.same,
+            eager_plan=self._eager_plan,
         )
 
 

@@ -8,7 +8,9 @@ or breaks some models, and a model may refuse weights that are not its own.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +26,19 @@ from amp_convert.core.noise import nudged
 from amp_convert.core.number_formats import from_name, is_float_tensor
 from amp_convert.core.random_state import set_rng_state
 from amp_convert.core.tree_paths import map_tensors, named_leaves
+from amp_convert.eager import Counts
 from amp_convert.rewrite.converted_model import ConvertedModel
+
+_BRANCHES = "the model has a higher-order operator such as torch.cond, which PyTorch compiles"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The original's outputs under the plan, or why there are none, and what the plan met."""
+
+    outputs: Any
+    reason: str
+    counts: Counts
 
 
 class OtherArms:
@@ -67,6 +81,18 @@ class OtherArms:
     def mixed(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The converted model's."""
         return self.called(self._converted, args, kwargs, state)
+
+    def planned(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Planned:
+        """The original's under the plan."""
+        model = self._captured.model
+        applied = self._converted.plan.autocast(model)
+        if self._captured.has_branches:
+            return Planned(None, _BRANCHES, applied.counts)
+        outputs, reason = _tried(
+            lambda: self.called(model, args, kwargs, state, applied),
+            "the original fails under the plan",
+        )
+        return Planned(outputs, reason, applied.counts)
 
     def autocast(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The original's under native autocast; None once it has failed."""
@@ -119,9 +145,16 @@ class OtherArms:
             self._nudged[id(tensor)] = nudged(tensor, self._coin)
         return self._nudged[id(tensor)]
 
-    def called(self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
-        """A model's outputs from this random state, for inputs of its own; its buffers and those of
-        the original are as before."""
+    def called(
+        self,
+        model: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        state: Any,
+        around: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> Any:
+        """A model's outputs from this random state, for inputs of its own, called with `around`
+        open; its buffers and those of the original are as before."""
         set_rng_state(self._device, state)
         given = (tuple(args), dict(kwargs))
         if self._writes:
@@ -129,7 +162,8 @@ class OtherArms:
         args, kwargs = anew(given)
         with in_mode(model, training=False) as attributes:
             try:
-                return model(*args, **kwargs)
+                with around or contextlib.nullcontext():
+                    return model(*args, **kwargs)
             finally:
                 if model is self._captured.model:
                     self.kept.update(dict.fromkeys(attributes.changed()))

@@ -146,6 +146,32 @@ class LayerTime:
     frozen: float
 
 
+@dataclass(frozen=True)
+class PlanGap:
+    """Calls of an operator in a layer of the eager model that the plan could not treat as it treats
+    a node of the graph."""
+
+    layer: str
+    op: str
+    calls: int
+
+
+@dataclass(frozen=True)
+class EagerPlanParity:
+    """What the eager model under the plan (`plan.autocast`) gave for the first batch, beside the
+    converted model. `identical` is whether the bits are the same, None where it did not run, with
+    the `reason`; `rel_l2` the largest relative L2 difference of an output. Of the `calls` that read
+    floating point values, `unplanned` are no node of the plan, and took the rule for their
+    operator; `held_back` write in place to a value of another dtype than the plan has there."""
+
+    identical: bool | None = None
+    rel_l2: float | None = None
+    reason: str = ""
+    calls: int = 0
+    unplanned: tuple[PlanGap, ...] = ()
+    held_back: tuple[PlanGap, ...] = ()
+
+
 class Stop(StrEnum):
     """Why batches were left out."""
 
@@ -178,7 +204,7 @@ class Divergence:
     `slow_kernels` says why no speed can be expected of the low dtype on the device, "" where it
     can. Where it was asked for, `folded_outputs` and `folded_metrics` are those of the frozen model
     with BatchNorm folded, whose metric is then what `mixed` says; `layer_times` are the times of
-    each layer, where those were.
+    each layer, where those were. `eager_plan` is what the plan on the eager model gave.
     """
 
     batches: int
@@ -208,6 +234,7 @@ class Divergence:
     behind_parting: tuple[str, ...] = ()
     slow_kernels: str = ""
     layer_times: tuple[LayerTime, ...] = ()
+    eager_plan: EagerPlanParity | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """One row a node, in graph order."""

@@ -1,0 +1,75 @@
+"""A plan applied to the model as it is, operation by operation.
+
+No graph is needed: whatever the model's code calls is seen by a `TorchFunctionMode` (`plan_mode`),
+identified and called in the plan's precision. So any shape, any method, any control flow, hooks and
+parts that no graph can hold run as planned. A call that the plan does not have takes the rule for
+its operator, and is counted.
+
+What differs from the converted graph: a value that several calls read is cast for each, weights
+alone are cast once for each call of the model, as `torch.autocast` does. What writes in place
+keeps the dtype of what it writes to. A node that the plan holds scaled runs in FP32. Code that
+runs in the backward pass (`torch.utils.checkpoint` computes anew there) wants the context around
+that, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from amp_convert.core.mode import Mode
+from amp_convert.core.number_formats import from_name
+from amp_convert.eager.plan_mode import Counts, PlanMode
+from amp_convert.eager.restored import restored
+from amp_convert.eager.treatments import Treatments
+from amp_convert.rules.rule import MadeFor
+from amp_convert.rules.rule_set import Rules
+
+_Wrapped = TypeVar("_Wrapped", bound=Callable[..., Any])
+
+
+class EagerPlan:
+    """Applies a plan while it is open, as a context or as a decorator. `counts` says what it met,
+    over all its uses."""
+
+    def __init__(self, rules: Rules, made_for: MadeFor, model: nn.Module | None = None) -> None:
+        self.counts = Counts()
+        self._model, self._device = model, made_for.device
+        self._low = from_name(made_for.dtype)
+        self._treatments = {mode: Treatments(rules, made_for, mode) for mode in Mode}
+        self._open: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> EagerPlan:
+        with contextlib.ExitStack() as opening:
+            # The plan has the last word, as it has in the converted model.
+            opening.enter_context(torch.autocast(self._device, enabled=False))
+            mode = PlanMode(self.counts, self._treatments, self._low, self._model)
+            opening.enter_context(mode.applied())
+            self._open.append(opening.pop_all())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.pop().__exit__(kind, error, trace)
+
+    def restored(self, value: Any) -> Any:
+        """What a method gives, in the dtypes of the FP32 original: see `restored`."""
+        return restored(value, self._low)
+
+    def __call__(self, function: _Wrapped) -> _Wrapped:
+        @functools.wraps(function)
+        def applied(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return applied  # type: ignore[return-value]
