@@ -37,7 +37,7 @@ from amp_convert.plan.plan import Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.rewrite.converted_part import Part
-from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_other_dtypes
+from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_other_dtypes, sign
 from amp_convert.rewrite.graph_execution import runner_of, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rewrite.original_methods import under_plan
@@ -85,6 +85,7 @@ class ConvertedModel(nn.Module):
         original = captured.model
         for name in MODULE_STATE:
             self.__dict__[name] = original.__dict__[name]
+        sign(self, original)
         self._hold(captured, plan)
         # What was hooked when the graphs were captured is in them.
         self._watch(hooks_of(original), frozenset())
