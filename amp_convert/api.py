@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from amp_convert.onnx_file.write import export_onnx as export_onnx
 from amp_convert.pipeline import Run
 from amp_convert.plan.plan import Plan
 from amp_convert.plan.saved_plan import eager_plan
+from amp_convert.prepare import SHAPES_SEEN
 from amp_convert.profile.calibrate import profile
 from amp_convert.report.files import write_report
 from amp_convert.report.folder import check_writable, workspace
@@ -82,10 +84,12 @@ def convert(
 
     `args` are example inputs: a tensor, a tuple of positional ones, or a dict of keywords (then
     without `kwargs`). `calibration` gives inputs of the same forms, one a batch, whose value ranges
-    the guards look at; by default the example inputs. `dtype` is `torch.float16` or
-    `torch.bfloat16`. The result shares the model's parameters, buffers and submodules; its training
-    mode is the model's. Without `train` it is for inference only, made in about half the time, and
-    in eval mode, as the submodules then are. The device is the model's own.
+    the guards look at; by default the example inputs. Dimensions in which the first of them differ
+    from the example inputs may vary in the result, as may the first of each tensor. `dtype` is
+    `torch.float16` or `torch.bfloat16`. The result shares the model's parameters, buffers and
+    submodules; its training mode is the model's. Without `train` it is for inference only, made in
+    about half the time, and in eval mode, as the submodules then are. The device is the model's
+    own. A call of other sizes or another structure runs operation by operation, under the plan.
 
     Raises UsageError for wrong rules, dtype or kwargs, ModelError for inputs that do not fit,
     UnsupportedModelError when no part of the model can be captured.
@@ -94,13 +98,14 @@ def convert(
         raise UsageError(f"{dtype} is not a low dtype", mend="Use torch.float16 or torch.bfloat16.")
     loaded = _rules(rules)
     positional, keywords = _call(args, kwargs)
-    captured = capture(model, positional, keywords, train=train)
-    batches: Iterable[Any] = [(positional, keywords)]
+    batches: Iterator[Any] = iter([(positional, keywords)])
     if calibration is not None:
         batches = (as_call(batch, "calibration") for batch in calibration)
+    first = list(islice(batches, SHAPES_SEEN))
+    captured = capture(model, positional, keywords, train=train, others=first)
     stats = profile(
         captured,
-        batches,
+        chain(first, batches),
         [dtype] if loaded.uses_trials else [],
         probes=loaded.uses_probes,
     )

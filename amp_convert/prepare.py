@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import chain
 
 import torch
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.captured import Captured
+from amp_convert.capture.captured import Call, Captured
 from amp_convert.capture.kept.answers import kept_in
 from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch
 from amp_convert.core.device import Device
+from amp_convert.core.errors import ModelError
 from amp_convert.core.files.cache import Cache
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.progress import Progress
@@ -30,7 +32,8 @@ from amp_convert.validate.training import setup as training_setup
 
 KEPT_BATCHES = 16
 """What calibration finds on more is not cached: they would have to be in memory at once."""
-Call = tuple[Sequence[Any], Mapping[str, Any]]
+SHAPES_SEEN, TRAIN_SHAPES_SEEN, MOST_OTHERS = 32, 8, 4
+"""How many batches are looked at for sizes that vary, and how many of other sizes are kept."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool)
     check_forward(case)
     progress.stage("capture and check against eager FP32")
     with kept_in(Cache.of_user() if settings.cache else None):
-        captured = capture(case.model, case.args, case.kwargs, proofs=judges)
+        trains = judges and settings.train is not False
+        others = other_shapes(case, device, train=trains)
+        captured = capture(case.model, case.args, case.kwargs, proofs=judges, others=others)
         if judges:
             training_setup.why_not(case, settings, captured)
         progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
@@ -87,6 +92,40 @@ def batches_of(case: Case, device: Device, at_most: int | None = None) -> Iterat
         return
     for batch in user_batches("eval_batches", case.eval_batches, case.path, at_most):
         yield devices.move(batch, device.device)
+
+
+def other_shapes(case: Case, device: Device, *, train: bool) -> list[Call]:
+    """Of the user's first batches those whose tensors have other sizes than the example inputs and
+    than one another, a few of them: from these is learnt which dimensions vary."""
+    batches = batches_of(case, device, SHAPES_SEEN)
+    if train:
+        batches = chain(batches, _train_batches(case, device))
+    seen = {_sizes((case.args, case.kwargs))}
+    found: list[Call] = []
+    for args, kwargs, _ in batches:
+        if (sizes := _sizes((args, kwargs))) not in seen and len(found) < MOST_OTHERS:
+            seen.add(sizes)
+            found.append((args, kwargs))
+    return found
+
+
+def _train_batches(case: Case, device: Device) -> Iterator[Batch]:
+    """The first training batches, as far as there are any: what is wrong with them is told where
+    they are trained on."""
+    if case.train_batches is None:
+        return
+    make = partial(case.train_batches, 0)
+    try:
+        for batch in user_batches("train_batches", make, case.path, TRAIN_SHAPES_SEEN):
+            yield devices.move(batch, device.device)
+    except ModelError:
+        return
+
+
+def _sizes(call: Call) -> tuple[torch.Size, ...]:
+    """The sizes of a call's tensors, but for the first of each, which is dynamic anyway."""
+    tensors = [t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor)]
+    return tuple(t.shape[1:] for t in tensors)
 
 
 def _ticking(batches: Iterator[Batch], progress: Progress) -> Iterator[Call]:

@@ -12,7 +12,7 @@ import pytest
 
 import amp_convert
 
-FUNCTIONS = ["audit", "check", "compare", "convert", "export_onnx"]
+FUNCTIONS = ["audit", "autocast", "check", "compare", "convert", "export_onnx"]
 TYPES = ["ConvertedModel", "Decision", "Divergence", "FrozenModel", "Plan", "Run"]
 ERRORS = ["AmpConvertError", "ModelError", "UnsupportedModelError", "UsageError"]
 

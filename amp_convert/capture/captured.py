@@ -86,7 +86,9 @@ class Region:
         return self.graphs[mode].runner(self.module)
 
 
-RegionCall = tuple[Region, tuple[Sequence[Any], Mapping[str, Any]]]
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+"""The (args, kwargs) of one call."""
+RegionCall = tuple[Region, Call]
 """A region and the (args, kwargs) of one call of it."""
 
 
@@ -105,6 +107,9 @@ class Captured:
     training: Captured | None = None
     """The parts to train with, where the train graphs of `regions` could not be had; only their
     train graphs count."""
+    others: tuple[Call, ...] = field(default=(), repr=False)
+    """Further calls that it was captured for: in the dimensions in which they differ it is
+    dynamic."""
     eager_branches: bool = False
     """Whether what stays eager has a higher-order operator."""
 

@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from amp_convert.capture.branches.choices import BRANCH, CHOICE
 from amp_convert.capture.branches.inline import Owners, inline_branches
 from amp_convert.capture.branches.nest import one_branch
 from amp_convert.capture.cast_words import CastWord, Words, words_of
 from amp_convert.capture.export_call import (
+    Varying,
     bound_arguments,
     distinct,
     doubled_batch,
-    first_dimension,
+    dynamic_shapes,
     flat_outputs,
 )
 from amp_convert.capture.export_repairs import (
@@ -93,13 +93,15 @@ def export_graph(
     dynamic: bool = True,
     flat: bool = True,
     words: Callable[[], Words] = dict,
+    vary: Varying = frozenset(),
 ) -> CapturedGraph:
     """Capture `module` in `mode` ("eval" or "train"); `path` is its place in the whole model, and
     `words` tells what its casts ask for, if a cast is found. If `flat`, both branches of a
     `torch.cond` become part of the graph.
 
-    First dimensions stay dynamic where the model allows it; when tracing them fails for a reason
-    that a static trace does not share, they are fixed. Raises whatever `torch.export` raises.
+    First dimensions, and those of `vary`, stay dynamic where the model allows it; when tracing them
+    fails for a reason that a static trace does not share, they are fixed, first those of `vary`.
+    Raises whatever `torch.export` raises.
     """
     bound = bound_arguments(module, args, kwargs)
     call = bound.signature
@@ -113,9 +115,12 @@ def export_graph(
     ):
         program, fixed = None, "" if dynamic else "dynamic sizes were not asked for"
         if dynamic:
-            program, fixed = _dynamic_program(module, call, args, kwargs, words)
+            for dims in dict.fromkeys((vary, frozenset[tuple[int, int]]())):
+                program, fixed = _dynamic_program(module, call, args, kwargs, words, dims)
+                if program is not None:
+                    break
         if program is None:
-            program = _program(module, call, args, kwargs, dynamic=False, words=words)
+            program = _program(module, call, args, kwargs, vary=None, words=words)
     graph = program.graph
     inlined = flat and inline_branches(program.graph_module, _owners(program, module))
     repair(graph)
@@ -201,11 +206,13 @@ def _dynamic_program(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     words: Callable[[], Words],
+    vary: Varying,
 ) -> tuple[torch.export.ExportedProgram | None, str]:
-    """The program with dynamic first dimensions, or None and why there is none."""
+    """The program with dynamic first dimensions and those of `vary`, or None and why there is
+    none."""
     try:
         args, kwargs = doubled_batch(args, kwargs)
-        program = _program(module, call, args, kwargs, dynamic=True, words=words)
+        program = _program(module, call, args, kwargs, vary=vary, words=words)
         check_guards(program, bind(call, args, kwargs).arguments)
     except UncheckableSizesError as error:
         return None, str(error)
@@ -220,14 +227,14 @@ def _program(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    dynamic: bool,
+    vary: Varying | None,
     words: Callable[[], Words],
 ) -> torch.export.ExportedProgram:
+    """The program; `vary` of None fixes all sizes."""
     args, kwargs = anew((tuple(args), dict(kwargs)))
     shapes = None
-    if dynamic:
-        arguments = bind(call, args, kwargs).arguments
-        shapes = pytree.tree_map(first_dimension, dict(arguments))
+    if vary is not None:
+        shapes = dynamic_shapes(bind(call, args, kwargs).arguments, vary)
 
     def exported(casts: contextlib.AbstractContextManager[None]) -> torch.export.ExportedProgram:
         # A failing export prints its half-made graph, and logs what its user cannot do much about.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,10 +69,43 @@ def flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
             module.__dict__.pop("forward", None)
 
 
-def first_dimension(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
-        return {0: torch.export.Dim.AUTO}
-    return None
+Varying = frozenset[tuple[int, int]]
+"""Dimensions that vary besides the first of each tensor: (number of the leaf, dimension)."""
+
+
+def varying(module: nn.Module, call: tuple[Any, Any], others: Iterable[tuple[Any, Any]]) -> Varying:
+    """The dimensions of a call's tensors that have another size in one of the `others`; a call of
+    another structure says nothing."""
+    leaves, spec = pytree.tree_flatten(_arguments(module, call))
+    found: set[tuple[int, int]] = set()
+    for other in others:
+        theirs, same = pytree.tree_flatten(_arguments(module, other))
+        if same != spec:
+            continue
+        for number, (mine, its) in enumerate(zip(leaves, theirs, strict=True)):
+            if isinstance(mine, torch.Tensor) and isinstance(its, torch.Tensor):
+                sizes = zip(mine.shape[1:], its.shape[1:], strict=False)
+                if mine.dim() == its.dim():
+                    found |= {(number, d) for d, (a, b) in enumerate(sizes, 1) if a != b}
+    return frozenset(found)
+
+
+def _arguments(module: nn.Module, call: tuple[Any, Any]) -> dict[str, Any]:
+    return dict(bound_arguments(module, *call).arguments)
+
+
+def dynamic_shapes(arguments: Mapping[str, Any], vary: Varying) -> Any:
+    """What `torch.export` is told: the first dimension of each tensor and those of `vary` are
+    dynamic where the model allows it."""
+    leaves, spec = pytree.tree_flatten(dict(arguments))
+    auto = torch.export.Dim.AUTO
+    told = [
+        {0: auto, **{d: auto for n, d in vary if n == number}}
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+        else None
+        for number, leaf in enumerate(leaves)
+    ]
+    return pytree.tree_unflatten(told, spec)
 
 
 def doubled_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -43,6 +43,11 @@ def bind(
         ) from None
 
 
+class UnfitCallError(ModelError):
+    """A call that the module may take, and its graph does not: of other sizes, another structure,
+    or with other constants than it was captured with."""
+
+
 class GraphRunner:
     """Runs one graph of a module, in the module's own calling convention. `run` is what is called
     in place of the graph: it takes the same flat inputs and gives the same flat outputs; `in_place`
@@ -88,7 +93,8 @@ class GraphRunner:
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's flat inputs: the module's tensors and the leaves of the user's call. Raises
-        ModelError for a call that does not fit, or a module whose parts are not what they were."""
+        UnfitCallError for a call that does not fit, ModelError for a module whose parts are not
+        what they were."""
         for children, name, child, path in self._submodules:
             if children.get(name) is not child:
                 raise ModelError(
@@ -164,7 +170,7 @@ class GraphRunner:
         for name in arguments.keys() - set(names):
             value = arguments[name]
             if value is not parameters[name].default and not _is_empty(value):
-                raise ModelError(
+                raise UnfitCallError(
                     f"the argument {name!r} was not given when the model was captured",
                     mend="Convert it with example inputs that hold every argument you will pass.",
                 )
@@ -176,7 +182,7 @@ class GraphRunner:
         self._check(leaves, spec)
         for guard in self.signature.guards:
             if not guard.holds(given):
-                raise ModelError(
+                raise UnfitCallError(
                     f"the model takes another path for inputs of this size: {guard.text} is false",
                     mend="Convert it with example inputs of the size you will pass.",
                 )
@@ -184,14 +190,14 @@ class GraphRunner:
 
     def _check(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
         if spec != self.signature.in_spec:
-            raise ModelError(
+            raise UnfitCallError(
                 "the inputs have another structure than the example inputs",
                 mend="Convert the model with inputs of the structure you will pass.",
             )
         for leaf, want in zip(leaves, self.signature.user_inputs, strict=True):
             problem = _mismatch(leaf, want)
             if problem:
-                raise ModelError(
+                raise UnfitCallError(
                     f"input {want.path} {problem}",
                     mend="Pad it to that size, or convert the model with example inputs like those "
                     "you will pass; only the first dimension may vary.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -55,3 +55,12 @@ def _hooks(module: nn.Module) -> frozenset[int]:
 
 def _submodules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((p, m) for p, m in model.named_modules(remove_duplicate=False) if p)
+
+
+@contextlib.contextmanager
+def unheard(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """The hooks of these submodules off: a capture is no call of the user's."""
+    with contextlib.ExitStack() as off:
+        for module in {id(m): m for m in map(model.get_submodule, paths)}.values():
+            off.enter_context(own_hooks_off(module))
+        yield

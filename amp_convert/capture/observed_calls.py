@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,17 @@ def observed_calls(
         for handle in handles:
             handle.remove()
     return calls
+
+
+def calls_by_path(
+    model: nn.Module, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]
+) -> dict[str, list[ModuleCall]]:
+    """What the submodules are called with in these calls of the model."""
+    found: dict[str, list[ModuleCall]] = {}
+    for args, kwargs in calls:
+        for path, call in observed_calls(model, tuple(args), kwargs):
+            found.setdefault(path, []).append(call)
+    return found
 
 
 def _cloned(tree: Any) -> Any:

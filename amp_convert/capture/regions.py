@@ -24,14 +24,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture import fidelity
-from amp_convert.capture.captured import Captured, Region, Uncaptured
+from amp_convert.capture.captured import Call, Captured, Region, Uncaptured
 from amp_convert.capture.fidelity import Fidelity, FidelityStatus
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import own_hooks_off
 from amp_convert.capture.kept import fingerprint
 from amp_convert.capture.kept.answers import kept
 from amp_convert.capture.mac_counter import MacCounter
-from amp_convert.capture.observed_calls import ModuleCall, observed_calls
+from amp_convert.capture.observed_calls import ModuleCall, calls_by_path
 from amp_convert.capture.pytree_containers import register_containers
 from amp_convert.capture.refusals import Refusal
 from amp_convert.capture.traced_region import (
@@ -62,8 +62,10 @@ def capture(
     train: bool = True,
     apart: Collection[str] = (),
     proofs: bool = True,
+    others: Sequence[Call] = (),
 ) -> Captured:
     """Capture `model` for calls like `model(*args, **kwargs)`; without `train` for inference only.
+    Dimensions in which the `others`, the (args, kwargs) of further calls, differ stay dynamic.
     With `proofs` the graphs are compared with the eager model even where that was done before with
     the same code and values; without, that result may come from the cache.
 
@@ -83,12 +85,13 @@ def capture(
         problem = CannotCaptureError("", hooked(apart))
     else:
         try:
-            regions = (traced_region(model, args, kwargs, "", wanted),)
+            regions = (traced_region(model, args, kwargs, "", wanted, others),)
         except CannotCaptureError as error:
             problem = error
     if problem is not None:
         _log.info("the model cannot be captured whole (%s); its parts are tried", problem.reason)
-        regions, uncaptured = _by_submodule(model, args, kwargs, problem, wanted, apart)
+        calls = ((args, kwargs), *others)
+        regions, uncaptured = _by_submodule(model, calls, problem, wanted, apart)
         for part in uncaptured:
             _log.info("%s stays eager: %s", part.layer or "the top level", part.reason)
         if not regions:
@@ -103,21 +106,21 @@ def capture(
     training = None
     custom = any(found.custom_backward for _, found in checks)
     if train and not custom and any(Mode.TRAIN not in region.graphs for region in regions):
-        training = _for_training(model, args, kwargs, regions, apart)
+        training = _for_training(model, ((args, kwargs), *others), regions, apart)
     if training is not None:
         checks = [(path, found) for path, found in checks if found.mode is Mode.EVAL]
         checks += [(r.path, _fidelity(r, Mode.TRAIN, proofs=proofs)) for r in training.regions]
     eager, compiles = _eager_macs(model, args, kwargs, regions) if uncaptured else (0, False)
     merged = _merged(checks, _how_trained(regions) if training is not None else "")
     return Captured(
-        model, args, kwargs, regions, uncaptured, merged, eager, training, eager_branches=compiles
-    )
+        model, args, kwargs, regions, uncaptured, merged, eager, training,
+        eager_branches=compiles, others=tuple(others),
+    )  # fmt: skip
 
 
 def _for_training(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    calls: Sequence[Call],
     regions: Sequence[Region],
     apart: Collection[str],
 ) -> Captured | None:
@@ -125,10 +128,11 @@ def _for_training(
     cannot: it may draw at random what it computes, as wav2vec 2.0 skips layers."""
     failed = next(region for region in regions if Mode.TRAIN not in region.graphs)
     problem = CannotCaptureError("", LeftEagerError(Refusal(failed.train_failure, "")))
-    found, left = _by_submodule(model, args, kwargs, problem, Wanted.TRAIN, apart)
+    found, left = _by_submodule(model, calls, problem, Wanted.TRAIN, apart)
     for part in left:
         _log.info("%s stays eager in training: %s", part.layer or "the top level", part.reason)
-    return Captured(model, args, kwargs, found, left, ()) if found else None
+    args, kwargs = calls[0]
+    return Captured(model, tuple(args), kwargs, found, left, ()) if found else None
 
 
 def _eager_macs(
@@ -160,16 +164,14 @@ def _eager_macs(
 
 def _by_submodule(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    of_model: Sequence[Call],
     error: CannotCaptureError,
     wanted: Wanted,
     apart: Collection[str],
 ) -> tuple[tuple[Region, ...], tuple[Uncaptured, ...]]:
-    """Capture the outermost children that can be; list what stays eager."""
-    calls: dict[str, list[ModuleCall]] = {}
-    for path, call in observed_calls(model, args, kwargs):
-        calls.setdefault(path, []).append(call)
+    """Capture the outermost children that can be, for the first call of the model; list what stays
+    eager."""
+    calls, others = (calls_by_path(model, given) for given in (of_model[:1], of_model[1:]))
     regions: list[Region] = []
     uncaptured = [error.uncaptured]
     seen: set[int] = set()
@@ -188,7 +190,8 @@ def _by_submodule(
                 visit(child, inner)
                 continue
             try:
-                regions.append(_fitting_region(child, calls[inner], inner, wanted))
+                more = others.get(inner, [])
+                regions.append(_fitting_region(child, calls[inner], inner, wanted, more))
             except CannotCaptureError as failure:
                 uncaptured.append(failure.uncaptured)
                 visit(child, inner)
@@ -198,10 +201,16 @@ def _by_submodule(
 
 
 def _fitting_region(
-    module: nn.Module, calls: list[ModuleCall], path: str, wanted: Wanted
+    module: nn.Module,
+    calls: list[ModuleCall],
+    path: str,
+    wanted: Wanted,
+    others: list[ModuleCall],
 ) -> Region:
-    """A region captured for the first call that also takes every other call's inputs."""
-    region = _times(traced_region(module, *calls[0], path, wanted), len(calls))
+    """A region captured for the first call that also takes every other call's inputs; in the
+    dimensions in which those and the `others` differ it is dynamic."""
+    region = traced_region(module, *calls[0], path, wanted, [*calls[1:], *others])
+    region = _times(region, len(calls))
     runner = region.runner(Mode.EVAL)
     for args, kwargs in calls[1:]:
         try:

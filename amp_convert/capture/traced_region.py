@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum, auto
 from functools import cache, partial
 from typing import Any
@@ -22,7 +22,7 @@ from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
 from amp_convert.capture.carried_state import carried_state
 from amp_convert.capture.cast_words import Words, cast_words
 from amp_convert.capture.export import CapturedGraph, export_graph
-from amp_convert.capture.export_call import doubled_batch
+from amp_convert.capture.export_call import Varying, doubled_batch, varying
 from amp_convert.capture.fidelity import FidelityStatus
 from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import own_hooks_off
@@ -81,12 +81,20 @@ class CannotCaptureError(Exception):
 
 
 def traced_region(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: Wanted
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    path: str,
+    wanted: Wanted,
+    others: Iterable[tuple[Any, Any]] = (),
 ) -> Region:
-    """The graphs of a module. Raises CannotCaptureError where there are none."""
-    trace = partial(_traced, module, args, kwargs, path, wanted)
+    """The graphs of a module; the dimensions in which its `others` calls differ stay dynamic.
+    Raises CannotCaptureError where there are none."""
+    vary = varying(module, (args, kwargs), others)
+    trace = partial(_traced, module, args, kwargs, path, wanted, vary)
+    key = f"{wanted.name} {sorted(vary)}"
     with own_hooks_off(module) if path else contextlib.nullcontext():
-        region = kept_graphs.region_of(module, args, kwargs, path, wanted.name, trace)
+        region = kept_graphs.region_of(module, args, kwargs, path, key, trace)
     _tell_of_sizes(region)
     return region
 
@@ -103,12 +111,21 @@ def _tell_of_sizes(region: Region) -> None:
 
 
 def _traced(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str, wanted: Wanted
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    path: str,
+    wanted: Wanted,
+    vary: Varying,
 ) -> Region:
     words = {mode: cache(partial(cast_words, module, args, kwargs, mode)) for mode in Mode}
+
+    def graph(mode: Mode) -> CapturedGraph:
+        return _graph(module, args, kwargs, mode, path, words[mode], vary)
+
     try:
         _refuse_state(module, args, kwargs)
-        graphs = {Mode.EVAL: _graph(module, args, kwargs, Mode.EVAL, path, words[Mode.EVAL])}
+        graphs = {Mode.EVAL: graph(Mode.EVAL)}
     except (ModelError, UnsupportedModelError):
         raise
     except Exception as cause:  # export fails in as many ways as user code does
@@ -117,7 +134,9 @@ def _traced(
     train_failure = "" if wanted is not Wanted.EVAL else "training was not asked for"
     try:
         if wanted is not Wanted.EVAL:
-            graphs[Mode.TRAIN] = _graph(module, args, kwargs, Mode.TRAIN, path, words[Mode.TRAIN])
+            graphs[Mode.TRAIN] = _graph(
+                module, args, kwargs, Mode.TRAIN, path, words[Mode.TRAIN], vary
+            )
     except Exception as cause:  # the eval graph is worth having without; fidelity says so
         refuse_environment(cause)
         if wanted is Wanted.TRAIN:
@@ -161,14 +180,15 @@ def _graph(
     mode: Mode,
     path: str,
     words: Callable[[], Words],
+    vary: Varying,
 ) -> CapturedGraph:
     """The graph of one mode. A batch of one is traced as two, so that its size can vary; a model
     to which one and two are different things is traced as it is. So is one with a `torch.cond`
     whose branches cannot both be computed: there they are left alone."""
-    graph = export_graph(module, args, kwargs, mode, path, words=words)
+    graph = export_graph(module, args, kwargs, mode, path, words=words, vary=vary)
     if graph.has_choices and not _can_be_looked_into(graph, module, args, kwargs):
         _log.info("%s: the branches of torch.cond are left alone", path or "the model")
-        graph = export_graph(module, args, kwargs, mode, path, flat=False, words=words)
+        graph = export_graph(module, args, kwargs, mode, path, flat=False, words=words, vary=vary)
     traced_args, traced_kwargs = doubled_batch(args, kwargs)
     if traced_args is args and traced_kwargs is kwargs:
         return graph

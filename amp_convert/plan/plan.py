@@ -125,11 +125,6 @@ class Decision:
         return self.precision not in ("", FULL)
 
     @property
-    def is_scaled(self) -> bool:
-        """Whether a power of two goes in with its arguments or its result."""
-        return {self.scale, self.number_scale, *(i.scale for i in self.inputs)} != {1.0}
-
-    @property
     def input_dtypes(self) -> tuple[str | None, ...]:
         """The dtypes that its tensor arguments are cast to, in order; None for no cast."""
         return tuple(planned.dtype for planned in self.inputs)

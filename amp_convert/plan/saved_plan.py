@@ -80,12 +80,18 @@ def eager_plan(rules: Rules, shown: str, model: nn.Module | None) -> EagerPlan:
     return EagerPlan(rules, rules.made_for, model)
 
 
+def is_scaled(decision: Decision) -> bool:
+    """Whether a power of two goes in with its arguments or its result."""
+    factors = {decision.scale, decision.number_scale, *(i.scale for i in decision.inputs)}
+    return factors != {1.0}
+
+
 def _treated(plan: Plan) -> Iterator[str]:
     """What is done to nodes besides casting, as lines of `[made_for]`."""
     nodes = (*plan.eval, *plan.train)
     treated = {
         "clamped": [d.node for d in nodes if d.clamp is not None],
-        "rescaled": [d.node for d in nodes if d.is_scaled],
+        "rescaled": [d.node for d in nodes if is_scaled(d)],
     }
     for name, found in treated.items():
         if found:

@@ -17,16 +17,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from amp_convert.capture.captured import Captured, RegionCall
-from amp_convert.capture.graph_call import GraphRunner, in_mode
-from amp_convert.capture.hooks import HookWatch, hooks_of, own_hooks_off
+from amp_convert.capture.captured import Call, Captured, RegionCall
+from amp_convert.capture.graph_call import GraphRunner, UnfitCallError, in_mode
+from amp_convert.capture.hooks import HookWatch, hooks_of, unheard
 from amp_convert.capture.regions import capture
 from amp_convert.core.errors import UsageError
 from amp_convert.core.mode import Mode
@@ -68,6 +68,8 @@ def convert_captured(
 
 
 _log = logging.getLogger(__name__)
+_MOST_TOLD = 16
+"""How many kinds of calls that no graph takes are logged."""
 
 
 class ConvertedModel(nn.Module):
@@ -85,6 +87,7 @@ class ConvertedModel(nn.Module):
         original = captured.model
         for name in MODULE_STATE:
             self.__dict__[name] = original.__dict__[name]
+        self.__dict__["_unfit"] = set[str]()
         sign(self, original)
         self._hold(captured, plan)
         # What was hooked when the graphs were captured is in them.
@@ -126,10 +129,11 @@ class ConvertedModel(nn.Module):
             return
         _log.info("captured anew around the hooks on %s", ", ".join(sorted(hooked)) or "nothing")
         captured, plan = self.captured, self.plan
-        with _unheard(captured.model, hooked):
+        with unheard(captured.model, hooked):
             anew = capture(
-                captured.model, captured.args, captured.kwargs, train=self._has_train, apart=hooked
-            )
+                captured.model, captured.args, captured.kwargs,
+                train=self._has_train, apart=hooked, others=captured.others,
+            )  # fmt: skip
             rules = rules_of_text(plan.to_toml(), "the plan")
             call = (captured.args, captured.kwargs)
             stats = profile(anew, [call], [], probes=rules.uses_probes)
@@ -142,12 +146,20 @@ class ConvertedModel(nn.Module):
         return all(Mode.TRAIN in region.graphs for region in regions)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the original does, in the original's dtypes."""
+        """Takes and returns what the original does, in the original's dtypes. What the graph does
+        not take, such as other sizes, the original takes, under the plan, operation by operation.
+        """
         if torch.compiler.is_compiling():
             return self._called(args, kwargs)
         self.heed_hooks()
         with no_plan():
-            return self._called(args, kwargs)
+            try:
+                return self._called(args, kwargs)
+            except UnfitCallError as error:
+                if not self.captured.in_mode(Mode.of(self.training)).is_whole:
+                    raise
+                unfit = error.what
+        return self._as_it_is(unfit, args, kwargs)
 
     def _called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         mode = Mode.of(self.training)
@@ -155,6 +167,14 @@ class ConvertedModel(nn.Module):
             return self.__dict__["_parts"][""](mode, args, kwargs)
         with self._replaced(mode):
             return self.captured.model(*args, **kwargs)
+
+    def _as_it_is(self, unfit: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A call that the graph does not take, and why: the original takes it, under the plan."""
+        told: set[str] = self.__dict__["_unfit"]
+        if unfit not in told and len(told) < _MOST_TOLD:
+            told.add(unfit)
+            _log.warning("%s: such calls run operation by operation, under the plan", unfit)
+        return under_plan(self.captured.model.__call__, self._eager_plan)(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         refuse_other_dtypes(self, fn)
@@ -177,7 +197,7 @@ class ConvertedModel(nn.Module):
         captured = self.captured
         parts = (captured.model, captured.args, dict(captured.kwargs), self.plan)
         hooks = (self.__dict__["_hooks"], self.__dict__["_apart"])
-        return _recaptured, (*parts, self._has_train, self.training, *hooks)
+        return _recaptured, (*parts, self._has_train, self.training, *hooks, captured.others)
 
     def freeze(self, *, fold_batch_norm: bool = False) -> FrozenModel:
         """A copy for inference, weights stored in low precision; this model is left as it is.
@@ -270,20 +290,12 @@ def _recaptured(
     training: bool,
     hooks: Mapping[str, frozenset[int]],
     apart: frozenset[str],
+    others: tuple[Call, ...],
 ) -> ConvertedModel:
     """A copy of a converted model, from what `ConvertedModel.__reduce__` keeps."""
-    with _unheard(model, apart):
-        captured = capture(model, args, kwargs, train=has_train, apart=apart)
+    with unheard(model, apart):
+        captured = capture(model, args, kwargs, train=has_train, apart=apart, others=others)
     converted = ConvertedModel(captured, plan)
     converted._watch(hooks, apart)
     converted.training = training
     return converted
-
-
-@contextlib.contextmanager
-def _unheard(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
-    """The hooks of these submodules off: a capture is no call of the user's."""
-    with contextlib.ExitStack() as off:
-        for module in {id(m): m for m in map(model.get_submodule, paths)}.values():
-            off.enter_context(own_hooks_off(module))
-        yield

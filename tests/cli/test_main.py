@@ -270,7 +270,7 @@ def test_an_edited_line_of_a_plan_changes_that_node_alone(
 ) -> None:
     folder = done[0]
     text = (folder / "reports/model/plan.toml").read_text(encoding="utf-8")
-    nodes = [rule["node"] for rule in tomllib.loads(text)["rule"]]
+    nodes = [rule["node"] for rule in tomllib.loads(text)["rule"] if "node" in rule]
     assert nodes[:3] == list(decisions(folder))
     head, pin, tail = text.partition('node = "1/aten.relu#0"\ncategory = "allow"')
     assert pin
