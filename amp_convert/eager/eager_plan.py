@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
@@ -31,6 +32,14 @@ from amp_convert.eager.treatments import Treatments
 from amp_convert.rules.rule import MadeFor
 from amp_convert.rules.rule_set import Rules
 
+
+class _Opened(threading.local):
+    """What a thread has opened, the last one last."""
+
+    def __init__(self) -> None:
+        self.stacks: list[contextlib.ExitStack] = []
+
+
 _Wrapped = TypeVar("_Wrapped", bound=Callable[..., Any])
 
 
@@ -43,7 +52,7 @@ class EagerPlan:
         self._model, self._device = model, made_for.device
         self._low = from_name(made_for.dtype)
         self._treatments = {mode: Treatments(rules, made_for, mode) for mode in Mode}
-        self._open: list[contextlib.ExitStack] = []
+        self._opened = _Opened()
 
     def __enter__(self) -> EagerPlan:
         with contextlib.ExitStack() as opening:
@@ -51,7 +60,7 @@ class EagerPlan:
             opening.enter_context(torch.autocast(self._device, enabled=False))
             mode = PlanMode(self.counts, self._treatments, self._low, self._model)
             opening.enter_context(mode.applied())
-            self._open.append(opening.pop_all())
+            self._opened.stacks.append(opening.pop_all())
         return self
 
     def __exit__(
@@ -60,7 +69,7 @@ class EagerPlan:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.pop().__exit__(kind, error, trace)
+        self._opened.stacks.pop().__exit__(kind, error, trace)
 
     def restored(self, value: Any) -> Any:
         """What a method gives, in the dtypes of the FP32 original: see `restored`."""

@@ -381,6 +381,31 @@ def test_another_thread_is_left_alone() -> None:
     assert zoo.same_bits(found[0], model(X))
 
 
+def test_two_threads_may_have_one_plan_open() -> None:
+    """As a server has that calls `mixed.generate` from several."""
+    model = net()
+    mixed = amp.convert(model, X)
+    applied, both = mixed.plan.autocast(model), threading.Barrier(2)
+    found: list[torch.Tensor] = []
+
+    def run(rows: int) -> None:
+        with applied, torch.no_grad():
+            both.wait(60)
+            found.append(model(X[:rows]))
+            both.wait(60)
+        found.append(model(X[:rows]).detach())
+
+    threads = [threading.Thread(target=run, args=(rows,)) for rows in (2, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    planned, plain = found[:2], found[2:]
+    with torch.no_grad():
+        assert all(torch.equal(y, mixed(X[: len(y)])) for y in planned)
+        assert all(torch.equal(y, model(X[: len(y)])) for y in plain)
+
+
 def test_it_trains_with_a_scaler_as_autocast_does() -> None:
     """The loss falls as it does in FP32; weights and their gradients stay FP32."""
     losses = {}

@@ -82,6 +82,7 @@ def parse_toml(data: bytes | str) -> dict[str, Any]:
     if found := _LONG_KEY.search(text):
         line = text.count("\n", 0, found.start() + 1) + 1
         raise ValueError(f"line {line} has a key of more than {_PARTS} parts")
+    _refuse_deep_toml(text)
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
@@ -104,6 +105,28 @@ def _refuse_deep(value: object) -> None:
         inner = (held.values() if isinstance(held, dict) else held for held in containers)
         level = list(itertools.chain.from_iterable(inner))
     raise ValueError("it is nested too deeply")
+
+
+def _refuse_deep_toml(text: str) -> None:
+    """The same for a TOML text, by its brackets outside of strings and comments. One that is not
+    closed ends the search: the parser says where it begins."""
+    depth = position = 0
+    while found := _TOKEN.search(text, position):
+        token, position = found[0], found.end()
+        if token in _LONG_QUOTES:
+            position = text.find(token, position) + len(token)
+            if position < len(token):
+                return
+        elif token[0] in "[]{}":
+            if depth + len(token) >= DEEPEST:
+                steps = itertools.accumulate((_STEPS[ord(c)] for c in token), initial=depth)
+                if max(steps) >= DEEPEST:
+                    raise ValueError("it is nested too deeply")
+            depth += sum(map(token.count, "[{")) - sum(map(token.count, "]}"))
+
+
+_LONG_QUOTES = ('"""', "'''")
+_TOKEN = re.compile(r'"""|\'\'\'|"(?:\\.|[^"\\\n])*+"?|\'[^\'\n]*+\'?|#[^\n]*+|[][{}]++')
 
 
 def _refuse_deep_json(data: bytes) -> None:

@@ -100,3 +100,37 @@ def test_a_file_is_read_so_far_and_no_link_where_none_may_be(tmp_path: Path) -> 
         with pytest.raises(OSError, match=r"\w"):
             read_file(path, follow=False)
     assert read_file(file, follow=False) == b"12345"
+
+
+def test_brackets_in_strings_and_comments_are_no_nesting() -> None:
+    opened = "[" * 300
+    text = f'''
+a = "{opened} \\" {opened}" # {opened}
+b = '{opened}'
+c = """
+{opened} " '
+"""
+d = \'\'\'{opened} " """ \'\'\'
+[[rule]]
+e = [{{ f = [1, 2] }}] # "
+'''
+    assert parse_toml(text)["rule"] == [{"e": [{"f": [1, 2]}]}]
+    for unclosed in ('a = """', "a = '''", 'a = "', "a = '"):
+        with pytest.raises(tomllib.TOMLDecodeError):
+            parse_toml(unclosed + opened)
+
+
+def test_what_is_nested_too_deeply_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tomllib, "loads", lambda text: pytest.fail("it was parsed"))
+    for text in ("a = " + "[" * 200, "a = " + "[1, " * 200, "a = " + "{b = " * 200):
+        with pytest.raises(ValueError, match=DEEP):
+            parse_toml(text)
+
+
+@pytest.mark.parametrize("piece", ["[", '"', "'", '"""', "'''", "#[", "[]", '"""x"""[', "\\"])
+def test_looking_for_brackets_takes_linear_time(piece: str) -> None:
+    def read(count: int) -> None:
+        with contextlib.suppress(ValueError):
+            parse_toml("a = " + piece * count)
+
+    assert_linear(read, 2000)
