@@ -4,6 +4,7 @@ file.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from amp_convert import pipeline
+from amp_convert.capture.captured import Captured
 from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UsageError
@@ -42,6 +44,7 @@ from amp_convert.validate.inference.results import Divergence
 if TYPE_CHECKING:
     import pandas as pd
 
+_log = logging.getLogger(__name__)
 Batches = Iterable[tuple[Any, Any]] | Callable[[], Iterable[tuple[Any, Any]]]
 """Pairs of (inputs, target), or a function that gives them anew at each call."""
 RulesLike = str | PathLike[str] | Rules | Sequence[str | PathLike[str]]
@@ -105,12 +108,25 @@ def convert(
     captured = capture(model, positional, keywords, train=train, others=first)
     stats = profile(
         captured,
-        chain(first, batches),
+        _fitting(captured, chain(first, batches)),
         [dtype] if loaded.uses_trials else [],
         probes=loaded.uses_probes,
     )
     mixed = convert_captured(captured, loaded, stats, dtype)
     return mixed if train else mixed.eval()
+
+
+def _fitting(captured: Captured, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches that the graph takes; the example inputs where it takes none."""
+    found = False
+    for args, kwargs in batches:
+        if unfit := captured.takes(args, kwargs):
+            _log.warning("a batch of calibration is left out: %s", unfit)
+        else:
+            found = True
+            yield args, kwargs
+    if not found:
+        yield captured.args, captured.kwargs
 
 
 def audit(

@@ -252,10 +252,10 @@ def test_sizes_that_are_fixed_are_told(
 ) -> None:
     program = export._program
 
-    def refuses(*args: Any, dynamic: bool, words: Any) -> Any:
-        if dynamic:
+    def refuses(*args: Any, vary: Any, words: Any) -> Any:
+        if vary is not None:
             raise ValueError("a guard on s77")
-        return program(*args, dynamic=dynamic, words=words)
+        return program(*args, vary=vary, words=words)
 
     monkeypatch.setattr(export, "_program", refuses)
     with caplog.at_level(logging.WARNING, logger="amp_convert"):

@@ -13,7 +13,7 @@ from torch._ops import HigherOrderOperator
 from amp_convert.capture.branches.choices import BRANCH
 from amp_convert.capture.export import CapturedGraph
 from amp_convert.capture.fidelity import Fidelity
-from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.graph_call import GraphRunner, UnfitCallError
 from amp_convert.capture.observed_calls import observed_calls
 from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode
@@ -132,6 +132,15 @@ class Captured:
         by_path = {region.path: region for region in self.regions}
         observed = observed_calls(self.model, tuple(args), kwargs, set(by_path))
         return [(by_path[path], call) for path, call in observed]
+
+    def takes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """Why the graph of a model that was captured whole does not take a call; "" if it does."""
+        if self.is_whole:
+            try:
+                self.regions[0].runner(Mode.EVAL).inputs(args, kwargs)
+            except UnfitCallError as unfit:
+                return unfit.what
+        return ""
 
     @property
     def fixed_sizes(self) -> tuple[FixedSizes, ...]:

@@ -199,8 +199,8 @@ class GraphRunner:
             if problem:
                 raise UnfitCallError(
                     f"input {want.path} {problem}",
-                    mend="Pad it to that size, or convert the model with example inputs like those "
-                    "you will pass; only the first dimension may vary.",
+                    mend="Pad it to that size, or convert the model with example inputs, and with "
+                    "batches, like those you will pass.",
                 )
 
 

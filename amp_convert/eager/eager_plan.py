@@ -9,21 +9,24 @@ What differs from the converted graph: a value that several calls read is cast f
 alone are cast once for each call of the model, as `torch.autocast` does. What writes in place
 keeps the dtype of what it writes to. A node that the plan holds scaled runs in FP32. Code that
 runs in the backward pass (`torch.utils.checkpoint` computes anew there) wants the context around
-that, too.
+that, too. What no `TorchFunctionMode` sees, scripted code, gets and gives FP32; a function that is
+scripted by itself may refuse low values.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from amp_convert.core.errors import UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name
 from amp_convert.eager.plan_mode import Counts, PlanMode
@@ -76,9 +79,39 @@ class EagerPlan:
         return restored(value, self._low)
 
     def __call__(self, function: _Wrapped) -> _Wrapped:
+        """`function` under the plan; what it yields, if it is a generator, too. Raises UsageError
+        for one that is asynchronous: other code runs between its steps."""
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise UsageError(
+                f"{function.__name__} is asynchronous, and no plan can be applied to that",
+                mend="Open the context inside of it, around what it does not wait for.",
+            )
+
         @functools.wraps(function)
         def applied(*args: Any, **kwargs: Any) -> Any:
             with self:
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            return self.steps(result) if inspect.isgenerator(result) else result
 
         return applied  # type: ignore[return-value]
+
+    def steps(
+        self, generator: Generator[Any, Any, Any], change: Callable[[Any], Any] = lambda step: step
+    ) -> Generator[Any, Any, Any]:
+        """`generator`, each step of which runs under the plan; `change` is what is made of a step,
+        and of what it returns."""
+        resume: Callable[[], Any] = functools.partial(next, generator)
+        while True:
+            with self:
+                try:
+                    step = change(resume())
+                except StopIteration as end:
+                    return change(end.value)
+            try:
+                sent = yield step
+                resume = functools.partial(generator.send, sent)
+            except GeneratorExit:
+                generator.close()
+                raise
+            except BaseException as error:  # noqa: BLE001  it is the generator's to handle
+                resume = functools.partial(generator.throw, error)

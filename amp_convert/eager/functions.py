@@ -42,6 +42,8 @@ def function_of(func: Any) -> Function:
     name = str(getattr(func, "__name__", ""))
     if isinstance(func, types.FunctionType) and _is_composite(func):
         return Function("", facts_of(""), body=_unasked(func))
+    if name == "__setitem__":
+        return Function("aten.index_put", facts_of("aten.index_put"), in_place=True)
     if name in _CASTS:
         return Function("aten.to", facts_of("aten.to"), casts=True)
     if isinstance(func, torch._ops.OpOverload):
@@ -65,7 +67,7 @@ _NO_OPERATORS = frozenset((
     "new_zeros", "new_ones", "new_full", "new_tensor", "zeros_like",
     "ones_like", "full_like", "rand_like", "randn_like",
     "randint_like", "result_type", "can_cast", "retain_grad", "resize_", "resize_as_", "__get__",
-    "__set__", "__getitem__", "__setitem__", "__len__", "__bool__", "__contains__",
+    "__set__", "__getitem__", "__len__", "__bool__", "__contains__",
 ))  # fmt: skip
 """They give no values that were computed, or write what they get where it belongs."""
 _CASTS = frozenset((
@@ -82,8 +84,14 @@ _PYTHON = frozenset((
 """Methods of tensors that are written in Python and compute."""
 
 
+_BACKWARD = frozenset(("backward", "grad"))
+"""What runs the backward pass, in which checkpoints compute anew."""
+
+
 def _is_composite(func: types.FunctionType) -> bool:
     if func.__module__ in ("torch.nn.functional", "torch.functional"):
+        return True
+    if func.__name__ in _BACKWARD and func.__module__ in ("torch._tensor", "torch.autograd"):
         return True
     return func.__module__ == "torch._tensor" and func.__name__ in _PYTHON
 

@@ -27,7 +27,7 @@ class Layers:
     def __init__(
         self,
         model: nn.Module | None,
-        entered: Callable[[nn.Module], None],
+        entered: Callable[[nn.Module, str], None],
         left: Callable[[nn.Module, Any], Any],
         widened: Callable[[Any], Any],
     ) -> None:
@@ -59,6 +59,11 @@ class Layers:
         return self._running[-1][1] if self._running else ""
 
     @property
+    def is_running(self) -> bool:
+        """Whether some module runs."""
+        return bool(self._running)
+
+    @property
     def root(self) -> nn.Module | None:
         """The model, or what was taken for it."""
         return self._model
@@ -71,8 +76,10 @@ class Layers:
         path = self._paths.get(id(module))
         if path is None:  # a module of another model, or made on the way
             path = self.layer
+        if module is self._model:
+            self._running.clear()  # what an interrupt has left: no model calls itself
         if not self._running:
-            self._entered(module)
+            self._entered(module, path)
         self._running.append((module, path))
         return self._widened(args) if isinstance(module, _WANT_FP32) else None
 

@@ -4,20 +4,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import math
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from amp_convert.capture.node_info import is_library_frame, short_path
 from amp_convert.core.folded_linear import folded_linear
 from amp_convert.core.mode import Mode
-from amp_convert.core.number_formats import LOW_DTYPES
-from amp_convert.core.op_facts import HEAVY
+from amp_convert.core.number_formats import name_of
 from amp_convert.core.precision import Precision, wanted_dtype
 from amp_convert.eager.functions import Function, function_of
 from amp_convert.eager.layers import Layers
@@ -33,7 +38,7 @@ class _Active(threading.local):
 
 
 _active = _Active()
-_CASTABLE = frozenset((torch.float32, *LOW_DTYPES))
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -75,12 +80,15 @@ class PlanMode(TorchFunctionMode):
         self._layers = Layers(model, self._enter, self._leave, self._wide)
         self._now = treatments[Mode.EVAL]
         self._folds = not any(each.exact for each in treatments.values())
+        # The other low dtype is the model's own choice.
+        self._castable = frozenset((torch.float32, low))
+        self._most = torch.finfo(low).max
         self._dtypes = {Precision.LOW: low, Precision.FULL: torch.float32}
-        self._ordinals: Counter[tuple[str, str]] = Counter()
+        self._ordinals: Counter[tuple[str, str, str]] = Counter()
         self._inside: list[Any] = []
         self._functions: dict[Any, Function] = {}
         self._wanted: dict[tuple[Precision, bool, bool], dict[torch.dtype, torch.dtype]] = {}
-        self._weights: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._weights: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -97,10 +105,12 @@ class PlanMode(TorchFunctionMode):
 
     # --- around the model's calls ----------------------------------------------------------------
 
-    def _enter(self, module: nn.Module) -> None:
+    def _enter(self, module: nn.Module, path: str) -> None:
+        """Before an outermost call, of the model or of a part of it: its calls are counted anew."""
         root = self._layers.root or module
         self._now = self._all[Mode.of(root.training)]
-        self._ordinals.clear()
+        for key in [k for k in self._ordinals if not path or f"{k[0]}.".startswith(f"{path}.")]:
+            del self._ordinals[key]
 
     def _leave(self, module: nn.Module, result: Any) -> Any:
         """After the outermost call: the model itself gives what the original gives."""
@@ -132,7 +142,7 @@ class PlanMode(TorchFunctionMode):
         return self._call(known, func, args, kwargs) if known.op else func(*args, **kwargs)
 
     def _call(self, known: Function, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        arriving = {tensor.dtype for tensor in tensors(args, kwargs)} & _CASTABLE
+        arriving = {tensor.dtype for tensor in tensors(args, kwargs)} & self._castable
         if not arriving:
             return func(*args, **kwargs)
         treatment = self._treatment(known)
@@ -152,7 +162,7 @@ class PlanMode(TorchFunctionMode):
         weight, which is FP32 here: the plan says what was meant."""
         result = func(*args, **kwargs)
         value, *asked = args
-        if value.dtype not in _CASTABLE:
+        if value.dtype not in self._castable:
             return result
         names_a_dtype = func.__name__ not in ("to", "cpu", "cuda") or any(
             isinstance(each, torch.dtype | torch.Tensor) for each in (*asked, *kwargs.values())
@@ -161,36 +171,44 @@ class PlanMode(TorchFunctionMode):
             return result
         planned = self._planned(known)
         want = self._dtypes.get(planned.precision) if planned is not None else None
-        return result.to(want) if want is not None and result.dtype in _CASTABLE else result
+        return result.to(want) if want is not None and result.dtype in self._castable else result
 
     def _planned(self, known: Function) -> Treatment | None:
-        """What the plan has for this call, counted as one."""
-        key = (self._layers.layer, known.facts.name)
+        """What the plan has for this call, counted as one; None where it has nothing."""
+        layer, op = key = (self._layers.layer, known.facts.name)
+        self._counts.calls += 1
+        ordinal = self._count((layer, op, ""))
+        if ordinal >= self._now.count(*key) and not (known.casts or known.facts.keeps_values):
+            self._counts.unplanned[key] += 1
+        planned = self._now.alike(*key)
+        if planned is None and self._now.count(*key):
+            line = _line(sys._getframe(2))
+            planned = self._now.at(layer, op, line, self._count((layer, op, line)))
+        return planned
+
+    def _count(self, key: tuple[str, str, str]) -> int:
         ordinal = self._ordinals[key]
         self._ordinals[key] += 1
-        self._counts.calls += 1
-        return self._now.of_node(*key, ordinal)
+        return ordinal
 
     def _treatment(self, known: Function) -> Treatment:
         """What is done to this call: as planned, or else by the rule for its operator."""
         planned = self._planned(known)
-        if planned is not None:
-            return planned
-        if not known.facts.keeps_values:
-            self._counts.unplanned[self._layers.layer, known.facts.name] += 1
-        return self._now.of_op(known.op)
+        return planned if planned is not None else self._now.of_op(known.op)
 
     def _cast(
         self, known: Function, treatment: Treatment, args: Any, kwargs: Any, *, meets_fp32: bool
     ) -> tuple[Any, Any]:
         clamp = treatment.clamp
         changes = self._changes(treatment.precision, False, meets_fp32)
-        if not changes and clamp is None:
+        if not changes and clamp is None and not known.facts.meets_numbers:
             return args, kwargs
         kept, of_kept = frozenset[str](), changes
         if known.facts.keeps_arguments:
             kept = known.facts.kept_arguments(tensors(args, kwargs)[0].device.type)
             of_kept = self._changes(treatment.precision, True, meets_fp32)
+
+        meets = known.facts.meets_numbers and treatment.precision is Precision.LOW
 
         def cast(name: str, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -198,12 +216,23 @@ class PlanMode(TorchFunctionMode):
                 return value if want is None else self._in_dtype(value, want, clamp)
             if value.__class__ is list or value.__class__ is tuple:
                 return type(value)([cast(name, each) for each in value])
-            if clamp is not None and isinstance(value, float) and value > -torch.inf:
-                return max(value, clamp)
+            if value.__class__ is float or value.__class__ is int:
+                return self._number(value, clamp) if meets else value
             return value
 
         args = list(map(cast, known.names, args)) + [cast("", a) for a in args[len(known.names) :]]
         return args, {name: cast(name, a) for name, a in kwargs.items()} if kwargs else kwargs
+
+    def _number(self, value: float, clamp: float | None) -> float:
+        """A number that meets low values: PyTorch refuses one that they cannot hold, such as a mask
+        of -1e9."""
+        if clamp is not None and value > -math.inf:
+            return max(value, clamp)
+        return (
+            value
+            if abs(value) <= self._most or math.isinf(value)
+            else (math.copysign(self._most / 2, value))
+        )
 
     def _changes(
         self, precision: Precision, kept: bool, meets_fp32: bool
@@ -216,7 +245,7 @@ class PlanMode(TorchFunctionMode):
                     precision, have, original=torch.float32, low=self._low, kept=kept,
                     meets_fp32=meets_fp32,
                 )
-                for have in _CASTABLE
+                for have in self._castable
             }  # fmt: skip
             self._wanted[key] = {have: want for have, want in wanted.items() if want != have}
         return self._wanted[key]
@@ -226,26 +255,50 @@ class PlanMode(TorchFunctionMode):
     ) -> torch.Tensor:
         if dtype is self._low and clamp is not None:
             value = torch.where(value == -torch.inf, value, value.clamp_min(clamp))
-        if not (torch.is_grad_enabled() and value.requires_grad and value.is_leaf):
+        # Outside of any module, an optimizer may be at work between two calls.
+        if not (torch.is_grad_enabled() and value.is_leaf and value.requires_grad) or (
+            not self._layers.is_running
+        ):
             return value.to(dtype)
         found = self._weights.get(id(value))
-        if found is None or found[1].dtype is not dtype:
-            found = self._weights[id(value)] = (value, value.to(dtype))
+        if found is None or found[1].dtype is not dtype or found[2] != value._version:
+            found = self._weights[id(value)] = (value, value.to(dtype), value._version)
         return found[1]
 
     def _written(
         self, known: Function, treatment: Treatment, func: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """A call that writes to what it is given. PyTorch brings what it reads to that dtype, but
-        for products."""
+        """A call that writes to what it is given: all that it reads is brought to that dtype, as
+        many kernels want it."""
         goal = kwargs["out"] if kwargs.get("out") is not None else args[0]
+        goal = goal[0] if isinstance(goal, tuple | list) else goal
         have = goal.dtype if isinstance(goal, torch.Tensor) else None
-        if have not in _CASTABLE:
+        if have not in self._castable:
             return func(*args, **kwargs)
         if have is not self._dtypes.get(treatment.precision, have):
-            self._counts.held_back[self._layers.layer, known.facts.name] += 1
-        if known.facts.is_a(*HEAVY):
-            of_goal = Precision.LOW if have is self._low else Precision.FULL
-            same = replace(treatment, precision=of_goal)
-            args, kwargs = self._cast(known, same, args, kwargs, meets_fp32=True)
+            key = (self._layers.layer, known.facts.name)
+            if not self._counts.held_back[key]:
+                _log.warning(
+                    "%s of %s writes in place to a %s value, where the plan has %s",
+                    key[1], key[0] or "the top level", name_of(have), treatment.precision,
+                )  # fmt: skip
+            self._counts.held_back[key] += 1
+        of_goal = Precision.LOW if have is self._low else Precision.FULL
+        same = replace(treatment, precision=of_goal)
+        args, kwargs = self._cast(known, same, args, kwargs, meets_fp32=True)
         return func(*args, **kwargs)
+
+
+def _line(frame: FrameType | None) -> str:
+    """The line of the user's code that a frame runs for, as a plan names it."""
+    while frame is not None:
+        if place := _place(frame.f_code.co_filename):
+            return f"{place}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+@functools.cache
+def _place(file: str) -> str:
+    """A file as a plan names it; "" for one of PyTorch's, Python's or ours."""
+    return "" if is_library_frame(file) else short_path(file)

@@ -53,6 +53,7 @@ def plan_toml(plan: Plan) -> str:
             f"node = {_quoted(decision.node)}",
             f"category = {_quoted(_category(plan, decision))}",
             *([f"mode = {_quoted(mode)}"] if mode else []),
+            *([f"location = {_quoted(decision.location)}"] if decision.location else []),
             f"reason = {_quoted(decision.reason)}",
         ]
     if plan.operators:
@@ -80,17 +81,19 @@ def eager_plan(rules: Rules, shown: str, model: nn.Module | None) -> EagerPlan:
     return EagerPlan(rules, rules.made_for, model)
 
 
+_SCALING = frozenset({"scale_scores", "rescale_layers"})
+
+
 def is_scaled(decision: Decision) -> bool:
     """Whether a power of two goes in with its arguments or its result."""
-    factors = {decision.scale, decision.number_scale, *(i.scale for i in decision.inputs)}
-    return factors != {1.0}
+    return not _SCALING.isdisjoint(decision.rewrites)
 
 
 def _treated(plan: Plan) -> Iterator[str]:
     """What is done to nodes besides casting, as lines of `[made_for]`."""
     nodes = (*plan.eval, *plan.train)
     treated = {
-        "clamped": [d.node for d in nodes if d.clamp is not None],
+        "clamped": [d.node for d in nodes if "clamp_masks" in d.rewrites],
         "rescaled": [d.node for d in nodes if is_scaled(d)],
     }
     for name, found in treated.items():

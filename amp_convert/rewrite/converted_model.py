@@ -37,7 +37,7 @@ from amp_convert.plan.plan import Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.rewrite.converted_part import Part
-from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_other_dtypes, sign
+from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_other_dtypes
 from amp_convert.rewrite.graph_execution import runner_of, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rewrite.original_methods import under_plan
@@ -88,7 +88,6 @@ class ConvertedModel(nn.Module):
         for name in MODULE_STATE:
             self.__dict__[name] = original.__dict__[name]
         self.__dict__["_unfit"] = set[str]()
-        sign(self, original)
         self._hold(captured, plan)
         # What was hooked when the graphs were captured is in them.
         self._watch(hooks_of(original), frozenset())
@@ -174,7 +173,8 @@ class ConvertedModel(nn.Module):
         if unfit not in told and len(told) < _MOST_TOLD:
             told.add(unfit)
             _log.warning("%s: such calls run operation by operation, under the plan", unfit)
-        return under_plan(self.captured.model.__call__, self._eager_plan)(*args, **kwargs)
+        model = self.captured.model
+        return under_plan(model.__call__, self._eager_plan, model, self)(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         refuse_other_dtypes(self, fn)
@@ -271,7 +271,7 @@ class ConvertedModel(nn.Module):
         found = getattr(original, name)
         if not inspect.ismethod(found) or found.__self__ is not original:
             return found
-        return under_plan(found, self._eager_plan)
+        return under_plan(found, self._eager_plan, original, self)
 
     @property
     def _eager_plan(self) -> EagerPlan:

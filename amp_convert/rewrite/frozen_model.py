@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -29,17 +28,6 @@ if TYPE_CHECKING:
 
 MODULE_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 """What makes one module stand for another: the tables of its tensors and submodules."""
-
-
-def sign(module: nn.Module, original: nn.Module) -> None:
-    """Let `module.forward` show the signature and the words of the original's: tools read the names
-    of its inputs."""
-
-    @functools.wraps(original.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return type(module).forward(module, *args, **kwargs)
-
-    module.__dict__["forward"] = forward
 
 
 class FrozenModel(nn.Module):
@@ -89,7 +77,6 @@ class FrozenModel(nn.Module):
                 self.__dict__[name] = model.__dict__[name]
             model.training = False
             self.__dict__["_callee"] = model
-        sign(self, captured.model)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.eager import EagerPlan
 
 
-def under_plan(method: Callable[..., Any], plan: EagerPlan) -> Callable[..., Any]:
-    """`method` under `plan`; what it gives is in the original's dtypes. A generator runs step by
-    step. Raises UnsupportedModelError, when called, for a method that is asynchronous."""
+def under_plan(
+    method: Callable[..., Any], plan: EagerPlan, original: object, converted: object
+) -> Callable[..., Any]:
+    """`method` of `original` under `plan`; what it gives is in the original's dtypes, and is
+    `converted` where it gives the original itself. A generator runs step by step. Raises
+    UnsupportedModelError, when called, for a method that is asynchronous."""
+
+    def given(result: Any) -> Any:
+        return converted if result is original else plan.restored(result)
 
     @functools.wraps(method)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -27,17 +33,7 @@ def under_plan(method: Callable[..., Any], plan: EagerPlan) -> Callable[..., Any
                 mend="Call it on the original, inside of `with mixed.plan.autocast(model)`.",
             )
         with plan:
-            result = plan.restored(method(*args, **kwargs))
-        return _stepped(result, plan) if inspect.isgenerator(result) else result
+            result = given(method(*args, **kwargs))
+        return plan.steps(result, given) if inspect.isgenerator(result) else result
 
     return called
-
-
-def _stepped(steps: Iterator[Any], plan: EagerPlan) -> Iterator[Any]:
-    while True:
-        with plan:
-            try:
-                step = plan.restored(next(steps))
-            except StopIteration:
-                return
-        yield step

@@ -124,7 +124,8 @@ class MadeFor:
 class Rule:
     """One `[[rule]]`, or one operator of one with `ops`. `dtype`, `device` and `mode` ("eval" or
     "train") of None mean any; `source` is "file.toml:line", `preset` says whether that file is one
-    of ours, and `rank` is the file's place in the order of all files of a run."""
+    of ours, and `rank` is the file's place in the order of all files of a run. `location` is the
+    line of the user's code that a node comes from, in a saved plan; planning does not read it."""
 
     target: Target
     pattern: str
@@ -136,6 +137,7 @@ class Rule:
     source: str
     preset: bool = False
     rank: int = 0
+    location: str = ""
 
     @property
     def name(self) -> str:

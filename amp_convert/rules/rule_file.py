@@ -100,7 +100,7 @@ def unknown(
 
 _TOP = ("extends", "painting", "made_for", "guards", "rewrites", "rule")
 _OPS = "ops"
-_RULE_KEYS = (*Target, _OPS, "category", "reason", "dtype", "device", "mode")
+_RULE_KEYS = (*Target, _OPS, "category", "reason", "location", "dtype", "device", "mode")
 _CHOICES: dict[str, Collection[str]] = {
     "painting": tuple(Painting),
     "category": tuple(Category),
@@ -221,6 +221,7 @@ def _rules(source: TomlSource, table: dict[str, Any], line: int, *, preset: bool
             device=table.get("device"),
             mode=table.get("mode"),
             source=f"{Path(source.shown).name}:{line}",
+            location=table.get("location", ""),
         )
 
 

@@ -25,11 +25,11 @@ def test_conditions_that_nobody_can_check_fix_the_sizes(
 ) -> None:
     program = export._program
 
-    def changed(*args: Any, dynamic: bool, words: Any) -> Any:
-        made = program(*args, dynamic=dynamic, words=words)
-        if dynamic and codes is None:
+    def changed(*args: Any, vary: Any, words: Any) -> Any:
+        made = program(*args, vary=vary, words=words)
+        if vary is not None and codes is None:
             del made._guards_code
-        elif dynamic:
+        elif vary is not None:
             made._guards_code = codes
         return made
 

@@ -168,7 +168,7 @@ def eval_batches():
 
 
 def test_the_command_learns_it_from_the_batches(tmp_path: Path) -> None:
-    file = tmp_path / "model.py"
+    file = tmp_path / "pooling_of_lengths.py"
     file.write_text(FILE)
     with pytest.raises(SystemExit) as ended:
         main([str(file), "--out", str(tmp_path / "out")])
