@@ -195,8 +195,10 @@ class GraphRunner:
                 mend="Convert the model with inputs of the structure you will pass.",
             )
         for leaf, want in zip(leaves, self.signature.user_inputs, strict=True):
-            problem = _mismatch(leaf, want)
-            if problem:
+            if other := _other_kind(leaf, want):
+                mend = "Give what the example inputs hold there."
+                raise ModelError(f"input {want.path} {other}", mend=mend)
+            if problem := _mismatch(leaf, want):
                 raise UnfitCallError(
                     f"input {want.path} {problem}",
                     mend="Pad it to that size, or convert the model with example inputs, and with "
@@ -208,14 +210,21 @@ def _is_empty(value: Any) -> bool:
     return isinstance(value, tuple | dict) and not value
 
 
-def _mismatch(leaf: Any, want: UserInput) -> str:
+def _other_kind(leaf: Any, want: UserInput) -> str:
+    """Why a leaf is not what the model takes, whatever its size."""
     if want.shape is None:
-        same = leaf is want.value or (type(leaf) is type(want.value) and leaf == want.value)
-        return "" if same else f"is {leaf!r}, but the graph was captured with {want.value!r}"
+        return ""
     if not isinstance(leaf, torch.Tensor):
         return f"is a {type(leaf).__name__}, but the graph was captured with a tensor"
     if leaf.dtype != want.dtype:
         return f"has dtype {leaf.dtype}, but the graph was captured with {want.dtype}"
+    return ""
+
+
+def _mismatch(leaf: Any, want: UserInput) -> str:
+    if want.shape is None:
+        same = leaf is want.value or (type(leaf) is type(want.value) and leaf == want.value)
+        return "" if same else f"is {leaf!r}, but the graph was captured with {want.value!r}"
     fits = len(leaf.shape) == len(want.shape) and all(
         expected is None or size == expected
         for size, expected in zip(leaf.shape, want.shape, strict=True)

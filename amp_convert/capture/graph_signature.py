@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -179,17 +179,42 @@ def signature_of(
         elif output.kind is not OutputKind.USER_OUTPUT:
             raise ValueError(f"a {output.kind.name.lower()} output is not supported")
     leaves, in_spec = pytree.tree_flatten(list(arguments.values()))
+    user_inputs, guards = _pinned(_user_inputs(program, arguments, leaves), _guards(program))
     return Signature(
         call=call,
-        guards=_guards(program),
+        guards=guards,
         inputs=tuple(inputs),
         names=tuple(arguments),
-        user_inputs=_user_inputs(program, arguments, leaves),
+        user_inputs=user_inputs,
         in_spec=in_spec,
         out_spec=out_spec,
         buffer_outputs=tuple(buffers),
         input_outputs=tuple(changed),
     )
+
+
+_PIN = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\] == (\d+)")
+
+
+def _pinned(
+    inputs: Sequence[UserInput], guards: Iterable[SizeGuard]
+) -> tuple[tuple[UserInput, ...], tuple[SizeGuard, ...]]:
+    """The inputs with a size in place of one that a guard holds to a number, and other guards."""
+    left, sizes = [], dict[tuple[str, int], int]()
+    for guard in guards:
+        if found := _PIN.fullmatch(guard.holds.code):
+            sizes[found[1], int(found[2])] = int(found[3])
+        else:
+            left.append(guard)
+    pinned = [
+        replace(each, shape=tuple(sizes.get((each.path, d), n) for d, n in enumerate(each.shape)))
+        if each.shape is not None
+        else each
+        for each in inputs
+    ]
+    known = {each.path for each in inputs}
+    left += [g for g in guards if (f := _PIN.fullmatch(g.holds.code)) and f[1] not in known]
+    return tuple(pinned), tuple(left)
 
 
 def _held_tensors(module: nn.Module) -> dict[object, tuple[Source, str]]:
