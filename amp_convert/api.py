@@ -19,7 +19,7 @@ from amp_convert import pipeline
 from amp_convert.capture.captured import Captured
 from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
-from amp_convert.core.errors import UsageError
+from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.files import digests
 from amp_convert.core.number_formats import LOW_DTYPES, name_of
 from amp_convert.eager import EagerPlan
@@ -117,16 +117,17 @@ def convert(
 
 
 def _fitting(captured: Captured, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches that the graph takes; the example inputs where it takes none."""
-    found = False
+    """The batches that the graph takes. Raises ModelError where it takes none."""
+    found, left = False, ""
     for args, kwargs in batches:
         if unfit := captured.takes(args, kwargs):
+            left = left or unfit
             _log.warning("a batch of calibration is left out: %s", unfit)
         else:
             found = True
             yield args, kwargs
-    if not found:
-        yield captured.args, captured.kwargs
+    if left and not found:
+        raise ModelError(left, where="calibration", mend="Give batches like the example inputs.")
 
 
 def audit(

@@ -216,7 +216,6 @@ def test_shapes_may_vary_in_the_first_dimension_only() -> None:
             run(torch.ones(shape))
         assert str(shape) in str(caught.value)
         assert "(any, 3)" in str(caught.value)
-        assert "first dimension" in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])

@@ -117,6 +117,9 @@ def saved(*decisions: Decision, painting: str = "grappler") -> dict[str, Any]:
     return tomllib.loads(plan(*decisions, painting=painting).to_toml())
 
 
+AT = {"location": "model.py:41"}
+
+
 def test_a_saved_plan_pins_every_decided_node() -> None:
     document = saved(
         decision("a/aten.linear#0"),
@@ -132,11 +135,36 @@ def test_a_saved_plan_pins_every_decided_node() -> None:
         "made_for": {"dtype": "float16", "device": "cpu"},
         "rewrites": {"clamp_masks": False, "scale_scores": False, "rescale_layers": False},
         "rule": [
-            {"node": "a/aten.linear#0", "category": "allow", "reason": "matrix product"},
-            {"node": "b/aten.exp#0", "category": "deny", "reason": "grows"},
-            {"node": "c/aten.add#0", "category": "deny", "reason": "matrix product"},
-            {"node": "d/aten.relu#0", "category": "allow", "reason": "matrix product"},
-            {"node": "e/my.warp#0", "category": "deny", "reason": "matrix product"},
+            {
+                "node": "a/aten.linear#0",
+                "category": "allow",
+                "location": "model.py:41",
+                "reason": "matrix product",
+            },
+            {
+                "node": "b/aten.exp#0",
+                "category": "deny",
+                "location": "model.py:41",
+                "reason": "grows",
+            },
+            {
+                "node": "c/aten.add#0",
+                "category": "deny",
+                "location": "model.py:41",
+                "reason": "matrix product",
+            },
+            {
+                "node": "d/aten.relu#0",
+                "category": "allow",
+                "location": "model.py:41",
+                "reason": "matrix product",
+            },
+            {
+                "node": "e/my.warp#0",
+                "category": "deny",
+                "location": "model.py:41",
+                "reason": "matrix product",
+            },
         ],
     }
 
