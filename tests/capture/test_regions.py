@@ -155,10 +155,12 @@ def test_a_fixed_batch_is_the_examples_even_if_it_is_one(rows: int) -> None:
     """A batch of one is traced as two, which is another thing to a model such as this."""
     model = RowByRow().eval()
     mixed = amp.convert(model, X[:rows], rules="fp32")
+    frozen = mixed.freeze()
     assert torch.equal(mixed(X[:rows]), model(X[:rows]))
     for other in {1, 2, 3, 6} - {rows}:
         with pytest.raises(ModelError):
-            mixed(X[:other])
+            frozen(X[:other])
+        assert torch.equal(mixed(X[:other]), model(X[:other]))  # no graph, but under the plan
 
 
 # --- side effects --------------------------------------------------------------------------------
