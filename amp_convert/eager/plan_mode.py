@@ -208,7 +208,10 @@ class PlanMode(TorchFunctionMode):
             kept = known.facts.kept_arguments(tensors(args, kwargs)[0].device.type)
             of_kept = self._changes(treatment.precision, True, meets_fp32)
 
-        meets = known.facts.meets_numbers and treatment.precision is Precision.LOW
+        masks = known.facts.passes_masks
+        stays_low = treatment.precision is not Precision.FULL and not meets_fp32
+        becomes_low = treatment.precision is Precision.LOW
+        meets = known.facts.meets_numbers and (becomes_low or stays_low)
 
         def cast(name: str, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -217,22 +220,18 @@ class PlanMode(TorchFunctionMode):
             if value.__class__ is list or value.__class__ is tuple:
                 return type(value)([cast(name, each) for each in value])
             if value.__class__ is float or value.__class__ is int:
-                return self._number(value, clamp) if meets else value
+                return self._number(value, clamp, masks=masks) if meets else value
             return value
 
         args = list(map(cast, known.names, args)) + [cast("", a) for a in args[len(known.names) :]]
         return args, {name: cast(name, a) for name, a in kwargs.items()} if kwargs else kwargs
 
-    def _number(self, value: float, clamp: float | None) -> float:
-        """A number that meets low values: PyTorch refuses one that they cannot hold, such as a mask
-        of -1e9."""
-        if clamp is not None and value > -math.inf:
-            return max(value, clamp)
-        return (
-            value
-            if abs(value) <= self._most or math.isinf(value)
-            else (math.copysign(self._most / 2, value))
-        )
+    def _number(self, value: float, clamp: float | None, *, masks: bool) -> float:
+        """A number that meets low values. PyTorch refuses to write a mask of -1e9 into them; any
+        other number that they cannot hold makes them infinite, which can be seen."""
+        if masks and clamp is None and -math.inf < value < -self._most:
+            clamp = -self._most / 2
+        return max(value, clamp) if clamp is not None and value > -math.inf else value
 
     def _changes(
         self, precision: Precision, kept: bool, meets_fp32: bool
@@ -285,7 +284,7 @@ class PlanMode(TorchFunctionMode):
             self._counts.held_back[key] += 1
         of_goal = Precision.LOW if have is self._low else Precision.FULL
         same = replace(treatment, precision=of_goal)
-        args, kwargs = self._cast(known, same, args, kwargs, meets_fp32=True)
+        args, kwargs = self._cast(known, same, args, kwargs, meets_fp32=have is not self._low)
         return func(*args, **kwargs)
 
 

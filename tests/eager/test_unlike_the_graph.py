@@ -215,6 +215,17 @@ def test_what_writes_in_place_gets_the_dtype_of_what_it_writes_to(kind: type[nn.
             assert error(model(X), want) < 2e-3
 
 
+def test_a_number_beyond_the_range_is_no_other_number() -> None:
+    """It overflows, as it does under autocast: a wrong finite value would not be seen."""
+    plan = amp.convert(made(Streaming), X, train=False).plan
+    with torch.no_grad(), plan.autocast():
+        ones = X.half().abs() + 1
+        assert (ones * 1e6).isinf().all()
+        assert (ones + 1e6).isinf().all()
+        assert (ones.masked_fill(ones > 0, -1e9) == -torch.finfo(torch.float16).max / 2).all()
+        assert ones.masked_fill(ones > 0, -torch.inf).isinf().all()
+
+
 class Streaming(Base):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.a(x)
