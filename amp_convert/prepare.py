@@ -57,7 +57,7 @@ def prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool)
     progress.stage("capture and check against eager FP32")
     with kept_in(Cache.of_user() if settings.cache else None):
         trains = judges and settings.train is not False
-        others = other_shapes(case, device, train=trains)
+        others = other_shapes(case, device, _drawn(settings), train=trains)
         captured = capture(case.model, case.args, case.kwargs, proofs=judges, others=others)
         if judges:
             training_setup.why_not(case, settings, captured)
@@ -94,10 +94,15 @@ def batches_of(case: Case, device: Device, at_most: int | None = None) -> Iterat
         yield devices.move(batch, device.device)
 
 
-def other_shapes(case: Case, device: Device, *, train: bool) -> list[Call]:
+def _drawn(settings: Settings) -> int:
+    """How many eval batches a run looks at for their sizes: none that it has no other use for."""
+    return min(SHAPES_SEEN, max(settings.calibrate, settings.batches or SHAPES_SEEN))
+
+
+def other_shapes(case: Case, device: Device, at_most: int, *, train: bool) -> list[Call]:
     """Of the user's first batches those whose tensors have other sizes than the example inputs and
     than one another, a few of them: from these is learnt which dimensions vary."""
-    batches = batches_of(case, device, SHAPES_SEEN)
+    batches = batches_of(case, device, at_most)
     if train:
         batches = chain(batches, _train_batches(case, device))
     seen = {_sizes((case.args, case.kwargs))}

@@ -148,8 +148,8 @@ def test_settings_bound_the_batches(convert: Callable[..., Run]) -> None:
     assert report.plan.calibration_batches == 2
     assert report.inference is not None
     assert (report.inference.batches, report.inference.samples) == (3, 12)
-    # Calibration starts anew from the first; those beyond are counted.
-    assert sys.modules["model"].drawn[:5] == [0, 1, 0, 1, 2]
+    # The look at their sizes takes no more; each stage starts anew; those beyond are counted.
+    assert sys.modules["model"].drawn[:8] == [0, 1, 2, 0, 1, 0, 1, 2]
     assert (report.inference.batches_given, report.inference.stopped) == (100, "asked")
 
 

@@ -141,14 +141,13 @@ class _Comparison:
         if untuned is not None:
             accumulate(self._untuned, reference, untuned, noise, matcher)
         del untuned
-        # Before the mixed model, which may leave another state in the original's attributes.
-        planned = self._arms.planned(args, kwargs, state) if self._eager_plan is None else None
         mixed = self._arms.mixed(args, kwargs, state)
         accumulate(self._outputs, reference, mixed, noise, matcher)
-        if planned is not None:
-            self._eager_plan = eager_plan_parity(planned, mixed)
-        del planned
         noise = noise if self._arms.folds else None
+        if self._eager_plan is None:
+            planned = self._arms.planned(args, kwargs, state)
+            self._eager_plan = eager_plan_parity(planned, mixed)
+            del planned
         self._metrics.add_pair(reference, mixed, target, size)
         if self._captured.is_whole:  # else the reference is the eager model itself
             self._check_reference(self._arms.original(args, kwargs, state), reference)
