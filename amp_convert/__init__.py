@@ -8,6 +8,8 @@
     frozen = mixed.freeze()                     # for inference, weights in low precision
     with mixed.plan.autocast(model): ...        # the plan on the model as it is, in any shape
     amp.export_onnx(mixed, "model.onnx")        # the same precision in every node
+    amp.save(frozen, "model.pt2")               # for torch.export.load, without amp_convert
+    amp.save(mixed, "model.safetensors")        # to train on: weights and plan, see amp.load
     amp.audit(model, inputs).to_frame()         # which layers stay FP32, and why
     amp.check(model, inputs, eval_batches=batches).verdict  # the whole job of the command
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from amp_convert.api import compare as compare
     from amp_convert.api import convert as convert
     from amp_convert.api import export_onnx as export_onnx
+    from amp_convert.api import load as load
+    from amp_convert.api import save as save
     from amp_convert.core.errors import AmpConvertError as AmpConvertError
     from amp_convert.core.errors import ModelError as ModelError
     from amp_convert.core.errors import UnsupportedModelError as UnsupportedModelError
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
 
 __getattr__, __all__ = names_in(
     __name__,
-    api="audit autocast check compare convert export_onnx",
+    api="audit autocast check compare convert export_onnx load save",
     core__errors="AmpConvertError ModelError UnsupportedModelError UsageError",
     pipeline="Run",
     plan="Decision Plan",

@@ -1,4 +1,4 @@
-"""The stages of a run that not every run has: ONNX, training, `torch.compile`.
+"""The stages of a run that not every run has: ONNX, an archive, training, `torch.compile`.
 
 Each gives what it found, or why it did not run.
 """
@@ -20,6 +20,9 @@ from amp_convert.report import (
     Unchecked,
 )
 from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.saved_model.archive import write_archive
+from amp_convert.validate.archive.compare import compare_archive
+from amp_convert.validate.archive.results import ArchiveParity
 from amp_convert.validate.compiled.compare import StepToCompile, compare_compiled
 from amp_convert.validate.compiled.results import CompiledParity
 from amp_convert.validate.onnx.compare import validate_onnx
@@ -27,6 +30,8 @@ from amp_convert.validate.training import setup as training_setup
 from amp_convert.validate.training.compare import compare_training
 from amp_convert.validate.training.options import DEFAULT_STEPS
 from amp_convert.validate.training.results import TrainingParity
+
+ARCHIVE = "model.pt2"
 
 
 def export(
@@ -67,6 +72,37 @@ def export(
     return OnnxSection(
         model=dataclasses.replace(exported.file, path=name),
         parity=dataclasses.replace(parity, path=name),
+    )
+
+
+def save(
+    prepared: Prepared,
+    converted: ConvertedModel,
+    settings: Settings,
+    progress: Progress,
+    work: Path | None,
+    batches: int,
+) -> ArchiveParity | Unchecked:
+    """The frozen model as an archive, read back and compared."""
+    if not settings.save:
+        return Unchecked(reason="--save was not given")
+    if work is None:
+        raise UsageError("there is no folder for the archive", mend="Give one.")
+    case, path = prepared.case, work / ARCHIVE
+    progress.stage("save as an archive")
+    try:
+        archive = write_archive(converted.freeze(), path)
+    except UnsupportedModelError as error:  # the rest of the report is worth having without
+        return Unchecked(reason=str(error))
+    progress.stage("compare the archive with FP32", batches)
+    return compare_archive(
+        converted,
+        archive,
+        path,
+        batches_of(case, prepared.device, batches),
+        score=partial(score, case),
+        lower_is_better=case.lower_is_better,
+        on_batch=progress.advance,
     )
 
 

@@ -37,9 +37,12 @@ from amp_convert.report import (
     RunReport,
 )
 from amp_convert.report.assemble import assemble, model_info
+from amp_convert.report.writers.json_report import verdict_text
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
 from amp_convert.rules.load import load_rules
 from amp_convert.rules.rule_set import Painting, ask_for_fp32
+from amp_convert.saved_model.archive import add_verdict
+from amp_convert.validate.archive.results import ArchiveParity
 from amp_convert.validate.inference import costs
 from amp_convert.validate.inference.compare import compare
 from amp_convert.validate.inference.layer_times import layer_times
@@ -95,7 +98,8 @@ def check(
 ) -> Run:
     """Convert the model of `case` and judge the result.
 
-    `work` is a folder for files that go with the report: with `settings.onnx` there has to be one.
+    `work` is a folder for files that go with the report: with `settings.onnx` and `settings.save`
+    there has to be one.
     Raises UsageError for wrong settings, ModelError for what is wrong with the case,
     UnsupportedModelError where no part of the model can be captured.
     """
@@ -151,6 +155,7 @@ def _checked(
         slow_kernels=devices.slow_kernels(captured.device, from_name(settings.dtype)),
     )
     exported = stages.export(prepared, converted, settings, progress, work, divergence.batches)
+    saved = stages.save(prepared, converted, settings, progress, work, divergence.batches)
     trained = stages.train(prepared, converted, settings, progress)
     compiled = stages.compile_(prepared, converted, settings, progress, divergence.batches, trained)
     progress.stage("judge")
@@ -164,7 +169,10 @@ def _checked(
         trained,
         exported,
         compiled,
+        saved,
     )
+    if work is not None and isinstance(saved, ArchiveParity):
+        add_verdict(work / stages.ARCHIVE, verdict_text(report.verdict))
     files = () if work is None else tuple(sorted(work.iterdir()))
     gated = None
     if expected is not None:

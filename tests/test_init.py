@@ -12,7 +12,7 @@ import pytest
 
 import amp_convert
 
-FUNCTIONS = ["audit", "autocast", "check", "compare", "convert", "export_onnx"]
+FUNCTIONS = ["audit", "autocast", "check", "compare", "convert", "export_onnx", "load", "save"]
 TYPES = ["ConvertedModel", "Decision", "Divergence", "FrozenModel", "Plan", "Run"]
 ERRORS = ["AmpConvertError", "ModelError", "UnsupportedModelError", "UsageError"]
 

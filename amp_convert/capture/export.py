@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
-import io
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +32,7 @@ from amp_convert.capture.export_call import (
     doubled_batch,
     dynamic_shapes,
     flat_outputs,
+    quietly,
 )
 from amp_convert.capture.export_repairs import (
     detach_no_grad,
@@ -43,7 +42,7 @@ from amp_convert.capture.export_repairs import (
     repair,
     written_casts,
 )
-from amp_convert.capture.graph_call import GraphRunner, bind, in_mode
+from amp_convert.capture.graph_call import GraphRunner, bind, by_keyword, in_mode
 from amp_convert.capture.graph_signature import (
     Signature,
     UncheckableSizesError,
@@ -111,7 +110,7 @@ def export_graph(
         collector_paused(),
         in_mode(module, training=mode == Mode.TRAIN),
         devices.plain_mode(device),
-        flat_outputs(module) as returned,
+        flat_outputs(module, call, kwargs) as returned,
     ):
         program, fixed = None, "" if dynamic else "dynamic sizes were not asked for"
         if dynamic:
@@ -213,7 +212,7 @@ def _dynamic_program(
     try:
         args, kwargs = doubled_batch(args, kwargs)
         program = _program(module, call, args, kwargs, vary=vary, words=words)
-        check_guards(program, bind(call, args, kwargs).arguments)
+        check_guards(program, by_keyword(call, bind(call, args, kwargs).arguments))
     except UncheckableSizesError as error:
         return None, str(error)
     except Exception as error:  # noqa: BLE001  whatever fails dynamically is retried statically
@@ -234,16 +233,11 @@ def _program(
     args, kwargs = anew((tuple(args), dict(kwargs)))
     shapes = None
     if vary is not None:
-        shapes = dynamic_shapes(bind(call, args, kwargs).arguments, vary)
+        named = by_keyword(call, bind(call, args, kwargs).arguments)
+        shapes = dynamic_shapes(named, vary)
 
     def exported(casts: contextlib.AbstractContextManager[None]) -> torch.export.ExportedProgram:
-        # A failing export prints its half-made graph, and logs what its user cannot do much about.
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            _unlogged("torch.fx.experimental.symbolic_shapes"),
-            casts,
-        ):
+        with quietly(), casts:
             return torch.export.export(
                 module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
             )
@@ -265,17 +259,6 @@ def _program(
         detach_no_grad(node)
     functional: torch.export.ExportedProgram = program.run_decompositions({})
     return functional
-
-
-@contextlib.contextmanager
-def _unlogged(name: str) -> Iterator[None]:
-    """No messages of a library's logger, while this is open."""
-    logger = logging.getLogger(name)
-    was_off, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was_off
 
 
 # --- guards and signature -------------------------------------------------------------------------

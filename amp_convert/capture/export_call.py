@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import io
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,9 +43,12 @@ def distinct(inputs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
+def flat_outputs(
+    module: nn.Module, call: inspect.Signature, kwargs: Mapping[str, Any]
+) -> Iterator[list[pytree.TreeSpec]]:
     """While this is open, `module` returns the leaves of its outputs; their structure is appended
-    to the list that this gives.
+    to the list that this gives. Its signature, which is `call`, names each of the `kwargs`: PyTorch
+    2.13 mistakes sizes that are given by the name of a `**kwargs`.
 
     Export would rebuild the outputs each time it retraces, and a container that makes tensors of
     its own while it is built (a key-value cache of transformers) then adds constants that nobody
@@ -58,6 +63,7 @@ def flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
         found.append(spec)
         return tuple(leaves)
 
+    flat.__signature__ = explicit(call, kwargs)  # type: ignore[attr-defined]
     if not module._forward_hooks:
         module.__dict__["forward"] = flat
     try:
@@ -67,6 +73,16 @@ def flat_outputs(module: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
             module.__dict__["forward"] = own
         else:
             module.__dict__.pop("forward", None)
+
+
+def explicit(call: inspect.Signature, kwargs: Mapping[str, Any]) -> inspect.Signature:
+    """A signature with a parameter for each name that goes into `**kwargs`."""
+    known = [p for p in call.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if len(known) == len(call.parameters):
+        return call
+    names = kwargs.keys() - {p.name for p in known}
+    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n in names]
+    return call.replace(parameters=[*known, *more])
 
 
 Varying = frozenset[tuple[int, int]]
@@ -117,3 +133,19 @@ def doubled_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, 
         torch.Tensor, lambda t: torch.cat([t, t]), (args, kwargs)
     )
     return doubled_batch
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Around an export: one that fails prints its half-made graph, and logs what its user cannot do
+    much about."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    was_off, logger.disabled = logger.disabled, True
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            yield
+    finally:
+        logger.disabled = was_off

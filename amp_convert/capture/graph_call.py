@@ -43,6 +43,15 @@ def bind(
         ) from None
 
 
+def by_keyword(call: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, those of `**kwargs` by their own: so export, and its guards, name them."""
+    named: dict[str, Any] = {}
+    for name, value in arguments.items():
+        many = call.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        named.update(value if many else {name: value})
+    return named
+
+
 class UnfitCallError(ModelError):
     """A call that the module may take, and its graph does not: of other sizes, another structure,
     or with other constants than it was captured with."""
@@ -122,6 +131,8 @@ class GraphRunner:
         signature = self.signature
         written = len(signature.buffer_outputs)
         buffers, changed = outputs[:written], outputs[written : self._changes]
+        if not self._changes:
+            return self.results(outputs)
         with torch.no_grad():
             for name, value in zip(signature.buffer_outputs, buffers, strict=True):
                 store, key = _lookup(self.owner, name)
@@ -180,8 +191,9 @@ class GraphRunner:
                 given[name] = dict(sorted(given[name].items()))
         leaves, spec = pytree.tree_flatten(list(given.values()))
         self._check(leaves, spec)
+        named = by_keyword(self.signature.call, given)
         for guard in self.signature.guards:
-            if not guard.holds(given):
+            if not guard.holds(named):
                 raise UnfitCallError(
                     f"the model takes another path for inputs of this size: {guard.text} is false",
                     mend="Convert it with example inputs of the size you will pass.",

@@ -197,6 +197,9 @@ class Settings:
     onnx: Annotated[
         Switch, Option("Write the model as ONNX too, and check it in ONNX Runtime.")
     ] = False
+    save: Annotated[
+        Switch, Option("Save the frozen model as a torch.export archive too, and check it.")
+    ] = False
     io_types: Annotated[
         IoTypes, _onnx("ONNX inputs and outputs in FP32, or in the low dtype.", "keep|low")
     ] = "keep"
@@ -351,7 +354,9 @@ def _field(key: str, where: str) -> str:
     if key in known:
         return key.replace("-", "_")
     near = difflib.get_close_matches(key, known, n=1)
-    mend = f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(sorted(known))}."
+    mend = (
+        f"Did you mean {near[0]}?" if near else "They are the flags of amp-convert convert --help."
+    )
     raise UsageError(f"unknown setting {key}", where=where, mend=mend)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from amp_convert import __version__
 from amp_convert.capture.captured import Captured
+from amp_convert.capture.node_info import class_path
 from amp_convert.core.device import Device
 from amp_convert.loading.model_file import Case
 from amp_convert.loading.settings import Settings
@@ -22,6 +23,7 @@ from amp_convert.report.model import (
     RunReport,
     Unchecked,
 )
+from amp_convert.validate.archive.results import ArchiveParity
 from amp_convert.validate.compiled.results import CompiledParity
 from amp_convert.validate.inference.results import Divergence
 from amp_convert.validate.training.results import TrainingParity
@@ -38,6 +40,7 @@ def assemble(
     training: TrainingParity | Unchecked,
     onnx: OnnxSection | Unchecked,
     compiled: CompiledParity | Unchecked,
+    archive: ArchiveParity | Unchecked,
 ) -> RunReport:
     """Judge what a run found, and put it together with what it ran on."""
     thresholds = Thresholds.for_dtype(
@@ -60,6 +63,9 @@ def assemble(
         no_onnx=onnx.reason if isinstance(onnx, Unchecked) else "",
         onnx_required=settings.onnx,
         compiled=compiled if isinstance(compiled, CompiledParity) else None,
+        archive=archive if isinstance(archive, ArchiveParity) else None,
+        no_archive=archive.reason if isinstance(archive, Unchecked) else "",
+        archive_required=settings.save,
     )
     return RunReport(
         amp_convert=__version__,
@@ -73,6 +79,7 @@ def assemble(
         training=training,
         onnx=onnx,
         compiled=compiled,
+        archive=archive,
         fixed_sizes=captured.fixed_sizes,
         judged=_judged(thresholds, divergence, trained),
     )
@@ -97,12 +104,11 @@ def _judged(
 
 def model_info(case: Case) -> ModelInfo:
     """Which model ran."""
-    kind = type(case.model)
     return ModelInfo(
         name=case.name,
         source=case.source,
         digest=case.digest,
-        model_class=f"{kind.__module__}.{kind.__qualname__}",
+        model_class=class_path(type(case.model)),
         parameters=sum(p.numel() for p in case.model.parameters()),
     )
 

@@ -34,6 +34,7 @@ from amp_convert.core.files.reading import parse_json, read_file
 REPORT_FILES = frozenset(
     {"report.json", "layers.csv", "plan.toml", "report.md", "report.html", "junit.xml"}
     | {"audit.json", "audit.csv", "audit.md", "model.onnx", "model.onnx.data"}
+    | {"model.pt2"}
     | {".DS_Store", "Thumbs.db", "desktop.ini"}
 )
 _MARKS = {"report.json": "verdict", "audit.json": "totals"}

@@ -19,6 +19,7 @@ from amp_convert.onnx_file.write import OnnxModel
 from amp_convert.plan.costs import Island, StoredTwice
 from amp_convert.plan.plan import BatchNormFold, Plan
 from amp_convert.report.records import NodeRecord
+from amp_convert.validate.archive.results import ArchiveParity
 from amp_convert.validate.compiled.results import CompiledParity
 from amp_convert.validate.inference.results import Divergence
 from amp_convert.validate.onnx.results import OnnxParity
@@ -161,6 +162,7 @@ class RunReport(Section):
     training: TrainingParity | Unchecked
     onnx: OnnxSection | Unchecked
     compiled: CompiledParity | Unchecked = Unchecked(reason="--compile was not given")
+    archive: ArchiveParity | Unchecked = Unchecked(reason="--save was not given")
     fixed_sizes: tuple[FixedSizes, ...] = ()
     judged: Judged | None = None
 

@@ -41,6 +41,7 @@ from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_o
 from amp_convert.rewrite.graph_execution import runner_of, try_kernels
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rewrite.original_methods import under_plan
+from amp_convert.rewrite.original_signature import show
 from amp_convert.rewrite.stored_twice import stored_twice
 from amp_convert.rules.load import rules_of_text
 from amp_convert.rules.rule_set import Rules
@@ -92,6 +93,7 @@ class ConvertedModel(nn.Module):
         # What was hooked when the graphs were captured is in them.
         self._watch(hooks_of(original), frozenset())
         self.training = original.training
+        show(self, inspect.signature(original.forward))
 
     def _hold(self, captured: Captured, plan: Plan) -> None:
         """Rewrite what was captured as planned. Not through nn.Module: none of this is a
@@ -131,7 +133,7 @@ class ConvertedModel(nn.Module):
         with unheard(captured.model, hooked):
             anew = capture(
                 captured.model, captured.args, captured.kwargs,
-                train=self._has_train, apart=hooked, others=captured.others,
+                train=self.has_train, apart=hooked, others=captured.others,
             )  # fmt: skip
             rules = rules_of_text(plan.to_toml(), "the plan")
             call = (captured.args, captured.kwargs)
@@ -140,7 +142,8 @@ class ConvertedModel(nn.Module):
         self.__dict__["_apart"] = hooked
 
     @property
-    def _has_train(self) -> bool:
+    def has_train(self) -> bool:
+        """Whether there are graphs to train with."""
         regions = self.captured.in_mode(Mode.TRAIN).regions
         return all(Mode.TRAIN in region.graphs for region in regions)
 
@@ -197,7 +200,7 @@ class ConvertedModel(nn.Module):
         captured = self.captured
         parts = (captured.model, captured.args, dict(captured.kwargs), self.plan)
         hooks = (self.__dict__["_hooks"], self.__dict__["_apart"])
-        return _recaptured, (*parts, self._has_train, self.training, *hooks, captured.others)
+        return _recaptured, (*parts, self.has_train, self.training, *hooks, captured.others)
 
     def freeze(self, *, fold_batch_norm: bool = False) -> FrozenModel:
         """A copy for inference, weights stored in low precision; this model is left as it is.

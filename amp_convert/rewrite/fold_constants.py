@@ -18,6 +18,7 @@ import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,6 +30,7 @@ from amp_convert.plan.plan import BatchNormFold
 from amp_convert.rewrite.fold_batch_norm import fold_batch_norms
 from amp_convert.rewrite.insert_casts import Rewritten
 from amp_convert.rewrite.kernels.aliasing import reaches_output
+from amp_convert.rewrite.kernels.products import kernel_of
 
 aten = torch.ops.aten
 
@@ -48,14 +50,17 @@ def fold(
     *,
     wide: bool = False,
     batch_norms: Iterable[BatchNormFold] = (),
+    fold_products: bool = False,
 ) -> Folded:
     """Fold the eval graph; `tensors` holds every non-user input by placeholder name, `batch_norms`
     which are folded.
 
     With `wide`, what is stored has not been rounded: casts to a low dtype are to FP32 there, in the
-    same places and by the same names.
+    same places and by the same names. `fold_products` computes linear layers by the kernel that the
+    tuned graph has for them (see `kernels.products`), or a constant would have other bits.
     """
-    return _Folder(_prepared(rewritten, batch_norms), rewritten, tensors, wide=wide).run()
+    graph = _prepared(rewritten, batch_norms)
+    return _Folder(graph, rewritten, tensors, wide=wide, fold_products=fold_products).run()
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def stored_weights(
 ) -> Iterator[StoredWeight]:
     """What folding the eval graph will store of the model's own tensors, without folding it;
     `held` are its inputs as `GraphRunner.tensors` gives them."""
-    folder = _Folder(_prepared(rewritten, ()), rewritten, {}, wide=False)
+    folder = _Folder(_prepared(rewritten, ()), rewritten, {})
     own = dict(zip(folder.placeholders, held, strict=True))
     for node, reader in folder.frontier().items():
         source = node
@@ -134,9 +139,11 @@ class _Folder:
         rewritten: Rewritten,
         tensors: Mapping[str, torch.Tensor],
         *,
-        wide: bool,
+        wide: bool = False,
+        fold_products: bool = False,
     ) -> None:
         self._graph, self._root, self._wide = graph, rewritten.graph_module, wide
+        self._fold_products = fold_products
         self._signature = rewritten.captured.signature
         self._specs = self.placeholders = self._signature.placeholders(graph)
         self._placeholders = list(self._specs)
@@ -232,8 +239,9 @@ class _Folder:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
             if self._wide:
                 args, kwargs = widened((args, kwargs))
+            kernel: Any = kernel_of(node) if self._fold_products else node.target
             with torch.no_grad():
-                self._known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                self._known[node] = kernel(*args, **kwargs)
         return self._known[node]
 
     def _weight_name(self, node: fx.Node) -> str:

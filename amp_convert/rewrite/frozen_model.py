@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,11 @@ from torch import nn
 
 from amp_convert.capture.captured import Region
 from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.node_info import class_path
 from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import name_of
+from amp_convert.core.tree_paths import map_tensors
 from amp_convert.eager import no_plan
 from amp_convert.plan.batch_norm_folds import batch_norm_folds
 from amp_convert.plan.plan import BatchNormFold, Plan
@@ -22,6 +25,7 @@ from amp_convert.rewrite.fold_constants import Folded, fold
 from amp_convert.rewrite.graph_execution import runner_of
 from amp_convert.rewrite.insert_casts import Rewritten
 from amp_convert.rewrite.kernels.tuned_graph import RunningGraph
+from amp_convert.rewrite.original_signature import show
 
 if TYPE_CHECKING:
     from amp_convert.rewrite.converted_model import ConvertedModel
@@ -39,6 +43,10 @@ class FrozenModel(nn.Module):
     plan: Plan
     batch_norm_folds: tuple[BatchNormFold, ...]
     """Which BatchNorms are folded, and why others are not; none where that was not asked for."""
+    model_class: str
+    """The original's class, with its module."""
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+    """The example inputs as (args, kwargs), without their values."""
 
     def __init__(self, converted: ConvertedModel, *, fold_batch_norm: bool = False) -> None:
         super().__init__()
@@ -50,9 +58,15 @@ class FrozenModel(nn.Module):
             for r in captured.regions
         }
         self.__dict__["batch_norm_folds"] = tuple(f for each in folds.values() for f in each)
+        self.__dict__["model_class"] = class_path(type(captured.model))
+        call = (captured.args, dict(captured.kwargs))
+        self.__dict__["example"] = map_tensors(lambda t: t.to("meta"), call)
         folded = {
             r.path: fold_weights(
-                r, converted.rewritten[r.path][Mode.EVAL], batch_norms=folds[r.path]
+                r,
+                converted.rewritten[r.path][Mode.EVAL],
+                batch_norms=folds[r.path],
+                fold_products=not self.plan.exact,
             )
             for r in captured.regions
         }
@@ -78,14 +92,36 @@ class FrozenModel(nn.Module):
             model.training = False
             self.__dict__["_callee"] = model
         self.eval()
+        self._show_signature()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the original does, in the original's dtypes; no gradients."""
+        if torch.compiler.is_exporting():  # a switch of grad mode could not be saved
+            return self.__dict__["_callee"](*args, **kwargs)
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return self.__dict__["_callee"](*args, **kwargs)
         with torch.no_grad(), no_plan():
             return self.__dict__["_callee"](*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenModel.__new__, (FrozenModel,), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._show_signature()
+
+    def _show_signature(self) -> None:
+        callee = self.__dict__["_callee"]
+        if isinstance(callee, GraphRunner):
+            show(self, callee.signature.call)
+        else:
+            show(self, inspect.signature(callee.forward))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one graph holds the whole model."""
+        return "" in self.__dict__["_runners"]
 
     def runner(self, path: str) -> GraphRunner:
         """What is called for the captured part at `path`."""
@@ -168,11 +204,12 @@ def fold_weights(
     *,
     wide: bool = False,
     batch_norms: Iterable[BatchNormFold] = (),
+    fold_products: bool = False,
 ) -> Folded:
-    """The graph for inference, with the weights that the region's module has now; `wide` and
-    `batch_norms` as in `fold`."""
+    """The graph for inference, with the weights that the region's module has now; `wide`,
+    `batch_norms` and `fold_products` as in `fold`."""
     runner = runner_of(rewritten, region.module)
     placeholders = runner.signature.placeholders(rewritten.graph_module.graph)
     held = zip(placeholders, runner.tensors(), strict=True)
     tensors = {node.name: tensor for node, tensor in held if tensor is not None}
-    return fold(rewritten, tensors, wide=wide, batch_norms=batch_norms)
+    return fold(rewritten, tensors, wide=wide, batch_norms=batch_norms, fold_products=fold_products)

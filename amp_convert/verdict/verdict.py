@@ -17,6 +17,7 @@ not measured is unchecked, and every comparison is written so that NaN fails it.
 8. `training.*`: does it train as FP32 does? See `training_checks`.
 9. `onnx.*`: does its ONNX file compute the same? See `onnx_checks`.
 10. `compiled.*`: and under `torch.compile`, where that was asked for? See `compiled_checks`.
+11. `archive.outputs`: and the saved archive, where one was asked for? See `archive_check`.
 
 The verdict fails when any check fails; it is inconclusive when a required check is unchecked;
 otherwise it passes. The checks that do not block stay in the list as unchecked.
@@ -44,6 +45,7 @@ from typing import TYPE_CHECKING
 
 from amp_convert.core.errors import UsageError
 from amp_convert.core.mode import Mode
+from amp_convert.verdict.archive_check import archive_checks
 from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.compiled_checks import compiled_checks
 from amp_convert.verdict.inference_checks import (
@@ -74,6 +76,7 @@ from amp_convert.verdict.training_checks import training_checks
 if TYPE_CHECKING:
     from amp_convert.capture.fidelity import Fidelity
     from amp_convert.plan.plan import Plan
+    from amp_convert.validate.archive.results import ArchiveParity
     from amp_convert.validate.compiled.results import CompiledParity
     from amp_convert.validate.inference.results import Divergence
     from amp_convert.validate.onnx.results import OnnxParity
@@ -128,13 +131,17 @@ def judge(
     no_onnx: str = "--onnx was not given",
     onnx_required: bool = False,
     compiled: CompiledParity | None = None,
+    archive: ArchiveParity | None = None,
+    no_archive: str = "--save was not given",
+    archive_required: bool = False,
 ) -> Verdict:
     """Hold the evidence against `thresholds`.
 
     `divergence` is None when the graphs could not be run side by side, as on the meta device;
     `training` and `onnx` when nothing was trained or exported, for the reason given.
     `metrics_supplied` is whether the user's file gives metrics: they are then required, as training
-    is where `training_required`, and an ONNX file where `onnx_required`. Raises UsageError when
+    is where `training_required`, an ONNX file where `onnx_required`, and an archive where
+    `archive_required`. Raises UsageError when
     `thresholds` are those of another dtype than the plan's.
     """
     if thresholds.dtype != plan.dtype:
@@ -168,6 +175,7 @@ def judge(
             limits,
             slow_kernels=divergence.slow_kernels if divergence is not None else "",
         ),
+        *archive_checks(archive, no_archive, limits, required=archive_required),
         *metrics,
         *training_checks(
             training,

@@ -175,3 +175,40 @@ def test_the_command_learns_it_from_the_batches(tmp_path: Path) -> None:
     assert ended.value.code == 0
     report = (tmp_path / "out" / "report.md").read_text()
     assert "The plan on the eager model: the converted model's bits" in report
+
+
+class Named(nn.Module):
+    """Takes what it has no names for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, *xs: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        return self.a(torch.stack(xs).sum(0)) - self.a(more["z"]) + more["b"].mean()
+
+
+def test_what_goes_into_kwargs_may_vary() -> None:
+    """PyTorch 2.13 refuses dynamic sizes that are given by the name of a `**kwargs`."""
+
+    def call(size: int, other: int) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+        xs = (torch.randn(size, 8), torch.randn(size, 8))
+        return xs, {"z": torch.randn(size, 8), "b": torch.randn(2, other)}
+
+    model = Named().eval()
+    others = [call(2, 5)]
+    captured = capture(model, *call(2, 3), train=False, others=others)
+    [region] = captured.regions
+    signature = region.graphs[Mode.EVAL].signature
+    assert {each.path: each.shape for each in signature.user_inputs} == {
+        "xs[0]": (None, 8),
+        "xs[1]": (None, 8),
+        "more['b']": (None, None),
+        "more['z']": (None, 8),
+    }
+    for given in (call(2, 3), call(7, 4)):
+        args, kwargs = given
+        assert captured.takes(args, kwargs) == ""
+        assert_same_bits(region.runner(Mode.EVAL)(*args, **kwargs), model(*args, **kwargs))
+    args, kwargs = call(4, 3)
+    assert "size()" in captured.takes((*args[:1], args[1][:2]), kwargs)

@@ -27,6 +27,7 @@ from amp_convert.report.sections import (
     onnx_summary,
     training_summary,
 )
+from amp_convert.report.sections.archive import archive_text
 from amp_convert.report.sections.compiled_summary import compiled_summary
 from amp_convert.report.sections.eager_plan import eager_plan_text
 from amp_convert.report.sections.grouping import (
@@ -96,6 +97,7 @@ def _content(report: RunReport) -> dict[str, object]:
         "sentence": verdict_sentence(report),
         "tiles": tiles(report),
         "rows": rows,
+        "archive": archive_text(report),
         "eager_plan": eager_plan_text(report),
         "arms": [arm for arm in ARMS if any(getattr(row, arm) for row in rows)],
         "chart": error_chart.error_chart(report),

@@ -13,6 +13,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from amp_convert.report.model import RunReport, Section
+from amp_convert.verdict.verdict import Verdict
 
 SCHEMA_FILE = "report.schema.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -55,6 +56,15 @@ def _tidied(schema: Any, *, in_properties: bool = False) -> Any:
 def json_text(report: Section) -> str:
     """The report as strict JSON (RFC 8259), two spaces of indent, with a final newline."""
     return report.model_dump_json(indent=2) + "\n"
+
+
+class _OfRun(Section):
+    verdict: Verdict
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """A verdict alone, as it stands in the report."""
+    return json_text(_OfRun(verdict=verdict))
 
 
 def schema_text() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport
+from amp_convert.report.sections.archive import archive_text
 from amp_convert.report.sections.compiled_summary import compiled_summary
 from amp_convert.report.sections.eager_plan import eager_plan_text
 from amp_convert.report.sections.grouping import fp32_groups, layer_name, layers_text, ops_text
@@ -57,7 +58,10 @@ def _figures(report: RunReport) -> list[str]:
     rows = comparison(report)
     arms = [arm for arm in ARMS if any(getattr(row, arm) for row in rows)]
     cells = [[escape(row.quantity), *(getattr(row, arm) for arm in arms)] for row in rows]
-    said = eager_plan_text(report)
+    more = {
+        "The plan on the eager model": eager_plan_text(report),
+        "The saved archive": archive_text(report),
+    }
     return [
         "## Against FP32",
         "",
@@ -65,7 +69,7 @@ def _figures(report: RunReport) -> list[str]:
         "",
         f"- Low precision: {precision_text(report)}",
         f"- Casts: {casts_text(report)}",
-        *([f"- The plan on the eager model: {escape(said)}"] if said else []),
+        *(f"- {what}: {escape(said)}" for what, said in more.items() if said),
     ]
 
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from amp_convert.plan.plan import DecisionKind
 from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport
+from amp_convert.report.sections.archive import archive_text
 from amp_convert.report.sections.eager_plan import eager_plan_text
 from amp_convert.report.sections.grouping import (
     Fp32Group,
@@ -169,6 +170,7 @@ def _plan_lines(report: RunReport) -> list[Text]:
         Text(f"low precision  {precision_text(report)}"),
         Text(f"casts          {casts_text(report)}"),
         *([Text(f"eager model    {said}")] if (said := eager_plan_text(report)) else []),
+        *([Text(f"archive        {said}")] if (said := archive_text(report)) else []),
     ]
 
 

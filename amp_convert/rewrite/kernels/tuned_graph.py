@@ -4,9 +4,11 @@ Passes change kernels and never precisions. Where the plan asks for PyTorch's ow
 (`exact`), those that could change a bit are left out, so that `rules="fp32"` and `rules="autocast"`
 give what eager gives.
 
-There are two forms. `tuned` is for calls without gradients. `trained` is for training: autograd
+There are three forms. `tuned` is for calls without gradients. `trained` is for training: autograd
 differentiates it, so nothing may be written over that autograd saves, and no sum of gradients is
 moved into a lower precision; weights are cast together, and buffers are written where they are.
+`deployed` is for those who trace it, such as torch.export: it looks at no values, keeps nothing
+from call to call and writes nothing in place.
 """
 
 from __future__ import annotations
@@ -52,6 +54,21 @@ def tuned(graph_module: fx.GraphModule, signature: Signature, *, exact: bool) ->
         products.fold(graph)
     in_place.write(graph, _ALLOCATING)
     bindings.bind(graph)
+    return _module(graph, graph_module, modules)
+
+
+def deployed(graph_module: fx.GraphModule, signature: Signature, *, exact: bool) -> fx.GraphModule:
+    """A copy of `graph_module` for tracing; `signature` is the graph's."""
+    graph, _ = _copied(graph_module, signature)
+    modules: dict[str, nn.Module] = {}
+    empty_parts.drop(graph)
+    batch_norm.call_as_eager(graph)
+    whole_slices.drop(graph)
+    if not exact:
+        grouped_attention.group(graph)
+        sizes_alone.erase_unread(graph)
+        casts.merge(graph)
+        products.fold(graph)
     return _module(graph, graph_module, modules)
 
 

@@ -1,0 +1,1 @@
+"""A saved archive held against FP32."""
