@@ -33,7 +33,6 @@ def audit(
         from amp_convert.report.folder import check_writable
         from amp_convert.report.sections import audit as auditing
         from amp_convert.report.writers.audit_terminal import render_audit
-        from amp_convert.report.writers.json_report import json_text
 
         folder = Path(out) if out else None
         if folder is not None:
@@ -41,9 +40,9 @@ def audit(
         plan, model = pipeline.audit(source, settings, progress)
         report = auditing.audit_report(plan, model, __version__)
         if folder is not None:
-            auditing.write_audit(folder, report)
+            auditing.write_audit(folder, report, auditing.audit_rows(plan))
     if as_json:
-        console.file.write(json_text(report))
+        console.file.write(auditing.audit_json(report))
     else:
         render_audit(console, report, folder)
     return 0

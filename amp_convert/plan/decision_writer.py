@@ -79,7 +79,7 @@ class Writer:
             owner = owner.args[0]  # type: ignore[assignment]
         ruling = self._settled.rulings.get(owner.name, NOTHING) if node is owner else NOTHING
         decided = ruling is not NOTHING
-        kind, reason = self._settle(node, ruling)
+        kind, reason, follows = self._settle(node, ruling)
         clamp = self._clamp(node, flow)
         scaling = self._settled.scalings.get(node.name, UNSCALED)
         rewrites = [RewriteKind.CLAMP_MASKS] if clamp is not None else []
@@ -111,6 +111,7 @@ class Writer:
             clamp=clamp,
             scale=scaling.result,
             number_scale=scaling.number,
+            follows=follows,
         )
 
     def _inputs(self, node: fx.Node, flow: Flow, scaling: Scaling) -> Iterator[PlannedInput]:
@@ -154,22 +155,23 @@ class Writer:
         }
         return read == {self._dtype}
 
-    def _settle(self, node: fx.Node, ruling: Ruling) -> tuple[DecisionKind, str]:
-        """What had the last word, and the reason: the rule's and, where painting decided, what
-        painting did."""
+    def _settle(self, node: fx.Node, ruling: Ruling) -> tuple[DecisionKind, str, str]:
+        """What had the last word; the reason: the rule's and, where painting decided, what painting
+        did; and the node that it follows, if it is one."""
         painted = ruling.category in (Category.INFER, Category.CLEAR) and not ruling.pinned
         if ruling.explicit or not painted or self._painting is Painting.AUTOCAST:
-            return ruling.kind, ruling.reason
+            return ruling.kind, ruling.reason, ""
         index = self._settled.index[node.name]
         if index in self._settled.painted.low:
-            return DecisionKind.PAINTING, f"{ruling.reason}; joins the low-precision ops around it"
+            joins = "joins the low-precision ops around it"
+            return DecisionKind.PAINTING, f"{ruling.reason}; {joins}", ""
         if index in self._settled.painted.denied:
             root = self._infos[self._names[self._settled.painted.denied[index]]]
             where = f" in {root.layer}" if root.layer else ""
             follows = f"follows {root.short_op}{where}, which stays in FP32"
-            return DecisionKind.PROPAGATION, f"{ruling.reason}; {follows}"
+            return DecisionKind.PROPAGATION, f"{ruling.reason}; {follows}", root.identity
         alone = "not between two low-precision ops, so a cast would gain nothing"
-        return DecisionKind.PAINTING, f"{ruling.reason}; {alone}"
+        return DecisionKind.PAINTING, f"{ruling.reason}; {alone}", ""
 
     def casts(self) -> Casts:
         """Distinct (value, dtype) pairs and border edges, the graph's outputs included."""

@@ -78,7 +78,8 @@ class Decision:
 
     `rule`, `reason` and `source` are for people: the rule's name, its sentence and its place. Where
     a guard fired, `guard` is its name, `measured` the value that it saw and `limit` what that was
-    held to; `evidence` says what was measured in words.
+    held to; `evidence` says what was measured in words. `follows` is the node that keeps this one
+    in FP32, by identity, where that is the reason.
 
     The casts: `inputs` has an entry a tensor argument, in order; `output_dtype` is for the result:
     the dtype to cast to, or None. `output_dtypes` are those that the node's consumers see.
@@ -113,6 +114,7 @@ class Decision:
     clamp: float | None = None
     scale: float = 1.0
     number_scale: float = 1.0
+    follows: str = ""
 
     @property
     def decided(self) -> bool:

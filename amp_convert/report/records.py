@@ -21,6 +21,7 @@ class NodeRecord:
 
     `reason` is the whole sentence, rewrites included, and `rewrite` that part of it. Where a guard
     fired, `guard` is its name, `measured` the value that it saw and `limit` what that was held to.
+    `follows` is the node that keeps this one in FP32, where that is the reason.
 
     The casts: `input_dtypes` has an entry a tensor argument, `output_dtype` is for the result: the
     dtype to cast to, or None. `output_dtypes` are those that the node's consumers see. `clamp` is
@@ -58,6 +59,7 @@ class NodeRecord:
     measured: float | None = None
     limit: float | None = None
     rewrites: tuple[RewriteKind, ...] = ()
+    follows: str = ""
 
     @classmethod
     def of(cls, decision: Decision) -> NodeRecord:
@@ -93,6 +95,7 @@ class NodeRecord:
             measured=decision.measured,
             limit=decision.limit,
             rewrites=decision.rewrites,
+            follows=decision.follows,
         )
 
     @property

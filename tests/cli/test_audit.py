@@ -28,10 +28,9 @@ def test_the_table_says_which_and_why(probe: Path) -> None:
     assert text.startswith(
         "Audit of probe float16 on cpu, rules default.toml "
         "1 of 2 nodes in 1 of 2 layers stay FP32, with 0 % of the multiply-adds "
-        "nodes mul-adds layer, what, why 1 0 % (top level) aten.linalg_vector_norm: "
+        "nodes mul-adds layer, what, why 1 0 % (top level) probe.py:10 aten.linalg_vector_norm: "
     )
-    assert "measured: abs max " in text
-    assert "[op aten.linalg_" in text
+    assert "[default.toml:" in text
     assert "probe.py:10" in text
     assert max(map(len, outcome.out.splitlines())) <= 80
     assert "\x1b" not in outcome.out
@@ -46,15 +45,17 @@ def test_json_and_out_say_the_same(probe: Path, tmp_path: Path) -> None:
     assert outcome.out == (out / "audit.json").read_text(encoding="utf-8")
     assert {entry.name for entry in out.iterdir()} == {"audit.json", "audit.csv", "audit.md"}
     (row,) = outcome.json["rows"]
-    assert (row["layer"], row["ops"]) == ("", [["aten.linalg_vector_norm", 1]])
+    [cause] = row["causes"]
+    assert (row["layer"], row["layers"], row["nodes"]) == ("(top level)", 1, 1)
+    assert (cause["ops"], cause["kind"]) == ([["aten.linalg_vector_norm", 1]], "rule")
     assert row["location"] == "probe.py:10"
-    assert row["evidence"].startswith("abs max ")
-    assert row["source"].startswith("default.toml:")
+    assert cause["source"].startswith("default.toml:")
     assert outcome.json["totals"]["fp32_nodes"] == 1
     with (out / "audit.csv").open(encoding="utf-8", newline="") as file:
         (line,) = csv.DictReader(file)
-    assert (line["rule"], line["reason"]) == (row["rule"], row["reason"])
-    assert row["reason"].split(":")[0] in (out / "audit.md").read_text(encoding="utf-8")
+    assert (line["rule"], line["reason"]) == (cause["rule"], cause["reason"])
+    assert line["evidence"].startswith("abs max ")
+    assert cause["reason"].split(":")[0] in (out / "audit.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -88,5 +89,6 @@ def test_the_audit_and_the_conversion_plan_alike(tmp_path: Path) -> None:
     assert audit["totals"]["fp32_nodes"] == len(kept) == sum(row["nodes"] for row in audit["rows"])
     assert audit["totals"]["casts"] == report["plan"]["casts"]
     assert audit["totals"]["share_macs_low"] == report["plan"]["share_macs_low"]
-    assert {row["layer"] for row in audit["rows"]} == {row["layer"] for row in kept}
+    named = {row["layer"] or "(top level)" for row in kept}
+    assert {row["layer"] for row in audit["rows"]} == named
     assert json.dumps(audit["model"]) == json.dumps(report["model"])

@@ -1,26 +1,34 @@
 """The audit: which layers stay FP32 and why, without converting anything.
 
-A row is one layer and one reason: its nodes with the same rule, reason and evidence. Nodes that
-there was nothing to decide about (no floating point tensor) are in no row.
+A row is one layer, with those that differ from it only in a number, and its causes: each is one
+rule and reason, with the nodes that it keeps in FP32; those that only follow another node are one
+cause for each operator and layer that they follow. audit.csv has a line a layer and reason instead,
+with what was measured there. Nodes that there was nothing to decide about (no floating point
+tensor) are in neither.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from amp_convert.capture.captured import Uncaptured
 from amp_convert.plan.costs import Island, StoredTwice
 from amp_convert.plan.plan import DecisionKind, Plan
 from amp_convert.report import text as fmt
 from amp_convert.report.folder import write_folder
-from amp_convert.report.model import SCHEMA_VERSION, ModelInfo, Section
+from amp_convert.report.model import ModelInfo, Section
 from amp_convert.report.records import NodeRecord
 from amp_convert.report.sections.grouping import (
-    layer_name,
+    Cause,
+    cause_of,
+    layer_range,
     ops_text,
+    pattern_of,
     stays_fp32,
 )
 from amp_convert.report.sections.summary import coverage_gaps
@@ -53,6 +61,37 @@ class AuditRow:
     kind: DecisionKind
 
 
+@dataclass(frozen=True)
+class AuditCause:
+    """Why nodes of some layers stay FP32. `ops` are their operators with counts; `evidence` is what
+    was measured where a guard decided, in the first layer; `kind` is what had the last word; `here`
+    says of what follows another node whether that is in the same layer."""
+
+    kind: DecisionKind
+    ops: tuple[tuple[str, int], ...]
+    reason: str
+    rule: str
+    source: str
+    evidence: str = ""
+    here: bool = False
+
+
+@dataclass(frozen=True)
+class AuditLayers:
+    """Layers that differ only in a number, with nodes that stay FP32: `layer` names them all, as in
+    "model.layers.0 to 23.mlp", `layers` counts them. `module` is the class of the first,
+    `location` the line of the user's file that its first node comes from, `macs_share` the fraction
+    of the model's multiply-adds."""
+
+    layer: str
+    layers: int
+    module: str
+    location: str
+    nodes: int
+    macs_share: float
+    causes: tuple[AuditCause, ...]
+
+
 class AuditTotals(Section):
     """What the plan adds up to; shares are fractions of 1."""
 
@@ -69,14 +108,14 @@ class AuditTotals(Section):
 class AuditReport(Section):
     """The whole audit, as `amp-convert audit --json` prints it."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = 2
     amp_convert: str
     model: ModelInfo
     dtype: str
     device: str
     rules: tuple[str, ...]
     totals: AuditTotals
-    rows: tuple[AuditRow, ...]
+    rows: tuple[AuditLayers, ...]
     unknown_ops: dict[str, int]
     uncaptured: tuple[Uncaptured, ...]
     unmatched_rules: tuple[str, ...]
@@ -105,7 +144,7 @@ def audit_report(plan: Plan, model: ModelInfo, version: str) -> AuditReport:
             casts=plan.eval_casts.activations + plan.eval_casts.weights,
             borders=plan.eval_casts.borders,
         ),
-        rows=tuple(audit_rows(plan)),
+        rows=tuple(audit_layers(plan)),
         unknown_ops=plan.unknown_ops(),
         uncaptured=plan.uncaptured,
         unmatched_rules=plan.unmatched_rules,
@@ -144,6 +183,50 @@ def _row(members: list[NodeRecord], total_macs: int) -> AuditRow:
     )
 
 
+def audit_layers(plan: Plan) -> list[AuditLayers]:
+    """The same by layers that differ only in a number."""
+    total = sum(decision.macs for decision in plan.eval)
+    records = [NodeRecord.of(decision) for decision in plan.eval]
+    by_node = {record.node: record for record in records}
+    groups: dict[str, list[NodeRecord]] = {}
+    for record in filter(stays_fp32, records):
+        groups.setdefault(pattern_of(record.layer), []).append(record)
+    return [_layers(members, by_node, total) for members in groups.values()]
+
+
+def _layers(
+    members: list[NodeRecord], by_node: Mapping[str, NodeRecord], total_macs: int
+) -> AuditLayers:
+    first = members[0]
+    layers = list(dict.fromkeys(member.layer for member in members))
+    macs = sum(member.macs for member in members)
+    groups: dict[Cause, list[NodeRecord]] = {}
+    for member in members:
+        groups.setdefault(cause_of(member, by_node), []).append(member)
+    return AuditLayers(
+        layer=layer_range(layers),
+        layers=len(layers),
+        module=first.module,
+        location=next((member.location for member in members if member.location), ""),
+        nodes=len(members),
+        macs_share=macs / total_macs if total_macs else 0.0,
+        causes=tuple(_cause(cause, found) for cause, found in groups.items()),
+    )
+
+
+def _cause(cause: Cause, members: list[NodeRecord]) -> AuditCause:
+    first = members[0]
+    return AuditCause(
+        kind=cause.kind,
+        ops=tuple(Counter(member.op for member in members).most_common()),
+        reason=cause.reason,
+        rule=cause.rule,
+        source=cause.source,
+        evidence=first.evidence if cause.kind is DecisionKind.GUARD else "",
+        here=cause.layer == pattern_of(first.layer),
+    )
+
+
 def totals_text(report: AuditReport) -> str:
     """One sentence: how much of the model stays FP32."""
     totals = report.totals
@@ -157,9 +240,9 @@ def totals_text(report: AuditReport) -> str:
     )
 
 
-def audit_csv(report: AuditReport) -> str:
+def audit_csv(details: Iterable[AuditRow]) -> str:
     """The text of audit.csv: one row an `AuditRow`, one column a field."""
-    rows = ([_csv_value(value) for value in astuple(row)] for row in report.rows)
+    rows = ([_csv_value(value) for value in astuple(row)] for row in details)
     return csv_text([field.name for field in fields(AuditRow)], rows)
 
 
@@ -171,22 +254,22 @@ def audit_markdown(report: AuditReport) -> str:
     """The text of audit.md."""
     rows = [
         [
-            code(layer_name(row.layer)),
-            f"{row.nodes:,}",
-            fmt.percent(row.macs_share),
-            escape(ops_text(row.ops)),
-            escape(row.reason),
-            escape(row.evidence),
-            f"{code(row.rule)} {code(row.source)}",
+            code(row.layer),
+            f"{sum(count for _, count in cause.ops):,}",
+            escape(ops_text(cause.ops)),
+            escape(cause.reason),
+            escape(cause.evidence),
+            f"{code(cause.rule)} {code(cause.source)}" if cause.source else code(cause.rule),
             code(row.location),
         ]
         for row in report.rows
+        for cause in row.causes
     ]
-    columns = ["layer", "nodes", "multiply-adds", "ops", "reason", "evidence", "rule", "place"]
+    columns = ["layer", "nodes", "ops", "reason", "evidence", "rule", "place"]
     gaps = coverage_gaps(report.unknown_ops, report.uncaptured, report.unmatched_rules)
     lines = [f"# Audit: {escape(report.model.name)} in {report.dtype} on {report.device}"]
     lines += ["", f"{totals_text(report)}. Rules: {', '.join(map(code, report.rules))}."]
-    lines += ["", *table(columns, rows, numbers="12")] if rows else []
+    lines += ["", *table(columns, rows, numbers="1")] if rows else []
     if shown := islands_lines(report.islands, report.stored_twice):
         lines += ["", *shown]
     if gaps:
@@ -195,11 +278,28 @@ def audit_markdown(report: AuditReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_audit(out: Path, report: AuditReport) -> None:
-    """Write audit.json, audit.csv and audit.md. Raises UsageError as `write_folder`."""
+def audit_json(report: AuditReport) -> str:
+    """The text of audit.json: strict JSON with a row a line, so that a large model's fits on a
+    screen."""
+    document = json.loads(json_text(report))
+    lines = [
+        f"  {json.dumps(key)}: {_lines(value) if key == 'rows' else json.dumps(value)}"
+        for key, value in document.items()
+    ]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _lines(rows: list[Any]) -> str:
+    inside = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+    return f"[\n{inside}\n  ]" if rows else "[]"
+
+
+def write_audit(out: Path, report: AuditReport, details: Iterable[AuditRow]) -> None:
+    """Write audit.json, audit.csv with the `details`, and audit.md. Raises UsageError as
+    `write_folder`."""
     files = {
-        "audit.json": json_text(report),
-        "audit.csv": audit_csv(report),
+        "audit.json": audit_json(report),
+        "audit.csv": audit_csv(details),
         "audit.md": audit_markdown(report),
     }
     write_folder(out, files)

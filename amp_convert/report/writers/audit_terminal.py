@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from amp_convert.plan.plan import DecisionKind
 from amp_convert.report import text as fmt
-from amp_convert.report.sections.audit import AuditReport, AuditRow, totals_text
+from amp_convert.report.sections.audit import AuditLayers, AuditReport, totals_text
 from amp_convert.report.sections.grouping import (
-    layer_patterns,
     layers_text,
     ops_text,
-    pattern_of,
 )
 from amp_convert.report.sections.islands import TWICE, IslandRow, island_rows, twice_text
 from amp_convert.report.sections.summary import coverage_gaps
@@ -25,12 +24,15 @@ from amp_convert.report.writers.terminal import (
     gap_section,
     heading,
     indented,
-    reason_text,
-    rule_text,
+    place,
     short,
 )
 
 _MAX_ROWS = 60
+_MARGIN = 21
+"""Columns beside the last one of the table."""
+_RAGGED, _LEAST = 8, 16
+"""Columns that a line loses where its last word does not fit, and what is left of any reason."""
 
 _MAX_ISLANDS = 5
 
@@ -43,9 +45,9 @@ def render_audit(console: Console, report: AuditReport, folder: Path | None = No
     console.print(heading(f"Audit of {short(report.model.name)}", short(where, 80)))
     console.print(Text(totals_text(report)))
     console.print()
-    rows = _merged(report.rows)
+    rows = report.rows
     if rows:
-        console.print(indented(_rows_table(rows[:_MAX_ROWS])))
+        console.print(indented(_rows_table(rows[:_MAX_ROWS], min(console.width, 120) - _MARGIN)))
         rest = len(rows) - _MAX_ROWS
         if rest > 0:
             console.print(Text(f"  ... and {fmt.count(rest, 'more row')}; --out writes them all"))
@@ -66,25 +68,37 @@ def render_audit(console: Console, report: AuditReport, folder: Path | None = No
         console.print(Text(f"Audit: {folder}/audit.md"), soft_wrap=True)
 
 
-def _merged(rows: Iterable[AuditRow]) -> list[list[AuditRow]]:
-    """Rows that give one reason for layers which differ only in an index, together."""
-    groups: dict[tuple[str, ...], list[AuditRow]] = {}
-    for row in rows:
-        key = (pattern_of(row.layer), row.rule, row.reason, row.source)
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
-
-
-def _rows_table(groups: Sequence[list[AuditRow]]) -> Table:
+def _rows_table(rows: Sequence[AuditLayers], width: int) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("nodes", justify="right", no_wrap=True)
     table.add_column("mul-adds", justify="right", no_wrap=True)
     table.add_column("layer, what, why", overflow="fold")
-    for rows in groups:
-        nodes = sum(row.nodes for row in rows)
-        share = sum(row.macs_share for row in rows)
-        table.add_row(f"{nodes:,}", fmt.percent(share), _row_text(rows))
+    for row in rows:
+        table.add_row(f"{row.nodes:,}", fmt.percent(row.macs_share), _row_text(row, width))
     return table
+
+
+def _row_text(row: AuditLayers, width: int) -> Text:
+    """The layers; two lines a cause at most: its reason, as far as it fits, the line of its rule
+    and, where a guard decided, what it measured; and what follows those in the same layer."""
+    name = fmt.tail(row.layer, width)
+    where = place(row.location)
+    fits = cell_len(name) + cell_len(where) <= width
+    lines = [Text.assemble((name, "bold"), (where if fits else "", "dim"))]
+    behind: Counter[str] = Counter()
+    for cause in row.causes:
+        if cause.kind is DecisionKind.PROPAGATION and cause.here:
+            behind.update(dict(cause.ops))
+            continue
+        rule = f" [{short(cause.source)}]" if ":" in cause.source else ""
+        ops = ops_text(cause.ops, limit=2)
+        room = max(2 * (width - _RAGGED) - cell_len(ops) - cell_len(rule), _LEAST)
+        lines.append(Text.assemble(f"{ops}: {short(cause.reason, room)}", (rule, "dim")))
+        if cause.evidence:
+            lines.append(Text(f"measured: {short(cause.evidence, width - 10)}"))
+    if behind:
+        lines.append(Text(f"{ops_text(behind.most_common())}: what follows these"))
+    return Text("\n").join(lines)
 
 
 def _islands_table(rows: Sequence[IslandRow]) -> Table:
@@ -98,22 +112,3 @@ def _islands_table(rows: Sequence[IslandRow]) -> Table:
         kept = f"{layers}: {short(row.keeper)}, with {ops_text(row.ops)}"
         table.add_row(f"{row.casts:,}", *sizes, Text(kept))
     return table
-
-
-def _row_text(rows: Sequence[AuditRow]) -> Text:
-    row = rows[0]
-    ops: Counter[str] = Counter()
-    for each in rows:
-        ops.update(dict(each.ops))
-    evidence = dict.fromkeys(each.evidence for each in rows if each.evidence)
-    shown = next(iter(evidence), "")
-    if len(evidence) > 1:
-        shown += f", the first of {len(evidence)}"
-    return reason_text(
-        layers_text(layer_patterns(each.layer for each in rows)) + "\n",
-        f"{ops_text(ops.most_common())}: {short(row.reason, _PROSE)}\n",
-        rule_text(row.rule, row.source),
-        shown,
-        row.location,
-        stands_out=row.kind is DecisionKind.GUARD,
-    )
