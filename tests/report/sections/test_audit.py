@@ -125,7 +125,8 @@ def test_hostile_names_stay_text(small_report: RunReport) -> None:
     render_audit(Console(file=stream, width=80), report)
     assert max(cell_len(line) for line in stream.getvalue().splitlines()) <= 80
     assert not {"\x07", "\x1b", "\u202e"} & set(stream.getvalue())
-    cells = [c for row in csv.reader(io.StringIO(audit_csv(audit_rows(plan)), newline="")) for c in row]
+    text = io.StringIO(audit_csv(audit_rows(plan)), newline="")
+    cells = [cell for row in csv.reader(text) for cell in row]
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
     table = [line for line in audit_markdown(report).splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(HOSTILE)
