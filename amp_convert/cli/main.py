@@ -8,7 +8,6 @@ amp-convert foresaw is one line; `--debug` adds the traceback.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import os
 import re
@@ -34,6 +33,7 @@ from amp_convert.core.errors import (
     first_line,
 )
 from amp_convert.core.printable import one_line
+from amp_convert.core.spelling import nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -166,8 +166,8 @@ def _refuse_unknown_command(word: str) -> None:
     if word == "tune":
         what = f"tune is not available in amp-convert {__version__}"
         raise UsageError(what, mend=f"Its commands are {', '.join(_COMMANDS)}.")
-    near = difflib.get_close_matches(word, _COMMANDS, n=1)
-    mend = f"Did you mean {near[0]}?" if near else "See amp-convert --help."
+    near = nearest(word, _COMMANDS)
+    mend = f"Did you mean {near}?" if near else "See amp-convert --help."
     raise UsageError(f"there is no command or file {word}", mend=mend)
 
 
@@ -186,7 +186,7 @@ def _usage_message(error: TyperException) -> str:
     flag = getattr(error, "option_name", "")
     if message.startswith("No such option"):
         message = f"there is no flag {flag}"
-        if near := difflib.get_close_matches(flag, getattr(error, "possibilities", ()) or (), n=1):
-            mend = f"Did you mean {near[0]}?"
+        if near := nearest(flag, getattr(error, "possibilities", ()) or ()):
+            mend = f"Did you mean {near}?"
     message = re.sub(r", unable to parse string as an? \w+$", "", message)
     return f"{message}. {mend}"

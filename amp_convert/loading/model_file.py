@@ -8,7 +8,6 @@ what could not be converted later, and `check_forward` what could not be compare
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +26,7 @@ from amp_convert.core.files import digests
 from amp_convert.core.module_state import Attributes, other_tensors
 from amp_convert.core.number_formats import name_of
 from amp_convert.core.printable import is_text
+from amp_convert.core.spelling import nearest
 from amp_convert.core.tree_paths import named_leaves
 from amp_convert.loading.source import split_source
 from amp_convert.loading.user_code import run_file, run_module, user_code
@@ -212,8 +212,8 @@ def _build_model(module: ModuleType, attribute: str, path: str) -> nn.Module:
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part) and attribute:
-            near = difflib.get_close_matches(attribute, vars(module), n=1)
-            mend = f"Did you mean {near[0]}?" if near else "Give the name of one that it defines."
+            near = nearest(attribute, vars(module))
+            mend = f"Did you mean {near}?" if near else "Give the name of one that it defines."
             raise UsageError(f"{os.path.basename(path)} does not define {attribute}", mend=mend)
         if not hasattr(value, part):
             raise _missing(["build_model", "model"], module, path)
@@ -268,7 +268,7 @@ def _missing(names: list[str], module: ModuleType, path: str) -> ModelError:
     values = vars(module).items()
     own = [n for n, v in values if n[0] != "_" and not isinstance(v, type | ModuleType)]
     for name in names:
-        for near in difflib.get_close_matches(name, own, n=1):
+        if near := nearest(name, own):
             mend = f"Did you mean {near}? Then rename it to {name}."
     what = "does not define" if len(names) == 1 else "defines neither"
     return ModelError(f"{os.path.basename(path)} {what} {' nor '.join(names)}", mend=mend)

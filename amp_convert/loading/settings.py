@@ -13,7 +13,6 @@ This module runs at start-up: it imports neither torch nor the user's code.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -35,6 +34,7 @@ from pydantic import (
 from amp_convert.core.errors import UsageError
 from amp_convert.core.files.reading import LARGEST_TOML, parse_toml, read_file
 from amp_convert.core.printable import is_text
+from amp_convert.core.spelling import nearest
 from amp_convert.loading.source import model_folder
 
 _TABLE = "pyproject.toml [tool.amp-convert]"
@@ -353,10 +353,8 @@ def _field(key: str, where: str) -> str:
     known = [flag_of(field) for field in SETTINGS]
     if key in known:
         return key.replace("-", "_")
-    near = difflib.get_close_matches(key, known, n=1)
-    mend = (
-        f"Did you mean {near[0]}?" if near else "They are the flags of amp-convert convert --help."
-    )
+    near = nearest(key, known)
+    mend = f"Did you mean {near}?" if near else "They are the flags of amp-convert convert --help."
     raise UsageError(f"unknown setting {key}", where=where, mend=mend)
 
 

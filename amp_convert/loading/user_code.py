@@ -17,7 +17,6 @@ line in the user's file: `user_code` is the one place where that happens.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -35,6 +34,7 @@ import torch
 
 import amp_convert
 from amp_convert.core.errors import AmpConvertError, ModelError, UsageError, environment_problem
+from amp_convert.core.spelling import nearest
 from amp_convert.loading.source import SOURCES
 
 _NOT_THE_USERS = tuple(
@@ -158,8 +158,8 @@ def run_file(place: str) -> tuple[ModuleType, str]:
         raise UsageError(f"{place} is a folder", mend="Give the model file that is in it.")
     if not path.exists():
         names = sorted(p.name for p in path.parent.glob("*.py"))
-        near = difflib.get_close_matches(path.with_suffix(".py").name, names, n=1)
-        mend = f"Did you mean {os.path.join(os.path.dirname(place), near[0])}?" if near else SOURCES
+        near = nearest(path.with_suffix(".py").name, names)
+        mend = f"Did you mean {os.path.join(os.path.dirname(place), near)}?" if near else SOURCES
         raise UsageError(f"there is no file {place}", mend=mend)
     if path.suffix != ".py":
         raise UsageError(

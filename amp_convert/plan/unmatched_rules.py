@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 
 from amp_convert.capture.captured import Captured
+from amp_convert.core.spelling import nearest
 from amp_convert.rules.rule import Target
 from amp_convert.rules.rule_set import Rules
 
@@ -38,8 +38,7 @@ def unmatched(captured: Captured, rules: Rules) -> tuple[str, ...]:
 def _nearest(pattern: str, known: Collection[str]) -> str:
     """What may have been meant: the nearest layer, class or node that the model has."""
     ends = {name.rpartition(".")[2].lower(): name for name in sorted(known)}
-    near = difflib.get_close_matches(pattern, sorted(known), n=1)
+    near = nearest(pattern, sorted(known))
     if not near:
-        last = pattern.rpartition(".")[2].lower()
-        near = [ends[end] for end in difflib.get_close_matches(last, ends, n=1)]
-    return f"; the nearest is {near[0]}" if near else ""
+        near = ends.get(nearest(pattern.rpartition(".")[2].lower(), ends), "")
+    return f"; the nearest is {near}" if near else ""

@@ -11,7 +11,6 @@ import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from amp_convert.core.errors import UsageError
 from amp_convert.core.files.reading import parse_toml
+from amp_convert.core.spelling import nearest
 from amp_convert.rules.rule import (
     Category,
     GuardLimits,
@@ -88,9 +88,9 @@ def unknown(
     kind: str, word: str, known: Collection[str], where: str, near: str | None = None
 ) -> UsageError:
     """The error for a word that is not in `known`; `near` is what to seek the nearest of."""
-    close = get_close_matches(near or word, sorted(known), n=1)
+    close = nearest(near or word, sorted(known))
     if close and len(known) > 2:
-        mend = f"Did you mean {str(close[0])!r}?"
+        mend = f"Did you mean {str(close)!r}?"
     elif len(known) <= 9:
         mend = f"Known: {', '.join(sorted(known))}."
     else:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from amp_convert.core.batches import LOSS, MetricMeans, Score
 from amp_convert.core.errors import ModelError
+from amp_convert.core.spelling import nearest
 from amp_convert.validate.inference.metric_probe import MetricProbe
 from amp_convert.validate.inference.results import MetricPair
 
@@ -68,6 +68,6 @@ class Metrics:
 def _check_names(lower_is_better: frozenset[str], known: Sequence[str]) -> None:
     """A metric whose name is misspelt would be judged upside down."""
     for name in sorted(lower_is_better - {*known, LOSS}):
-        near = difflib.get_close_matches(name, known, n=1)
-        mend = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
+        near = nearest(name, known)
+        mend = f"Did you mean {near}?" if near else f"There are: {', '.join(known)}."
         raise ModelError(f"lower_is_better names {name}, which no metric is called", mend=mend)

@@ -267,7 +267,7 @@ def test_a_gradient_in_one_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
         h = F.gelu(net.norm(net.first(x)))
         return F.linear(net.drop(h), net.last.weight.detach(), net.last.bias) + net.unused
 
-    monkeypatch.setattr(ConvertedModel, "forward", without_last)
+    monkeypatch.setattr(type(mixed), "forward", without_last)
     found = parity(mixed)
     assert (found.only_fp32, found.only_mixed) == (("last.weight",), ("unused",))
     assert "last.weight has a gradient in the FP32 model only" in found.faults
@@ -282,7 +282,7 @@ def test_a_gradient_in_one_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mixed_loss_without_gradients_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = net().convert("fp32")
-    monkeypatch.setattr(ConvertedModel, "forward", lambda self, x: torch.zeros(6, 4))
+    monkeypatch.setattr(type(mixed), "forward", lambda self, x: torch.zeros(6, 4))
     found = parity(mixed)
     assert len(found.only_fp32) == len(found.parameters) == 6
     assert not found.same_random_numbers
@@ -428,7 +428,7 @@ def test_the_result_is_plain_data() -> None:
 
 def test_what_is_wrong_is_said_before_any_mixed_step(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = net().convert()
-    monkeypatch.setattr(ConvertedModel, "forward", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(type(mixed), "forward", lambda *_: pytest.fail("it ran"))
     with pytest.raises(ModelError, match="the FP32 model itself has a loss of nan"):
         parity(mixed, lambda out, t: out.sum() * math.nan, path="/somewhere/model.py")
     with pytest.raises(UsageError, match="a loss scale of 1000 is not a power of two"):
