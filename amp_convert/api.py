@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from amp_convert import pipeline
-from amp_convert.capture.captured import Captured
 from amp_convert.capture.regions import capture
 from amp_convert.core import device as devices
-from amp_convert.core.errors import ModelError, UsageError
+from amp_convert.core.errors import UsageError
 from amp_convert.core.files import digests
 from amp_convert.core.number_formats import LOW_DTYPES, from_name, name_of
 from amp_convert.eager import EagerPlan
@@ -30,7 +29,7 @@ from amp_convert.onnx_file.write import export_onnx as export_onnx
 from amp_convert.pipeline import Run
 from amp_convert.plan.plan import Plan
 from amp_convert.plan.saved_plan import eager_plan
-from amp_convert.prepare import SHAPES_SEEN
+from amp_convert.prepare import SHAPES_SEEN, fitting_batches
 from amp_convert.profile.calibrate import profile
 from amp_convert.report.files import write_report
 from amp_convert.report.folder import check_writable, workspace
@@ -114,26 +113,12 @@ def convert(
     captured = capture(model, positional, keywords, train=train, others=first)
     stats = profile(
         captured,
-        _fitting(captured, chain(first, batches)),
+        fitting_batches(captured, chain(first, batches), "calibration"),
         [dtype] if loaded.uses_trials else [],
         probes=loaded.uses_probes,
     )
     mixed = convert_captured(captured, loaded, stats, dtype)
     return mixed if train else mixed.eval()
-
-
-def _fitting(captured: Captured, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches that the graph takes. Raises ModelError where it takes none."""
-    found, left = False, ""
-    for args, kwargs in batches:
-        if unfit := captured.takes(args, kwargs):
-            left = left or unfit
-            _log.warning("a batch of calibration is left out: %s", unfit)
-        else:
-            found = True
-            yield args, kwargs
-    if left and not found:
-        raise ModelError(left, where="calibration", mend="Give batches like the example inputs.")
 
 
 def audit(

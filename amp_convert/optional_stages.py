@@ -6,15 +6,17 @@ Each gives what it found, or why it did not run.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from amp_convert.core.batches import Batch
 from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.progress import Progress
 from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import score
 from amp_convert.onnx_file import write as onnx_export
-from amp_convert.prepare import Prepared, batches_of
+from amp_convert.prepare import Prepared, batches_of, fitting_batches
 from amp_convert.report import (
     OnnxSection,
     Unchecked,
@@ -32,6 +34,12 @@ from amp_convert.validate.training.options import DEFAULT_STEPS
 from amp_convert.validate.training.results import TrainingParity
 
 ARCHIVE = "model.pt2"
+
+
+def _fitting(prepared: Prepared, batches: int) -> Iterator[Batch]:
+    """Of the batches that were compared those that a graph takes, since a file has nothing else."""
+    given = batches_of(prepared.case, prepared.device, batches)
+    return fitting_batches(prepared.captured, given, "eval_batches")
 
 
 def export(
@@ -62,7 +70,7 @@ def export(
     parity = validate_onnx(
         converted,
         exported.file,
-        batches_of(case, prepared.device, batches),
+        _fitting(prepared, batches),
         fp32=exported.fp32,
         score=partial(score, case),
         lower_is_better=case.lower_is_better,
@@ -99,7 +107,7 @@ def save(
         converted,
         archive,
         path,
-        batches_of(case, prepared.device, batches),
+        _fitting(prepared, batches),
         score=partial(score, case),
         lower_is_better=case.lower_is_better,
         on_batch=progress.advance,
@@ -148,7 +156,7 @@ def compile_(
         step = StepToCompile(batch, recipe.loss, case.path, trained.gradients.scale)
     return compare_compiled(
         converted,
-        batches_of(case, prepared.device, batches),
+        _fitting(prepared, batches),
         case.args,
         case.kwargs,
         step=step,

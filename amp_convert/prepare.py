@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -30,6 +32,8 @@ from amp_convert.rules.load import load_rules
 from amp_convert.rules.rule_set import Rules
 from amp_convert.validate.training import setup as training_setup
 
+_log = logging.getLogger(__name__)
+_Batch = TypeVar("_Batch", bound=tuple[Any, ...])
 KEPT_BATCHES = 16
 """What calibration finds on more is not cached: they would have to be in memory at once."""
 SHAPES_SEEN, TRAIN_SHAPES_SEEN, MOST_OTHERS = 32, 8, 4
@@ -62,7 +66,8 @@ def prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool)
         if judges:
             training_setup.why_not(case, settings, captured)
         progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
-        batches = _ticking(batches_of(case, device, settings.calibrate), progress)
+        given = batches_of(case, device, settings.calibrate)
+        batches = _ticking(fitting_batches(captured, given, "eval_batches"), progress)
         tried = [from_name(settings.dtype)] if rules.uses_trials else []
         if settings.cache and not judges and settings.calibrate <= KEPT_BATCHES:
             # They may all be one tensor, which the user fills anew for each.
@@ -92,6 +97,21 @@ def batches_of(case: Case, device: Device, at_most: int | None = None) -> Iterat
         return
     for batch in user_batches("eval_batches", case.eval_batches, case.path, at_most):
         yield devices.move(batch, device.device)
+
+
+def fitting_batches(captured: Captured, batches: Iterable[_Batch], where: str) -> Iterator[_Batch]:
+    """Those batches that the graph takes; the others are left out, with a warning. Raises
+    ModelError where it takes none."""
+    found, left = False, ""
+    for batch in batches:
+        if unfit := captured.takes(batch[0], batch[1]):
+            left = left or unfit
+            _log.warning("a batch of %s is left out: %s", where, unfit)
+        else:
+            found = True
+            yield batch
+    if left and not found:
+        raise ModelError(left, where=where, mend="Give batches like the example inputs.")
 
 
 def _drawn(settings: Settings) -> int:

@@ -50,6 +50,8 @@ from amp_convert.capture.graph_signature import (
     signature_of,
 )
 from amp_convert.capture.node_info import NodeInfo, class_path, describe
+from amp_convert.capture.python_len import open_len
+from amp_convert.capture.recurrent_shapes import open_lengths
 from amp_convert.capture.refusals import refusal_of
 from amp_convert.core import device as devices
 from amp_convert.core.batches import anew
@@ -110,6 +112,8 @@ def export_graph(
         collector_paused(),
         in_mode(module, training=mode == Mode.TRAIN),
         devices.plain_mode(device),
+        open_len(module),
+        open_lengths(),
         flat_outputs(module, call, kwargs) as returned,
     ):
         program, fixed = None, "" if dynamic else "dynamic sizes were not asked for"

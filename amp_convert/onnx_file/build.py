@@ -34,6 +34,7 @@ from amp_convert.capture.captured import Region
 from amp_convert.capture.export import CapturedGraph, collector_paused
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.graph_signature import Source
+from amp_convert.capture.recurrent_shapes import open_lengths
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.mode import Mode
@@ -228,10 +229,13 @@ def _traced(
         for leaf in folded.signature.user_inputs
         if leaf.shape is not None
     ]
-    with fx_traceback.preserve_node_meta():
-        return torch.export.export(
+    graph = folded.graph_module.graph
+    with fx_traceback.preserve_node_meta(), _lengths_of(graph):
+        program = torch.export.export(
             _Flat(folded), tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
         )
+        # Running it once fixes the lengths that its translation will.
+        return program.run_decompositions({}) if _is_unrolled(graph) else program
 
 
 # --- step 3 --------------------------------------------------------------------------------------
@@ -242,9 +246,10 @@ def _translated(
 ) -> torch.onnx.ONNXProgram:
     """What PyTorch's exporter makes of a program, its constants folded."""
     try:
-        exported = torch.onnx.export(
-            program, dynamo=True, optimize=False, verbose=False, opset_version=opset
-        )
+        with _lengths_of(program.graph):
+            exported = torch.onnx.export(
+                program, dynamo=True, optimize=False, verbose=False, opset_version=opset
+            )
     except Exception as error:
         raise untranslated(region, error) from error
     assert exported is not None
@@ -253,9 +258,23 @@ def _translated(
             f"this model cannot be written for ONNX opset {opset}",
             mend=f"Ask for opset {exported.model.opset_imports['']}.",
         )
+    _fix_numbers(exported.model.graph)
     exported.rename_axes(_axes(exported.model.graph.inputs, input_names(region)))
     onnx_passes.fold_constants(exported.model)
     return exported
+
+
+def _lengths_of(graph: fx.Graph) -> contextlib.AbstractContextManager[None]:
+    """Around a trace and its translation: lengths stay open where the exporter keeps each recurrent
+    layer whole."""
+    return contextlib.nullcontext() if _is_unrolled(graph) else open_lengths()
+
+
+def _is_unrolled(graph: fx.Graph) -> bool:
+    """Whether the exporter writes the steps of a recurrent layer one by one, as it does of an RNN,
+    and not of LSTM and GRU."""
+    unrolled = {aten.rnn_tanh.input, aten.rnn_relu.input}
+    return any(node.target in unrolled for node in graph.nodes)
 
 
 @contextlib.contextmanager
@@ -281,11 +300,23 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _fix_numbers(graph: ir.Graph) -> None:
+    """Sizes that are numbers, where PyTorch writes them as names: "5" for a size that a trace has
+    fixed since its input was declared."""
+    for value in (*graph.inputs, *graph.outputs):
+        for d, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and str(size.value).isdecimal():
+                assert value.shape is not None
+                value.shape[d] = int(str(size.value))
+
+
 def _axes(inputs: Sequence[ir.Value], names: Sequence[str]) -> dict[str | ir.SymbolicDim, str]:
-    """Names for the sizes that may vary: "batch", or one a size where inputs need not agree."""
-    first: dict[str | ir.SymbolicDim, str] = {}
+    """Names for the sizes that may vary: of first dimensions "batch", or one a size where inputs
+    need not agree; of others one by the input and the dimension that have it first."""
+    found: dict[str | ir.SymbolicDim, str] = {}
     for value, name in zip(inputs, names, strict=True):
-        for size in value.shape or ():
+        for d, size in enumerate(value.shape or ()):
             if not isinstance(size, int) and size.value is not None:
-                first.setdefault(str(size.value), f"{name}_batch")
-    return dict.fromkeys(first, "batch") if len(first) == 1 else first
+                found.setdefault(str(size.value), f"{name}_dim_{d}" if d else f"{name}_batch")
+    batches = [size for size, name in found.items() if name.endswith("_batch")]
+    return {**found, **(dict.fromkeys(batches, "batch") if len(batches) == 1 else {})}

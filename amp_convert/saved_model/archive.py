@@ -26,6 +26,7 @@ from amp_convert import __version__
 from amp_convert.capture.export_call import explicit, quietly
 from amp_convert.capture.graph_call import by_keyword
 from amp_convert.capture.graph_signature import Signature
+from amp_convert.capture.recurrent_shapes import open_lengths
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UnsupportedModelError, first_line, refuse_environment
 from amp_convert.core.files import digests
@@ -115,7 +116,7 @@ def exported(frozen: FrozenModel) -> ExportedProgram:
     kwargs = {name: kwargs[name] for name in order if name in kwargs}  # as the graph has them
     module = PlainModule(frozen)
     try:
-        with torch.no_grad(), quietly():
+        with torch.no_grad(), quietly(), open_lengths():
             return torch.export.export(
                 module, args, kwargs, dynamic_shapes=_sizes(signature, args, kwargs), strict=False
             )

@@ -235,6 +235,13 @@ def frozen_check(divergence: Divergence | None) -> Check:
     same = divergence.frozen_identical if divergence else None
     if divergence is None or same is None:
         return Check(name, CheckStatus.UNCHECKED, None, None, "the frozen model was not run")
+    if same and divergence.unfit:
+        left = sum(unfit.batches for unfit in divergence.unfit)
+        reason = (
+            f"{left} of {divergence.batches} batches are none that the frozen model takes: "
+            f"{divergence.unfit[0].reason}; the converted model runs them operation by operation"
+        )
+        return Check(name, CheckStatus.UNCHECKED, None, 0.0, reason)
     if same:
         reason = (
             f"the frozen model gives the mixed model's bits on all {divergence.batches} batches"

@@ -147,6 +147,15 @@ class LayerTime:
 
 
 @dataclass(frozen=True)
+class Unfit:
+    """Batches that the graph does not take, for one reason; the original took them, under the plan,
+    and the frozen model does not."""
+
+    reason: str
+    batches: int
+
+
+@dataclass(frozen=True)
 class PlanGap:
     """Calls of an operator in a layer of the eager model that the plan could not treat as it treats
     a node of the graph."""
@@ -204,7 +213,8 @@ class Divergence:
     `slow_kernels` says why no speed can be expected of the low dtype on the device, "" where it
     can. Where it was asked for, `folded_outputs` and `folded_metrics` are those of the frozen model
     with BatchNorm folded, whose metric is then what `mixed` says; `layer_times` are the times of
-    each layer, where those were. `eager_plan` is what the plan on the eager model gave.
+    each layer, where those were. `eager_plan` is what the plan on the eager model gave, `unfit`
+    tells the batches that no graph takes.
     """
 
     batches: int
@@ -235,6 +245,7 @@ class Divergence:
     slow_kernels: str = ""
     layer_times: tuple[LayerTime, ...] = ()
     eager_plan: EagerPlanParity | None = None
+    unfit: tuple[Unfit, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """One row a node, in graph order."""
