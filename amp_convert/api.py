@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from amp_convert import pipeline
+from amp_convert.capture import said_sizes
 from amp_convert.capture.regions import capture
+from amp_convert.capture.said_sizes import Said
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UsageError
 from amp_convert.core.files import digests
@@ -87,13 +89,15 @@ def convert(
     calibration: Iterable[Any] | None = None,
     *,
     train: bool = True,
+    dynamic: Said | None = None,
 ) -> ConvertedModel:
     """`model` in mixed precision, as an `nn.Module` that takes and returns what `model` does.
 
     `args` are example inputs: a tensor, a tuple of positional ones, or a dict of keywords (then
     without `kwargs`). `calibration` gives inputs of the same forms, one a batch, whose value ranges
     the guards look at; by default the example inputs. Dimensions in which the first of them differ
-    from the example inputs may vary in the result, as may the first of each tensor. `dtype` is
+    from the example inputs may vary in the result, as may the first of each tensor, and those that
+    `dynamic` names, such as `{"input_ids": {1: "length"}}`. `dtype` is
     `torch.float16` or `torch.bfloat16`. The result shares the model's parameters, buffers and
     submodules; its training mode is the model's. Without `train` it is for inference only, made in
     about half the time, and in eval mode, as the submodules then are. The device is the model's
@@ -110,7 +114,11 @@ def convert(
     if calibration is not None:
         batches = (as_call(batch, "calibration") for batch in calibration)
     first = list(islice(batches, SHAPES_SEEN))
-    captured = capture(model, positional, keywords, train=train, others=first)
+    said = said_sizes.checked(dynamic if dynamic is not None else {})
+    larger = said_sizes.larger_call(model, positional, keywords, said)
+    others = [*first, *([larger] if said else [])]
+    captured = capture(model, positional, keywords, train=train, others=others)
+    captured = said_sizes.held(captured, larger)
     stats = profile(
         captured,
         fitting_batches(captured, chain(first, batches), "calibration"),
@@ -148,6 +156,7 @@ def check(
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     initial_model: Callable[[int], nn.Module] | None = None,
+    dynamic: Said | None = None,
     name: str = "",
     out: str | PathLike[str] | None = None,
     **settings: Any,
@@ -196,6 +205,7 @@ def check(
         optimizer=optimizer,
         scheduler=scheduler,
         initial_model=initial_model,
+        dynamic=dynamic,
     )
     if chosen.out is None:
         return pipeline.check(case, chosen)

@@ -112,6 +112,8 @@ class Captured:
     dynamic."""
     eager_branches: bool = False
     """Whether what stays eager has a higher-order operator."""
+    unmet: tuple[FixedSizes, ...] = ()
+    """Sizes that were said to vary, and that the model fixes."""
 
     def in_mode(self, mode: Mode) -> Captured:
         """What runs in a mode."""
@@ -144,8 +146,9 @@ class Captured:
 
     @property
     def fixed_sizes(self) -> tuple[FixedSizes, ...]:
-        """The graphs that take no sizes but those of the example inputs."""
-        return tuple(
+        """The graphs that take no sizes but those of the example inputs, and single sizes that do
+        not vary as was said."""
+        return self.unmet + tuple(
             FixedSizes(region.path, mode, graph.fixed_sizes)
             for region in self.regions
             for mode, graph in region.graphs.items()

@@ -32,6 +32,7 @@ from amp_convert.capture.export_call import (
     doubled_batch,
     dynamic_shapes,
     flat_outputs,
+    no_size_of_one,
     quietly,
 )
 from amp_convert.capture.export_repairs import (
@@ -214,7 +215,7 @@ def _dynamic_program(
     """The program with dynamic first dimensions and those of `vary`, or None and why there is
     none."""
     try:
-        args, kwargs = doubled_batch(args, kwargs)
+        args, kwargs = no_size_of_one(*doubled_batch(args, kwargs), vary)
         program = _program(module, call, args, kwargs, vary=vary, words=words)
         check_guards(program, by_keyword(call, bind(call, args, kwargs).arguments))
     except UncheckableSizesError as error:

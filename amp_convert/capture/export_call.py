@@ -135,6 +135,18 @@ def doubled_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, 
     return doubled_batch
 
 
+def no_size_of_one(
+    args: Sequence[Any], kwargs: Mapping[str, Any], vary: Varying
+) -> tuple[Any, Any]:
+    """Inputs whose sizes of 1 that vary are doubled, for the same reason."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    for number, d in sorted(vary):
+        if leaves[number].shape[d] == 1:
+            leaves[number] = torch.cat([leaves[number]] * 2, d)
+    grown: tuple[Any, Any] = pytree.tree_unflatten(leaves, spec)
+    return grown
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Around an export: one that fails prints its half-made graph, and logs what its user cannot do

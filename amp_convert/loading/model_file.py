@@ -44,8 +44,9 @@ class Case:
 
     `name` is the file's stem, `source` what the user typed, `path` the absolute path of the file
     ("" for a model that came from no file), `digest` the SHA-256 of its bytes in hexadecimal.
-    `args` and `kwargs` are the example inputs. Call the callables, which are the user's own,
-    inside `user_code`, or by `user_batches` and `score`. `model` is in the mode it came in.
+    `args` and `kwargs` are the example inputs, `dynamic` says which of their dimensions vary, by
+    name and dimension, and is None where nothing is said. Call the callables, which are the user's
+    own, inside `user_code`, or by `user_batches` and `score`. `model` is in the mode it came in.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     initial_model: Callable[[int], nn.Module] | None = None
+    dynamic: Any = None
     path: str = ""
 
     @property
@@ -95,6 +97,7 @@ def load_case(source: str) -> Case:
         args=args,
         kwargs=kwargs,
         lower_is_better=_lower_is_better(module, path),
+        dynamic=getattr(module, "dynamic", None),
         path=path,
         **calls,
     )
