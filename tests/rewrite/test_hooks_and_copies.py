@@ -199,7 +199,7 @@ def test_a_copy_gives_the_same_bits_and_is_its_own(name: str, copied: Any) -> No
     mixed = amp.convert(model.eval(), args, kwargs)
     expected = mixed(*args, **kwargs)
     other = copied(mixed)
-    assert type(other) is amp.ConvertedModel
+    assert isinstance(other, amp.ConvertedModel)
     assert (other.plan, other.training) == (mixed.plan, mixed.training)
     assert_same_bits(tensors(other(*args, **kwargs)), tensors(expected))
     with torch.no_grad():
