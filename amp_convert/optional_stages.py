@@ -107,7 +107,7 @@ def save(
         converted,
         archive,
         path,
-        _fitting(prepared, batches),
+        batches_of(case, prepared.device, batches),
         score=partial(score, case),
         lower_is_better=case.lower_is_better,
         on_batch=progress.advance,

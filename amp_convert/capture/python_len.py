@@ -2,6 +2,9 @@
 
 Python lets `len` give nothing but a plain number, so that tracing fixes the first size of every
 tensor whose length is asked for. In the modules of the user's code it is `x.shape[0]` meanwhile.
+
+Code may ask what kind of number that is, or look it up: then the graph is another model. So where
+the eager model shows a difference, the model is traced once more with plain numbers.
 """
 
 from __future__ import annotations
@@ -15,8 +18,32 @@ import torch
 from torch import nn
 
 
-def _len(value: Any) -> Any:
-    return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else len(value)
+class _Len:
+    """What stands for `len`."""
+
+    opens = True
+
+    def __call__(self, value: Any) -> Any:
+        opens = self.opens and isinstance(value, torch.Tensor) and value.dim()
+        return value.shape[0] if opens else len(value)
+
+
+_len = _Len()
+
+
+def opens() -> bool:
+    """Whether lengths of tensors are left open."""
+    return _len.opens
+
+
+@contextlib.contextmanager
+def plain_numbers() -> Iterator[None]:
+    """While this is open, `len` is Python's."""
+    _len.opens, before = False, _len.opens
+    try:
+        yield
+    finally:
+        _len.opens = before
 
 
 @contextlib.contextmanager

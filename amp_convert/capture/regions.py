@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fidelity
+from amp_convert.capture import fidelity, python_len
 from amp_convert.capture.captured import Call, Captured, Region, Uncaptured
 from amp_convert.capture.fidelity import Fidelity, FidelityStatus
 from amp_convert.capture.graph_call import in_mode
@@ -76,6 +76,29 @@ def capture(
     UnsupportedModelError, naming the user's line, when no part of the model can be captured.
     """
     register_containers()
+    captured = _captured(model, args, kwargs, train, apart, proofs, others)
+    if _differs(captured):
+        with python_len.plain_numbers():
+            again = _captured(model, args, kwargs, train, apart, proofs, others)
+        return captured if _differs(again) else again
+    return captured
+
+
+def _differs(captured: Captured) -> bool:
+    """Whether a graph is not the eager model."""
+    return any(found.status is FidelityStatus.DIFFERENT for found in captured.fidelity)
+
+
+def _captured(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    train: bool,
+    apart: Collection[str],
+    proofs: bool,
+    others: Sequence[Call],
+) -> Captured:
+    """`capture`, once."""
     args, kwargs = tuple(args), dict(kwargs)
     wanted = Wanted.BOTH if train else Wanted.EVAL
     regions: tuple[Region, ...]

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fidelity
+from amp_convert.capture import fidelity, python_len
 from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
 from amp_convert.capture.carried_state import carried_state
 from amp_convert.capture.cast_words import Words, cast_words
@@ -92,7 +92,7 @@ def traced_region(
     Raises CannotCaptureError where there are none."""
     vary = varying(module, (args, kwargs), others)
     trace = partial(_traced, module, args, kwargs, path, wanted, vary)
-    key = f"{wanted.name} {sorted(vary)}"
+    key = f"{wanted.name} {sorted(vary)} {python_len.opens()}"
     with own_hooks_off(module) if path else contextlib.nullcontext():
         region = kept_graphs.region_of(module, args, kwargs, path, key, trace)
     _tell_of_sizes(region)

@@ -91,8 +91,9 @@ class FrozenModel(nn.Module):
                 self.__dict__[name] = model.__dict__[name]
             model.training = False
             self.__dict__["_callee"] = model
+        self.__dict__["_call"] = inspect.signature(captured.model.forward)
         self.eval()
-        self._show_signature()
+        show(self, self.__dict__["_call"])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the original does, in the original's dtypes; no gradients."""
@@ -109,14 +110,7 @@ class FrozenModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._show_signature()
-
-    def _show_signature(self) -> None:
-        callee = self.__dict__["_callee"]
-        if isinstance(callee, GraphRunner):
-            show(self, callee.signature.call)
-        else:
-            show(self, inspect.signature(callee.forward))
+        show(self, self.__dict__["_call"])
 
     @property
     def is_whole(self) -> bool:

@@ -33,7 +33,7 @@ from amp_convert.core.files import digests
 from amp_convert.core.files.atomic_files import replacing
 from amp_convert.core.number_formats import name_of
 from amp_convert.rewrite.frozen_model import FrozenModel
-from amp_convert.saved_model.plain_call import Call, PlainModule, arguments, plain_call
+from amp_convert.saved_model.plain_call import Call, PlainModule, arguments, plain, plain_call
 
 ABOUT, PLAN, VERDICT = "amp_convert.json", "plan.toml", "verdict.json"
 SCHEMA_VERSION = 1
@@ -92,8 +92,22 @@ def write_archive(frozen: FrozenModel, path: Path, verdict: str | None = None) -
         texts[VERDICT] = verdict
     with replacing(path) as draft:
         torch.export.save(program, draft, extra_files=texts)
+        _read_back(draft)
         size = draft.stat().st_size
     return dataclasses.replace(about, bytes=size)
+
+
+def _read_back(path: Path) -> None:
+    """Raises UnsupportedModelError for a file that PyTorch has written and does not read, as it
+    happens where a model returns a text."""
+    try:
+        torch.export.load(path)
+    except Exception as error:
+        refuse_environment(error)
+        raise UnsupportedModelError(
+            f"torch.export does not read the file that it wrote: {first_line(error)}",
+            mend="Let the model take and return tensors, numbers and None alone.",
+        ) from error
 
 
 def add_verdict(path: Path, verdict: str) -> None:
@@ -154,7 +168,7 @@ def _sizes(
         else {d: Dim.AUTO if size is None else Dim.STATIC for d, size in enumerate(each.shape)}
         for each in signature.user_inputs
     ]
-    shapes = pytree.tree_unflatten(told, signature.in_spec)
+    shapes = plain(pytree.tree_unflatten(told, signature.in_spec))
     named = by_keyword(signature.call, dict(zip(signature.names, shapes, strict=True)))
     given = explicit(signature.call, kwargs).bind(*args, **kwargs).arguments
     return {name: named[name] for name in given}

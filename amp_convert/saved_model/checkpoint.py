@@ -33,11 +33,13 @@ _KEY = "amp_convert"
 @dataclass(frozen=True)
 class Checkpoint:
     """What a file holds: `tensors` by every name of the state dict, `plan` as TOML, the class of
-    the model that was converted, and whether it was `for_training`."""
+    the model that was converted, whether it was `for_training`, and by `aliases` which names are
+    further ones of a tensor."""
 
     model_class: str
     plan: str
     for_training: bool
+    aliases: Mapping[str, str]
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
 
 
@@ -94,6 +96,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         model_class=document["model_class"],
         plan=document["plan"],
         for_training=document["for_training"],
+        aliases=document["aliases"],
         tensors={**tensors, **shared},
     )
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.export_call import explicit
+from amp_convert.capture.graph_call import by_keyword
 from amp_convert.capture.graph_signature import Signature, Source
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.rewrite.frozen_model import FrozenModel
@@ -61,7 +62,9 @@ class PlainModule(nn.Module):
         """What the frozen model gives, in plain containers; buffers and inputs are written as the
         original does."""
         signature = self._signature
-        leaves = iter(pytree.tree_leaves(list(arguments(signature, args, kwargs).values())))
+        given = pytree.tree_leaves(list(arguments(signature, args, kwargs).values()))
+        self._test_guards(given)
+        leaves = iter(given)
         inputs = [
             next(leaves) if spec.source is Source.USER else self._tensor(spec.target)
             for spec in signature.inputs
@@ -74,6 +77,17 @@ class PlainModule(nn.Module):
             inputs[index].copy_(next(changed))
         return plain(pytree.tree_unflatten(outputs[self._changes :], signature.out_spec))
 
+    def _test_guards(self, leaves: list[Any]) -> None:
+        """Test the conditions on sizes under which the graph is the model: a program takes over
+        what it sees being tested. They are written for the containers of the original."""
+        signature = self._signature
+        if signature.guards:
+            values = pytree.tree_unflatten(leaves, signature.in_spec)
+            named = by_keyword(signature.call, dict(zip(signature.names, values, strict=True)))
+            for guard in signature.guards:
+                if not guard.holds(named):
+                    raise ValueError(f"{guard.text} does not hold for the example")
+
     def _tensor(self, name: str) -> torch.Tensor:
         path, _, key = name.rpartition(".")
         found = getattr(self.get_submodule(path), key)
@@ -84,18 +98,24 @@ class PlainModule(nn.Module):
 def arguments(
     signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A call's arguments by name, those alone that were given at capture, in that order."""
+    """A call's arguments by name, those alone that were given at capture, in that order; one that
+    was given as None may be left out."""
     given = signature.call.bind(*args, **kwargs).arguments
     for name, parameter in signature.call.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD and name in given:
             given[name] = dict(sorted(given[name].items()))
-    return {name: given[name] for name in signature.names}
+    return {name: given.get(name) for name in signature.names}
 
 
 def plain_call(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """A call with plain containers. Raises UnsupportedModelError where an input is in a container
-    whose order would be lost."""
-    call = (tuple(plain(value) for value in args), {k: plain(v) for k, v in kwargs.items()})
+    """A call with plain containers and without what is None: no program would see that a tensor
+    is given in its place. Raises UnsupportedModelError where an input is in a container whose order
+    would be lost."""
+    call = _without_none(
+        signature,
+        tuple(plain(value) for value in args),
+        {k: plain(v) for k, v in kwargs.items()},
+    )
     before = pytree.tree_leaves(list(arguments(signature, args, kwargs).values()))
     after = pytree.tree_leaves(list(arguments(signature, *call).values()))
     if [id(leaf) for leaf in before] != [id(leaf) for leaf in after]:
@@ -104,6 +124,19 @@ def plain_call(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str,
             mend="Give the model its tensors in tuples, lists or dicts.",
         )
     return call
+
+
+def _without_none(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """The same call; arguments behind one that is None are given by keyword, where they can be."""
+    kept = {name: value for name, value in kwargs.items() if value is not None}
+    if all(value is not None for value in args):
+        return args, kept
+    first = next(i for i, value in enumerate(args) if value is None)
+    names = list(signature.call.parameters.values())[first : len(args)]
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in names):
+        return args, kept
+    behind = {p.name: v for p, v in zip(names, args[first:], strict=True) if v is not None}
+    return args[:first], {**behind, **kept}
 
 
 def plain(value: Any) -> Any:

@@ -20,6 +20,9 @@ def fill(model: nn.Module, saved: Checkpoint) -> None:
     """Copy the saved weights into `model`, which is left alone where it has others. Raises
     ModelError then."""
     have = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    if any(tensor.is_meta for tensor in have.values()):
+        what = "the model has no memory yet: it is on the meta device"
+        raise ModelError(what, where=saved.model_class, mend="Build it on the device to train on.")
     for name in sorted(have.keys() ^ saved.tensors.keys()):
         which = "the file has no" if name in have else "the model has no"
         raise ModelError(f"{which} {name}", where=saved.model_class, mend=_MEND)
@@ -31,7 +34,32 @@ def fill(model: nn.Module, saved: Checkpoint) -> None:
                 where=saved.model_class,
                 mend=_MEND,
             )
-    model.load_state_dict(dict(saved.tensors), assign=any(t.is_meta for t in have.values()))
+    _refuse_other_ties(model, saved)
+    model.load_state_dict(dict(saved.tensors))
+
+
+def _refuse_other_ties(model: nn.Module, saved: Checkpoint) -> None:
+    """Raises ModelError where names are of one tensor in the model, and of two in the file, or the
+    other way round."""
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    names: dict[int, list[str]] = {}
+    for name, tensor in named:
+        if name in saved.tensors:
+            names.setdefault(id(tensor), []).append(name)
+    for found in names.values():
+        firsts = {saved.aliases.get(name, name) for name in found}
+        if len(firsts) > 1:
+            what = (
+                f"{' and '.join(sorted(firsts))} are one tensor in the model, and not in the file"
+            )
+            raise ModelError(what, where=saved.model_class, mend=_MEND)
+    for name, first in saved.aliases.items():
+        if not any(name in found and first in found for found in names.values()):
+            what = f"{first} and {name} are one tensor in the file, and not in the model"
+            raise ModelError(what, where=saved.model_class, mend=_MEND)
 
 
 def refuse_other(plan: Plan, saved: Rules) -> None:

@@ -115,6 +115,23 @@ def test_len_of_a_tensor_stays_open() -> None:
             assert torch.equal(mixed(*given), model(*given))
 
 
+class Asking(Counting):
+    """Asks what kind of number a length is."""
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+        count = len(x)
+        return self.a(x) * (1.0 if isinstance(count, int) else 5.0)
+
+
+def test_code_that_asks_for_a_plain_number_gets_one() -> None:
+    x, edges = torch.randn(5, 8), torch.randint(5, (2, 7))
+    model = Asking().eval()
+    mixed = amp.convert(model, (x, edges), rules="fp32", train=False)
+    with torch.no_grad():
+        assert torch.equal(mixed(x, edges), model(x, edges))
+    assert mixed.captured.takes((torch.randn(6, 8), edges), {})
+
+
 def test_len_is_pythons_again() -> None:
     with open_len(Counting()):
         assert len(torch.zeros(3, 2)) == 3

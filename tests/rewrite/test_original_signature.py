@@ -45,6 +45,8 @@ def test_copies_and_files_keep_it(looks: bool) -> None:
         frozen,
         copy.deepcopy(frozen),
         pickle.loads(pickle.dumps(frozen)),
+        pickle.loads(pickle.dumps(copy.copy(frozen))),
+        copy.deepcopy(nn.ModuleList([copy.copy(frozen), frozen]))[0],
         torch.load(buffer, weights_only=False),
     ]
     for each in models:

@@ -205,3 +205,32 @@ def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="_extra_state of the model's state is no dense tensor"):
         amp.save(mixed, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+class Table(nn.Module):
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+        if tied:
+            self.out.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.embed(ids))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ties_have_to_be_those_of_the_file(tied: bool, tmp_path: Path) -> None:
+    """Else one of two tables would be lost without a word, or one be trained as two."""
+    ids = torch.randint(10, (4, 3))
+    amp.save(amp.convert(Table(tied=tied), ids), tmp_path / "m.safetensors")
+    amp.load(tmp_path / "m.safetensors", Table(tied=tied), ids)
+    with pytest.raises(ModelError, match="are one tensor in the"):
+        amp.load(tmp_path / "m.safetensors", Table(tied=not tied), ids)
+
+
+def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        empty = built()
+    with pytest.raises(ModelError, match="the model has no memory yet"):
+        amp.load(tmp_path / "m.safetensors", empty, X)

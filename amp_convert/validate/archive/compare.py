@@ -39,14 +39,19 @@ def compare_archive(
     lower_is_better: frozenset[str] = frozenset(),
     on_batch: Callable[[], None] = lambda: None,
 ) -> ArchiveParity:
-    """Run the file at `path`, which was written of `converted`, on `batches`. That it does not run
-    is a result, and no error."""
+    """Run the file at `path`, which was written of `converted`, on `batches`; it has to refuse
+    those that the frozen model does not take. That it does not run is a result, and no error."""
     arms, metrics = OtherArms(converted, autocast=False), Metrics(score or no_score)
     loaded = _Loaded(path, arms.frozen_model.runner("").signature, converted.captured.device)
     sums: dict[str, OutputSums] = {}
     count, identical = 0, True
     with evaluating(converted):
         for args, kwargs, target in batches:
+            if unfit := converted.captured.takes(args, kwargs):
+                if loaded.takes(args, kwargs):
+                    failure = f"it takes a batch that the frozen model does not: {unfit}"
+                    return ArchiveParity(archive, count, failure=failure)
+                continue
             state, size = rng_state(converted.captured.device), batch_size(args, kwargs)
             matcher = row_matcher(converted, size)
             reference = arms.original(args, kwargs, state)
@@ -76,6 +81,13 @@ class _Loaded:
         self._path, self._signature, self._device = path, signature, device
         self._program: Callable[..., Any] | None = None
         self.failure = ""
+
+    def takes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether it gives anything for these inputs."""
+        before = self.failure
+        found = self(args, kwargs, rng_state(self._device))
+        self.failure = before
+        return found is not None
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The outputs from this random state, for copies of the inputs; None where it fails."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import amp_convert as amp
+from amp_convert.capture import graph_signature
 from amp_convert.core.batches import Batch
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.saved_model.archive import Archive, write_archive
@@ -73,6 +74,30 @@ def test_a_file_that_cannot_be_read_fails(tmp_path: Path) -> None:
     parity = compare_archive(mixed, archive, path, batches())
     assert parity.failure
     assert parity.batches == 0
+    assert status(parity) == "fail"
+
+
+class Paths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) * (2 if x.shape[0] > 4 else 1)
+
+
+def test_it_has_to_refuse_what_the_frozen_model_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = amp.convert(Paths().eval(), torch.randn(3, 8), train=False)
+    given = [((torch.randn(n, 8),), {}, None) for n in (3, 9)]
+    parity = compare_archive(mixed, *written(mixed, tmp_path), given)
+    assert (parity.batches, parity.failure) == (1, "")
+    with monkeypatch.context() as patch:  # a file without the condition
+        patch.setattr(graph_signature._Condition, "__call__", lambda *_: True)
+        archive, path = written(mixed, tmp_path)
+    parity = compare_archive(mixed, archive, path, given)
+    assert parity.failure.startswith("it takes a batch that the frozen model does not: ")
     assert status(parity) == "fail"
 
 
