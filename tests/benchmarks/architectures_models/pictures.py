@@ -94,7 +94,7 @@ def noisy(batch: int, side: int) -> Inputs:
 
 
 VIT = {**VISION, "num_labels": 10}
-_ANY, _SAMPLE = (32, 64, 96), (16, 32, 24)
+_ANY, _SAMPLE = (64, 96, 128), (16, 32, 24)
 
 
 def _transformers(name: str, build: Callable[[], nn.Module], side: int = 0) -> Architecture:
