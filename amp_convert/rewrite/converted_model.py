@@ -158,7 +158,8 @@ class ConvertedModel(nn.Module):
             try:
                 return self._called(args, kwargs)
             except UnfitCallError as error:
-                if not self.captured.in_mode(Mode.of(self.training)).is_whole:
+                # Of a model in parts, some have run: in training they have changed what they keep.
+                if self.training and not self.captured.in_mode(Mode.TRAIN).is_whole:
                     raise
                 unfit = error.what
         return self._as_it_is(unfit, args, kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from amp_convert.capture.branches.nest import one_branch
+from amp_convert.capture.graph_call import UnfitCallError
 from amp_convert.core.batches import Score, batch_size, no_score
 from amp_convert.core.errors import ModelError, first_line, refuse_environment
 from amp_convert.core.mode import Mode
@@ -76,7 +77,11 @@ class Comparison:
             self._add_unfit(unfit, args, kwargs, target)
             return
         state, size = rng_state(self._device), batch_size(args, kwargs)
-        reference, untuned = self._reference(args, kwargs, state)
+        try:
+            reference, untuned = self._reference(args, kwargs, state)
+        except UnfitCallError as error:  # of one of the parts
+            self._add_unfit(error.what, args, kwargs, target)
+            return
         self._refuse_nan(reference)
         self._inputs.add(args, kwargs)
         matcher = row_matcher(self._converted, size)

@@ -78,6 +78,39 @@ def test_batches_that_no_graph_takes_alone_prove_no_frozen_model() -> None:
     assert frozen_check(found).status is CheckStatus.UNCHECKED
 
 
+class InParts(Paths):
+    """The same around a look at a value, so that no graph holds it whole."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.head.forward(self.short(x)) if bool(x.sum() > 1e9) else x
+        return self.head(self.block(x).relu())
+
+
+class Block(nn.Module):
+    """A part that takes another path for long sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.long = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.long(x) if x.shape[1] > 6 else self.short(x)
+
+
+def test_parts_that_do_not_take_a_batch() -> None:
+    torch.manual_seed(0)
+    model = InParts()
+    model.block = Block()
+    mixed = amp.convert(model.eval(), batch(4, 0), train=False)
+    assert not mixed.captured.is_whole
+    found = compare(mixed, [((batch(n, n),), {}, None) for n in (4, 9)])
+    assert [unfit.batches for unfit in found.unfit] == [1]
+    assert frozen_check(found).status is CheckStatus.UNCHECKED
+    [output] = found.outputs
+    assert output.elements == 8 * 4 * (4 + 9)
+    assert 1e-6 < output.rel_l2 < 2e-3
+
+
 @pytest.mark.slow
 def test_a_run_ends_inconclusive_with_all_else(tmp_path: Path) -> None:
     torch.manual_seed(0)
