@@ -237,12 +237,13 @@ def markdown(rows: Iterable[Row]) -> str:
         f"{same} of them.",
         "",
         "Errors are relative L2 errors against FP32, of the worst output or of all gradients "
-        "together; *autocast's* is that of native `torch.autocast`. *Sizes that vary* are those "
-        "that the graph takes besides the example's: another batch size, and a size that nobody "
-        "has seen before; other calls run operation by operation. *ONNX* is the error of the file "
-        "in ONNX Runtime, optimised. *Archive* is the saved `torch.export` archive, read back, "
-        "beside the frozen model; *load* the saved converted model, loaded into one of other "
-        "weights.",
+        "together. The loss is the mean square of all outputs, which has no gradient where an "
+        "output is normalised; batches of 2 are amplified by BatchNorm. *Autocast's* is that of "
+        "native `torch.autocast`. *Sizes that vary* are those that the graph takes besides the "
+        "example's: another batch size, and a size that nobody has seen before; other calls run "
+        "operation by operation. *ONNX* is the error of the file in ONNX Runtime, optimised. "
+        "*Archive* is the saved `torch.export` archive, read back, beside the frozen model; *load* "
+        "the saved converted model, loaded into one of other weights.",
         "",
         _line(HEADS),
         "|---" * len(HEADS) + "|",

@@ -46,7 +46,8 @@ def of_timm(name: str, **settings: object) -> Callable[[], nn.Module]:
         import timm
 
         built: nn.Module = timm.create_model(name, num_classes=10, **settings)
-        return built
+        nn.init.normal_(built.get_classifier().weight, std=0.02)  # type: ignore[operator]
+        return built  # some begin with zeros, and give nothing but those
 
     return build
 
