@@ -44,6 +44,7 @@ def test_a_row_is_still_so(name: str) -> None:
         h: c for h, c in said.items() if h not in NUMBERS
     }
     for head in NUMBERS:
-        assert (found[head] == "-") == (said[head] == "-"), head
-        if said[head] != "-":
+        if said[head] in ("-", "written"):  # there is none, or ONNX Runtime crashes on it
+            assert found[head] == said[head], head
+        else:
             assert float(found[head]) < 3 * float(said[head]) + 1e-6, head
