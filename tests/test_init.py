@@ -53,8 +53,10 @@ def test_other_names_are_missing(name: str) -> None:
 def test_the_signature_of_the_contract() -> None:
     signature = inspect.signature(amp_convert.convert)
     given = {name: p.default for name, p in signature.parameters.items()}
-    assert list(given) == ["model", "args", "kwargs", "dtype", "rules", "calibration", "train"]
-    assert signature.parameters["train"].kind is inspect.Parameter.KEYWORD_ONLY  # ours, on top
+    contract = ["model", "args", "kwargs", "dtype", "rules", "calibration"]
+    assert list(given) == [*contract, "train", "dynamic"]
+    for ours in ("train", "dynamic"):  # on top
+        assert signature.parameters[ours].kind is inspect.Parameter.KEYWORD_ONLY
     assert str(given["dtype"]) == "torch.float16"
     assert (given["kwargs"], given["rules"], given["calibration"]) == (None, "default", None)
 
