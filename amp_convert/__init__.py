@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from amp_convert.api import compare as compare
     from amp_convert.api import convert as convert
     from amp_convert.api import export_onnx as export_onnx
-    from amp_convert.api import load as load
-    from amp_convert.api import save as save
     from amp_convert.core.errors import AmpConvertError as AmpConvertError
     from amp_convert.core.errors import ModelError as ModelError
     from amp_convert.core.errors import UnsupportedModelError as UnsupportedModelError
@@ -46,15 +44,18 @@ if TYPE_CHECKING:
     from amp_convert.plan import Plan as Plan
     from amp_convert.rewrite import ConvertedModel as ConvertedModel
     from amp_convert.rewrite import FrozenModel as FrozenModel
+    from amp_convert.saving import load as load
+    from amp_convert.saving import save as save
     from amp_convert.validate.inference import Divergence as Divergence
 
 __getattr__, __all__ = names_in(
     __name__,
-    api="audit autocast check compare convert export_onnx load save",
+    api="audit autocast check compare convert export_onnx",
     core__errors="AmpConvertError ModelError UnsupportedModelError UsageError",
     pipeline="Run",
     plan="Decision Plan",
     rewrite="ConvertedModel FrozenModel",
+    saving="load save",
     validate__inference="Divergence",
 )
 __all__ += ["__version__"]

@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from amp_convert import pipeline
-from amp_convert.capture import said_sizes
 from amp_convert.capture.regions import capture
 from amp_convert.capture.said_sizes import Said
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UsageError
 from amp_convert.core.files import digests
-from amp_convert.core.number_formats import LOW_DTYPES, from_name, name_of
+from amp_convert.core.number_formats import LOW_DTYPES, name_of
 from amp_convert.eager import EagerPlan
 from amp_convert.loading.model_file import Case, as_call, kind_of
 from amp_convert.loading.settings import given_settings, make_settings
@@ -36,17 +35,11 @@ from amp_convert.profile.calibrate import profile
 from amp_convert.report.files import write_report
 from amp_convert.report.folder import check_writable, workspace
 from amp_convert.report.sections.audit import AuditRow, audit_rows
-from amp_convert.report.writers.json_report import verdict_text
 from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
-from amp_convert.rewrite.frozen_model import FrozenModel
-from amp_convert.rules.load import load_rules, rules_of_text
+from amp_convert.rules.load import load_rules
 from amp_convert.rules.rule_set import Rules
-from amp_convert.saved_model.archive import Archive, write_archive
-from amp_convert.saved_model.checkpoint import read_checkpoint, write_checkpoint
-from amp_convert.saved_model.restoring import fill, refuse_other
 from amp_convert.validate.inference.compare import compare as compare_batches
 from amp_convert.validate.inference.results import Divergence
-from amp_convert.verdict.verdict import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,11 +107,7 @@ def convert(
     if calibration is not None:
         batches = (as_call(batch, "calibration") for batch in calibration)
     first = list(islice(batches, SHAPES_SEEN))
-    said = said_sizes.checked(dynamic if dynamic is not None else {})
-    larger = said_sizes.larger_call(model, positional, keywords, said)
-    others = [*first, *([larger] if said else [])]
-    captured = capture(model, positional, keywords, train=train, others=others)
-    captured = said_sizes.held(captured, larger)
+    captured = capture(model, positional, keywords, train=train, others=first, dynamic=dynamic)
     stats = profile(
         captured,
         fitting_batches(captured, chain(first, batches), "calibration"),
@@ -263,73 +252,6 @@ def autocast(plan: Plan | str | PathLike[str], model: nn.Module | None = None) -
         return plan.autocast(model)
     path = fspath(plan)
     return eager_plan(load_rules([path]), path, model)
-
-
-def save(
-    model: ConvertedModel | FrozenModel,
-    path: str | PathLike[str],
-    *,
-    verdict: Verdict | None = None,
-) -> Archive | None:
-    """Write a converted model to `path`, whole or not at all.
-
-    A frozen model becomes a `torch.export` archive (.pt2): `torch.export.load(path).module()` is it
-    again, in the plan's precision, in a process that has neither amp_convert nor the code of the
-    model; what it gives is in dicts, lists and tuples. Plan, digests and the `verdict` of a check
-    are among its extra files. Gives what is in it.
-
-    Another converted model becomes a safetensors file (.safetensors) with its FP32 weights and its
-    plan, to be trained on: see `load`.
-
-    Raises UsageError for a path of another kind, UnsupportedModelError for a frozen model that is
-    in parts or that `torch.export` refuses, ModelError for weights that no such file can hold.
-    """
-    frozen = isinstance(model, FrozenModel)
-    if not frozen and not isinstance(model, ConvertedModel):
-        mend = "Give what convert() or .freeze() gave."
-        raise UsageError(f"{kind_of(model)} is no converted model", mend=mend)
-    target, suffix = Path(path), ".pt2" if frozen else ".safetensors"
-    if target.suffix != suffix:
-        what = "a frozen model" if frozen else "a converted model"
-        raise UsageError(f"{what} is saved as a {suffix} file, not as {target.name}")
-    if target.is_dir():
-        raise UsageError(f"{target} is a folder", mend="Give the name of a file.")
-    try:
-        if isinstance(model, FrozenModel):
-            text = None if verdict is None else verdict_text(verdict)
-            return write_archive(model, target, text)
-        write_checkpoint(model, target)
-    except OSError as error:
-        raise UsageError(f"{target} cannot be written: {error}") from error
-    return None
-
-
-def load(
-    path: str | PathLike[str],
-    model: nn.Module,
-    args: Any,
-    kwargs: Mapping[str, Any] | None = None,
-    calibration: Iterable[Any] | None = None,
-) -> ConvertedModel:
-    """The converted model that `save` wrote to `path`: its weights are copied into `model`, an
-    instance of the same class, and the saved plan is applied to it, node by node. `args`, `kwargs`
-    and `calibration` are as for `convert`; nothing is measured on them.
-
-    Where the saved plan rescales or clamps, the sizes of numbers are measured anew: then give the
-    calibration batches that were given to `convert`.
-
-    Raises UsageError for a file that `save` did not write or that has changed since, ModelError for
-    a `model` that is not the one that was saved: before its weights are touched, where their names
-    or shapes tell it.
-    """
-    saved = read_checkpoint(Path(path))
-    fill(model, saved)
-    rules = rules_of_text(saved.plan, fspath(path))
-    assert rules.made_for is not None
-    dtype = from_name(rules.made_for.dtype)
-    mixed = convert(model, args, kwargs, dtype, rules, calibration, train=saved.for_training)
-    refuse_other(mixed.plan, rules)
-    return mixed
 
 
 def compare(model: nn.Module, mixed: ConvertedModel, batches: Iterable[Any]) -> Divergence:

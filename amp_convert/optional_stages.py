@@ -100,6 +100,7 @@ def save(
     progress.stage("save as an archive")
     try:
         archive = write_archive(converted.freeze(), path)
+        archive = dataclasses.replace(archive, path=path.name)
     except UnsupportedModelError as error:  # the rest of the report is worth having without
         return Unchecked(reason=str(error))
     progress.stage("compare the archive with FP32", batches)

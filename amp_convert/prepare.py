@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import said_sizes
 from amp_convert.capture.captured import Call, Captured
 from amp_convert.capture.kept.answers import kept_in
 from amp_convert.capture.regions import capture
@@ -63,7 +62,9 @@ def prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool)
     with kept_in(Cache.of_user() if settings.cache else None):
         trains = judges and settings.train is not False
         others = other_shapes(case, device, _drawn(settings), train=trains)
-        captured = capture_said(case, others, proofs=judges)
+        captured = capture(
+            case.model, case.args, case.kwargs, proofs=judges, others=others, dynamic=case.dynamic
+        )
         if judges:
             training_setup.why_not(case, settings, captured)
         progress.stage("calibrate", settings.calibrate if case.eval_batches else 1)
@@ -79,15 +80,6 @@ def prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool)
                 captured, batches, tried, probes=rules.uses_probes, on_node=progress.node
             )
     return Prepared(case, device, captured, rules, stats)
-
-
-def capture_said(case: Case, others: list[Call], *, proofs: bool) -> Captured:
-    """Capture a case for its example inputs, for `others`, and for sizes as its file says."""
-    said = said_sizes.checked(case.dynamic if case.dynamic is not None else {})
-    larger = said_sizes.larger_call(case.model, case.args, case.kwargs, said)
-    others = [*others, *([larger] if said else [])]
-    captured = capture(case.model, case.args, case.kwargs, proofs=proofs, others=others)
-    return said_sizes.held(captured, larger)
 
 
 def on_device(case: Case, device: torch.device) -> Case:

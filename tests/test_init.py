@@ -12,7 +12,11 @@ import pytest
 
 import amp_convert
 
-FUNCTIONS = ["audit", "autocast", "check", "compare", "convert", "export_onnx", "load", "save"]
+FUNCTIONS = {
+    "api": ["audit", "autocast", "check", "compare", "convert", "export_onnx"],
+    "saving": ["load", "save"],
+}
+NAMES = [(module, name) for module, names in FUNCTIONS.items() for name in names]
 TYPES = ["ConvertedModel", "Decision", "Divergence", "FrozenModel", "Plan", "Run"]
 ERRORS = ["AmpConvertError", "ModelError", "UnsupportedModelError", "UsageError"]
 
@@ -25,14 +29,16 @@ def loaded(code: str) -> set[str]:
 
 
 def test_the_public_names() -> None:
-    assert sorted(amp_convert.__all__) == sorted([*FUNCTIONS, *TYPES, *ERRORS, "__version__"])
+    assert sorted(amp_convert.__all__) == sorted(
+        [*(name for _, name in NAMES), *TYPES, *ERRORS, "__version__"]
+    )
     assert dir(amp_convert) == sorted(amp_convert.__all__)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_are_those_of_the_api(name: str) -> None:
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_functions_stand_where_their_names_say(module: str, name: str) -> None:
     function = getattr(amp_convert, name)
-    assert function is getattr(importlib.import_module("amp_convert.api"), name)
+    assert function is getattr(importlib.import_module(f"amp_convert.{module}"), name)
     assert inspect.isfunction(function)
 
 

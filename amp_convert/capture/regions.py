@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fidelity, python_len
+from amp_convert.capture import fidelity, python_len, said_sizes
 from amp_convert.capture.captured import Call, Captured, Region, Uncaptured
 from amp_convert.capture.fidelity import Fidelity, FidelityStatus
 from amp_convert.capture.graph_call import in_mode
@@ -63,9 +64,11 @@ def capture(
     apart: Collection[str] = (),
     proofs: bool = True,
     others: Sequence[Call] = (),
+    dynamic: object = None,
 ) -> Captured:
     """Capture `model` for calls like `model(*args, **kwargs)`; without `train` for inference only.
-    Dimensions in which the `others`, the (args, kwargs) of further calls, differ stay dynamic.
+    Dimensions in which the `others`, the (args, kwargs) of further calls, differ stay dynamic, and
+    those that the user's `dynamic` names (see `said_sizes`).
     With `proofs` the graphs are compared with the eager model even where that was done before with
     the same code and values; without, that result may come from the cache.
 
@@ -76,12 +79,16 @@ def capture(
     UnsupportedModelError, naming the user's line, when no part of the model can be captured.
     """
     register_containers()
-    captured = _captured(model, args, kwargs, train, apart, proofs, others)
+    said = said_sizes.checked({} if dynamic is None else dynamic)
+    if said:
+        others = [*others, said_sizes.larger_call(model, args, kwargs, said)]
+    once = partial(_captured, model, args, kwargs, train, apart, proofs, others)
+    captured = once()
     if _differs(captured):
-        with python_len.plain_numbers():
-            again = _captured(model, args, kwargs, train, apart, proofs, others)
-        return captured if _differs(again) else again
-    return captured
+        with python_len.plain_numbers(), contextlib.suppress(UnsupportedModelError):
+            again = once()
+            captured = captured if _differs(again) else again
+    return said_sizes.held(captured, said) if said else captured
 
 
 def _differs(captured: Captured) -> bool:

@@ -1,8 +1,8 @@
 """Dimensions that the user says vary: `{"input_ids": {1: "length"}}`, by input and dimension.
 
 A dimension varies where further calls differ in it (see `export_call.varying`), so what is said
-becomes one more call, in which these dimensions are larger by one: the last slice of each tensor
-once more, so that values stay such as the model takes. Dimensions of one name have one size.
+becomes one more call, in which these dimensions are larger. Values are repeated, so that they stay
+such as the model takes. Dimensions of one name have one size.
 """
 
 from __future__ import annotations
@@ -29,10 +29,16 @@ _MEND = 'Write it as {"input_ids": {1: "length"}}.'
 
 
 def larger_call(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], said: Said
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    said: Said,
+    *,
+    doubled: bool = False,
 ) -> Call:
-    """A call like this one, larger where sizes are `said` to vary. Raises ModelError for inputs and
-    dimensions that are not there, and for dimensions of one name that differ in size."""
+    """A call like this one, larger by one where sizes are `said` to vary, or twice as large. Raises
+    ModelError for inputs and dimensions that are not there, and for dimensions of one name that
+    differ in size."""
     tensors = _tensors(model, args, kwargs)
     sizes: dict[str, tuple[int, str]] = {}
     grown: dict[int, torch.Tensor] = {}
@@ -54,18 +60,20 @@ def larger_call(
                     mend="Give sizes that differ names of their own.",
                 )
             now = grown.get(id(tensor), tensor)
-            grown[id(tensor)] = torch.cat([now, now.narrow(d, now.shape[d] - 1, 1)], d)
+            more = now if doubled else now.narrow(d, size - 1, 1)
+            grown[id(tensor)] = torch.cat([now, more], d)
     made: Call = pytree.tree_map_only(
         torch.Tensor, lambda t: grown.get(id(t), t), (tuple(args), dict(kwargs))
     )
     return made
 
 
-def held(captured: Captured, larger: Call) -> Captured:
-    """What was captured, with what was said to vary and is fixed all the same; that is logged.
-    `larger` is the call of what was said."""
-    unfit = captured.takes(*larger)
-    if not unfit:
+def held(captured: Captured, said: Said) -> Captured:
+    """What was captured, with what was said to vary and is fixed all the same; that is logged. A
+    size varies that can be larger by one, or, where it has to be a multiple, twice as large."""
+    call = (captured.model, captured.args, captured.kwargs, said)
+    unfit, other = (captured.takes(*larger_call(*call, doubled=d)) for d in (False, True))
+    if not unfit or not other:
         return captured
     reason = f"sizes do not vary as was said: {unfit}"
     _log.warning("%s", reason)

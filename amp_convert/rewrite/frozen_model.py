@@ -176,20 +176,29 @@ def refuse_other_dtypes(module: nn.Module, change: Callable[[torch.Tensor], torc
 def hold(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Store copies of `tensors` in `module` under their dotted names, in place of what is there."""
     for name, tensor in tensors.items():
-        path, _, key = name.rpartition(".")
-        owner = module
-        for part in filter(None, path.split(".")):
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner._parameters.pop(key, None)
-        owner._buffers.pop(key, None)
         if tensor.requires_grad:
             # matmul takes another path for a weight that requires grad, even under no_grad: only
             # the same flag gives the bits that were validated.
-            owner.register_parameter(key, nn.Parameter(tensor.detach().clone()))
+            place(module, name, nn.Parameter(tensor.detach().clone()))
         else:
-            owner.register_buffer(key, tensor.clone())
+            place(module, name, tensor.clone())
+
+
+def place(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Make a tensor a parameter of `module`, or a buffer where it is none, under a dotted name, in
+    place of what is there."""
+    path, _, key = name.rpartition(".")
+    owner = module
+    for part in filter(None, path.split(".")):
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    owner._parameters.pop(key, None)
+    owner._buffers.pop(key, None)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(key, tensor)
+    else:
+        owner.register_buffer(key, tensor)
 
 
 def fold_weights(

@@ -8,7 +8,6 @@ lists and tuples.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,12 +19,11 @@ from amp_convert.capture.export_call import explicit
 from amp_convert.capture.graph_call import by_keyword
 from amp_convert.capture.graph_signature import Signature, Source
 from amp_convert.core.errors import UnsupportedModelError
-from amp_convert.rewrite.frozen_model import FrozenModel
+from amp_convert.rewrite.frozen_model import FrozenModel, place
 from amp_convert.rewrite.kernels.tuned_graph import deployed
 from amp_convert.rewrite.original_signature import show
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-_PLAIN = (dict, OrderedDict, list, tuple)
 
 
 class PlainModule(nn.Module):
@@ -40,23 +38,11 @@ class PlainModule(nn.Module):
         self._changes = len(self._signature.buffer_outputs) + len(self._signature.input_outputs)
         for name, tensor in frozen.named_parameters(remove_duplicate=False):
             grad = tensor.requires_grad and exact
-            self._hold(name, nn.Parameter(tensor.detach(), requires_grad=grad))
+            place(self, name, nn.Parameter(tensor.detach(), requires_grad=grad))
         for name, buffer in frozen.named_buffers(remove_duplicate=False):
-            self._hold(name, buffer)
+            place(self, name, buffer)
         self.eval()
         show(self, explicit(self._signature.call, frozen.example[1]))
-
-    def _hold(self, name: str, tensor: torch.Tensor) -> None:
-        path, _, key = name.rpartition(".")
-        owner: nn.Module = self
-        for part in filter(None, path.split(".")):
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        if isinstance(tensor, nn.Parameter):
-            owner.register_parameter(key, tensor)
-        else:
-            owner.register_buffer(key, tensor)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the frozen model gives, in plain containers; buffers and inputs are written as the
@@ -142,7 +128,7 @@ def _without_none(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[s
 def plain(value: Any) -> Any:
     """A value with dicts, lists and tuples in place of all other containers: a dict where the
     class's entries have names, as those of dataclasses and of transformers' outputs do."""
-    if isinstance(value, dict | Mapping):
+    if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list):
         return [plain(each) for each in value]

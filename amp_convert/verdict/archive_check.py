@@ -24,7 +24,7 @@ def archive_checks(
     if parity is None:
         return [Check(NAME, CheckStatus.UNCHECKED, None, None, reason)] if required else []
     if parity.failure:
-        said = f"the file does not run as torch.export.load gives it: {parity.failure}"
+        said = f"of the file as torch.export.load gives it: {parity.failure}"
         return [Check(NAME, CheckStatus.FAIL, None, None, said)]
     if not parity.batches:
         return [Check(NAME, CheckStatus.UNCHECKED, None, None, "no batch was compared")]

@@ -10,14 +10,12 @@ writes the table to a file.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,10 @@ from amp_convert.report import OnnxSection, RunReport, Unchecked
 from amp_convert.validate.inference.results import OutputError
 from amp_convert.validate.training.results import TrainingParity
 from tests.benchmarks.architectures_models import ARCHITECTURES, Architecture
+from tests.benchmarks.table_program import line, run, table
 
 DTYPE = torch.float16
-NOTHING = "-"
+NOTHING, FAULT = "-", "FAULT"
 
 
 @dataclass(frozen=True)
@@ -222,9 +221,8 @@ def _loaded(one: Architecture, run: Run, notes: list[str]) -> str:
     return "same bits" if all(torch.equal(a, b) for a, b in pairs) else "other bits"
 
 
-def markdown(rows: Iterable[Row]) -> str:
+def markdown(rows: Sequence[Row], _: str) -> str:
     """The table as a page."""
-    rows = list(rows)
     same = sum(row.eager == "same bits" for row in rows)
     lines = [
         "# Public architectures",
@@ -245,9 +243,7 @@ def markdown(rows: Iterable[Row]) -> str:
         "*Archive* is the saved `torch.export` archive, read back, beside the frozen model; *load* "
         "the saved converted model, loaded into one of other weights.",
         "",
-        _line(HEADS),
-        "|---" * len(HEADS) + "|",
-        *(_line(row.cells) for row in rows),
+        *table(HEADS, [row.cells for row in rows]),
         "",
         "## Notes",
         "",
@@ -256,33 +252,20 @@ def markdown(rows: Iterable[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def text(row: Row) -> str:
+    """A row for the terminal."""
+    return "\n    ".join([line(row.cells), *row.notes])
 
 
 def main() -> int:
-    """Print every row, write the page where one is asked for; 1 where there is a fault."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.architectures")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="architectures; all unless given")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
-    given = parser.parse_args()
-    known = [one.name for one in ARCHITECTURES]
-    if unknown := [name for name in given.names if name not in known]:
-        parser.error(f"no such architecture: {', '.join(unknown)}. There are {', '.join(known)}")
-    warnings.simplefilter("ignore")
-    rows = []
-    for one in ARCHITECTURES:
-        if given.names and one.name not in given.names:
-            continue
-        begin = time.perf_counter()
-        rows.append(judged(one))
-        print(_line(rows[-1].cells), *rows[-1].notes, sep="\n    ", flush=True)
-        print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    if given.markdown:
-        given.markdown.write_text(markdown(rows))
-    faults = [row.model for row in rows if any(note.startswith("FAULT") for note in row.notes)]
-    print(f"\n{len(rows)} architectures, {len(faults)} faults {' '.join(faults)}")
-    return 1 if faults else 0
+    """Judge, print and write; 1 where there is a fault."""
+    return run(
+        "tests.benchmarks.architectures",
+        {one.name: partial(judged, one) for one in ARCHITECTURES},
+        text,
+        markdown,
+        lambda row: any(note.startswith(FAULT) for note in row.notes),
+    )
 
 
 if __name__ == "__main__":

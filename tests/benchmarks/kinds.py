@@ -11,13 +11,10 @@ the table to a file.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
+from functools import partial
 
 import torch
 
@@ -28,6 +25,7 @@ from amp_convert.pipeline import Run
 from amp_convert.validate.inference.results import OutputError
 from amp_convert.validate.training.results import TrainingParity
 from tests.benchmarks.kinds_models import KINDS, Kind
+from tests.benchmarks.table_program import run, table
 
 DTYPE = torch.float16
 FAULT = "FAULT"
@@ -139,7 +137,7 @@ def text(row: Row) -> str:
     return f"{line}\n    {row.why}" if row.why else line
 
 
-def markdown(rows: Iterable[Row], command: str) -> str:
+def markdown(rows: Sequence[Row], command: str) -> str:
     """The table as a page."""
     lines = [
         "# Models of many kinds",
@@ -154,44 +152,22 @@ def markdown(rows: Iterable[Row], command: str) -> str:
         "native `torch.autocast`. What decided where the verdict is no pass stands below the "
         "table.",
         "",
-        _line(HEADS),
-        "|---" * len(HEADS) + "|",
+        *table(HEADS, [row.cells for row in rows]),
     ]
-    rows = list(rows)
-    lines += [_line(row.cells) for row in rows]
     lines += ["", "## Why not", ""]
     lines += [f"- **{row.model}**, {row.verdict}: {row.why.strip()}" for row in rows if row.why]
     return "\n".join([*lines, ""])
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 def main() -> int:
-    """Print every row, write the page where one is asked for; 1 where there is a fault."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.kinds")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models; all unless given")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
-    given = parser.parse_args()
-    known = [kind.name for kind in KINDS]
-    if unknown := [name for name in given.names if name not in known]:
-        parser.error(f"no such model: {', '.join(unknown)}. There are {', '.join(known)}")
-    warnings.simplefilter("ignore")
-    rows = []
-    for kind in KINDS:
-        if given.names and kind.name not in given.names:
-            continue
-        begin = time.perf_counter()
-        rows.append(judged(kind))
-        print(text(rows[-1]), flush=True)
-        print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    if given.markdown:
-        command = " ".join(["python -m tests.benchmarks.kinds", *sys.argv[1:]])
-        given.markdown.write_text(markdown(rows, command))
-    faults = [row.model for row in rows if row.verdict == FAULT]
-    print(f"\n{len(rows)} models, {len(faults)} faults {' '.join(faults)}")
-    return 1 if faults else 0
+    """Judge, print and write; 1 where there is a fault."""
+    return run(
+        "tests.benchmarks.kinds",
+        {kind.name: partial(judged, kind) for kind in KINDS},
+        text,
+        markdown,
+        lambda row: row.verdict == FAULT,
+    )
 
 
 if __name__ == "__main__":

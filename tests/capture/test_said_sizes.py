@@ -81,6 +81,27 @@ def test_what_the_model_fixes_is_said(caplog: pytest.LogCaptureFixture) -> None:
         assert mixed(X).shape == (2, 4)
 
 
+class Multiples(nn.Module):
+    """Halves and doubles, as a U-Net does: the length has to be even."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv1d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + self.a(x[..., ::2]).repeat_interleave(2, -1)
+
+
+def test_a_size_that_has_to_be_a_multiple_varies() -> None:
+    model, x = Multiples().eval(), torch.randn(2, 3, 8)
+    mixed = amp.convert(model, x, rules="fp32", train=False, dynamic={"x": {2: "length"}})
+    assert mixed.captured.fixed_sizes == ()
+    other = torch.randn(2, 3, 12)
+    assert mixed.captured.takes((other,), {}) == ""
+    with torch.no_grad():
+        assert torch.equal(mixed(other), model(other))
+
+
 @pytest.mark.parametrize(
     ("dynamic", "why"),
     [

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import subprocess
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +18,10 @@ from torch.utils import _pytree as pytree
 import amp_convert as amp
 from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.files import digests
-from amp_convert.rewrite.frozen_model import FrozenModel
-from amp_convert.saved_model.archive import Archive, ArchiveInput, exported
+from amp_convert.saved_model.archive import ArchiveInput, exported
 from amp_convert.saved_model.plain_call import plain
 from tests import zoo
+from tests.archives import Named, Pair, loaded, saved
 
 READER = """
 import sys
@@ -46,32 +44,6 @@ def read_elsewhere(path: Path, *args: Any, **kwargs: Any) -> Any:
     command = [sys.executable, "-I", "-c", READER, str(path), str(inputs), str(outputs)]
     subprocess.run(command, check=True, cwd=path.parent, capture_output=True)
     return torch.load(outputs)
-
-
-def saved(model: nn.Module, path: Path, *args: Any, **kwargs: Any) -> tuple[FrozenModel, Archive]:
-    """`model` converted, frozen and saved as `path`."""
-    frozen = amp.convert(model.eval(), args, kwargs, train=False).freeze()
-    archive = amp.save(frozen, path)
-    assert archive is not None
-    return frozen, archive
-
-
-def loaded(path: Path) -> Any:
-    return torch.export.load(path).module()
-
-
-class Pair(NamedTuple):
-    first: torch.Tensor
-    second: torch.Tensor
-
-
-@dataclass
-class Named:
-    logits: torch.Tensor
-    states: tuple[torch.Tensor, ...]
-
-
-pytree.register_dataclass(Named)
 
 
 class TwoInputs(nn.Module):
@@ -315,45 +287,6 @@ def test_plain_containers(value: Any, wanted: Any) -> None:
     assert pytree.tree_leaves(found) == pytree.tree_leaves(wanted)
 
 
-class TestDeploying:
-    """What other tools make of the frozen model as it is."""
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["cnn", "bert", "lstm"])
-    def test_export_and_trace_take_it(self, name: str, tmp_path: Path) -> None:
-        model, args, kwargs = zoo.example(name)
-        frozen = zoo.converted(name, "default", torch.bfloat16).freeze()
-        assert inspect.signature(frozen.forward) == inspect.signature(model.forward)
-        want = zoo.tensors(frozen(*args, **kwargs))
-        torch.export.save(
-            torch.export.export(frozen, args, kwargs, strict=False), tmp_path / "m.pt2"
-        )
-        traced = torch.jit.trace(
-            frozen,
-            example_inputs=args or None,
-            example_kwarg_inputs=kwargs or None,
-            strict=False,  # it may return a dict
-        )
-        torch.jit.save(traced, tmp_path / "m.pt")
-        for program in (loaded(tmp_path / "m.pt2"), torch.jit.load(tmp_path / "m.pt")):
-            with torch.no_grad():
-                have = zoo.tensors(program(*args, **kwargs))
-            for a, b in zip(want, have, strict=True):
-                assert float((a - b).norm() / a.norm()) < 4e-3  # half a unit of BF16 is 2e-3
-
-    @pytest.mark.slow
-    def test_aotinductor_compiles_the_archive(self, tmp_path: Path) -> None:
-        x = torch.randn(4, 8)
-        frozen, _ = saved(nn.Sequential(nn.Linear(8, 16), nn.GELU()), tmp_path / "m.pt2", x)
-        program = torch.export.load(tmp_path / "m.pt2")
-        package = str(tmp_path / "compiled.pt2")
-        torch._inductor.aoti_compile_and_package(program, package_path=package)
-        compiled = torch._inductor.aoti_load_package(package)
-        other = torch.randn(6, 8)
-        error = (compiled(other) - frozen(other)).norm() / frozen(other).norm()
-        assert float(error) < 1e-3
-
-
 def test_the_program_is_the_plans(tmp_path: Path) -> None:
     """Products in FP16, what the plan denies in FP32: read off the exported graph itself."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 2)).eval()
@@ -371,84 +304,3 @@ def test_the_program_is_the_plans(tmp_path: Path) -> None:
         ("softmax", torch.float32),
         ("linear", torch.float16),
     ]
-
-
-class TestWhatAReviewerBroke:
-    """Each gave other numbers than the frozen model, without an error."""
-
-    def test_conditions_on_sizes_are_in_the_file(self, tmp_path: Path) -> None:
-        class Branch(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a = nn.Linear(4, 4)
-
-            def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-                x = self.a(x) * (2 if x.shape[0] > 4 else 1)
-                return x if x.shape[0] != y.shape[0] else x + y
-
-        frozen, _ = saved(Branch(), tmp_path / "m.pt2", torch.randn(3, 4), torch.randn(3, 4))
-        program = loaded(tmp_path / "m.pt2")
-        x = torch.randn(4, 4)
-        with torch.no_grad():
-            assert torch.equal(program(x, x), frozen(x, x))
-        for rows in ((5, 5), (3, 2)):
-            with pytest.raises(AssertionError, match="Guard failed"):
-                program(*(torch.randn(n, 4) for n in rows))
-
-    @pytest.mark.parametrize("by_keyword", [True, False])
-    def test_a_tensor_in_place_of_none_is_refused(self, by_keyword: bool, tmp_path: Path) -> None:
-        class Optional(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a = nn.Linear(4, 4)
-
-            def forward(
-                self, x: torch.Tensor, mask: Any = None, y: torch.Tensor | None = None
-            ) -> torch.Tensor:
-                x = self.a(x) if mask is None else self.a(x).masked_fill(mask, 0.0)
-                return x if y is None else x + y
-
-        x = torch.randn(3, 4)
-        args, kwargs = ((x,), {"mask": None, "y": x}) if by_keyword else ((x, None, x), {})
-        frozen, _ = saved(Optional(), tmp_path / "m.pt2", *args, **kwargs)
-        program = loaded(tmp_path / "m.pt2")
-        with torch.no_grad():
-            assert torch.equal(program(x, y=x), frozen(*args, **kwargs))
-        mask = torch.ones(3, 4, dtype=torch.bool)
-        with pytest.raises((TypeError, ValueError, AssertionError)):
-            program(x, mask=mask, y=x)
-        with pytest.raises((TypeError, ValueError, AssertionError)):
-            program(x, mask, x)
-
-    def test_a_file_that_pytorch_does_not_read_is_not_written(self, tmp_path: Path) -> None:
-        class Text(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a = nn.Linear(4, 4)
-
-            def forward(self, x: torch.Tensor) -> Any:
-                return {"y": self.a(x), "name": "aa"}
-
-        frozen = amp.convert(Text().eval(), torch.randn(3, 4), train=False).freeze()
-        with pytest.raises(UnsupportedModelError, match="does not read the file that it wrote"):
-            amp.save(frozen, tmp_path / "m.pt2")
-        assert not list(tmp_path.iterdir())
-
-    @pytest.mark.parametrize("kind", [Pair, Named])
-    def test_inputs_in_containers(self, kind: type, tmp_path: Path) -> None:
-        class Takes(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a = nn.Linear(4, 4)
-
-            def forward(self, given: Any) -> torch.Tensor:
-                first, second = given if isinstance(given, tuple) else (given.logits, given.states)
-                return self.a(first) - (second[0] if isinstance(second, tuple) else second)
-
-        x, y = torch.randn(3, 4), torch.randn(3, 4)
-        given = Pair(x, y) if kind is Pair else Named(x, (y,))
-        frozen, archive = saved(Takes(), tmp_path / "m.pt2", given)
-        # PyTorch 2.13 fixes the sizes in a dataclass: "Node type mismatch".
-        assert [each.shape for each in archive.inputs] == [(None if kind is Pair else 3, 4)] * 2
-        with torch.no_grad():
-            assert torch.equal(loaded(tmp_path / "m.pt2")(plain(given)), frozen(given))

@@ -15,7 +15,7 @@ def archive_text(report: RunReport) -> str:
         return ""
     said = [f"{found.file.path} ({fmt.size(found.file.bytes)})"]
     if found.failure:
-        said.append(f"does not run: {fmt.printable(found.failure)}")
+        said.append(fmt.printable(found.failure))
     elif found.identical:
         said.append("gives the frozen model's bits")
     elif worst := worst_output(found.outputs):

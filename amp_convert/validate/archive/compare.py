@@ -49,7 +49,7 @@ def compare_archive(
         for args, kwargs, target in batches:
             if unfit := converted.captured.takes(args, kwargs):
                 if loaded.takes(args, kwargs):
-                    failure = f"it takes a batch that the frozen model does not: {unfit}"
+                    failure = f"it takes a batch that the frozen model refuses: {unfit}"
                     return ArchiveParity(archive, count, failure=failure)
                 continue
             state, size = rng_state(converted.captured.device), batch_size(args, kwargs)
@@ -75,7 +75,7 @@ def compare_archive(
 
 class _Loaded:
     """The file as `torch.export.load` gives it, with the original's output classes around what it
-    gives; `failure` says why it does not run, "" while it does."""
+    gives; `failure` is what is wrong with it, "" while nothing is."""
 
     def __init__(self, path: Path, signature: Signature, device: torch.device) -> None:
         self._path, self._signature, self._device = path, signature, device
@@ -92,13 +92,13 @@ class _Loaded:
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Any) -> Any:
         """The outputs from this random state, for copies of the inputs; None where it fails."""
         copied = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
-        args, kwargs = plain_call(self._signature, *copied)
         try:
+            args, kwargs = plain_call(self._signature, *copied)
             self._program = self._program or torch.export.load(self._path).module()
             set_rng_state(self._device, state)
             leaves = pytree.tree_leaves(self._program(*args, **kwargs))
             return pytree.tree_unflatten(leaves, self._signature.out_spec)
         except Exception as error:  # noqa: BLE001  readers fail in as many ways as user code
             refuse_environment(error)
-            self.failure = f"{type(error).__name__}: {first_line(error)}"
+            self.failure = f"it does not run: {type(error).__name__}: {first_line(error)}"
             return None

@@ -13,7 +13,8 @@ class ArchiveParity:
     """A file read back by `torch.export.load`, held against FP32 over `batches`.
 
     `outputs` are its errors, `metrics` the user's of it (as `mixed`), `identical` whether it gave
-    the frozen model's bits on each batch. `failure` says why it does not run, "" where it does.
+    the frozen model's bits on each batch. `failure` is what is wrong with it as a whole, such as
+    "it does not run: ...", "" where nothing is.
     """
 
     file: Archive

@@ -72,7 +72,7 @@ def test_a_file_that_cannot_be_read_fails(tmp_path: Path) -> None:
     archive, path = written(mixed, tmp_path)
     path.write_bytes(b"")
     parity = compare_archive(mixed, archive, path, batches())
-    assert parity.failure
+    assert parity.failure.startswith("it does not run: ")
     assert parity.batches == 0
     assert status(parity) == "fail"
 
@@ -97,8 +97,25 @@ def test_it_has_to_refuse_what_the_frozen_model_does(
         patch.setattr(graph_signature._Condition, "__call__", lambda *_: True)
         archive, path = written(mixed, tmp_path)
     parity = compare_archive(mixed, archive, path, given)
-    assert parity.failure.startswith("it takes a batch that the frozen model does not: ")
+    assert parity.failure.startswith("it takes a batch that the frozen model refuses: ")
     assert status(parity) == "fail"
+
+
+class Takes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return self.a(x) if y is None else self.a(x) - self.a(y)
+
+
+def test_a_call_of_another_structure_is_one_that_it_refuses(tmp_path: Path) -> None:
+    x = torch.randn(3, 8)
+    mixed = amp.convert(Takes().eval(), x, train=False)
+    given: list[Batch] = [((x,), {}, None), ((x, x), {}, None), ((x,), {"y": x}, None)]
+    parity = compare_archive(mixed, *written(mixed, tmp_path), given)
+    assert (parity.batches, parity.failure) == (1, "")
 
 
 def test_the_users_metrics_are_its_own(tmp_path: Path) -> None:
