@@ -238,8 +238,8 @@ def frozen_check(divergence: Divergence | None) -> Check:
     if same and divergence.unfit:
         left = sum(unfit.batches for unfit in divergence.unfit)
         reason = (
-            f"{left} of {divergence.batches} batches are none that the frozen model takes: "
-            f"{divergence.unfit[0].reason}; the converted model runs them operation by operation"
+            f"the frozen model does not take {left} of {divergence.batches} batches "
+            f"({divergence.unfit[0].reason}); the converted model runs them operation by operation"
         )
         return Check(name, CheckStatus.UNCHECKED, None, 0.0, reason)
     if same:

@@ -48,7 +48,7 @@ def test_they_are_compared_and_counted() -> None:
     assert found.frozen_identical is True
     check = frozen_check(found)
     assert check.status is CheckStatus.UNCHECKED
-    assert check.reason.startswith("2 of 4 batches are none that the frozen model takes: the model")
+    assert check.reason.startswith("the frozen model does not take 2 of 4 batches (the model")
     [output] = found.outputs
     assert output.elements == 8 * 4 * (4 + 9 + 5 + 8)
     assert 1e-6 < output.rel_l2 < 2e-3
