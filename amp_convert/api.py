@@ -17,14 +17,14 @@ from torch import nn
 
 from amp_convert import pipeline
 from amp_convert.capture.regions import capture
-from amp_convert.capture.said_sizes import Said
+from amp_convert.capture.sizes.said_sizes import Said
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UsageError
 from amp_convert.core.files import digests
 from amp_convert.core.number_formats import LOW_DTYPES, name_of
 from amp_convert.eager import EagerPlan
 from amp_convert.loading.model_file import Case, as_call, kind_of
-from amp_convert.loading.settings import given_settings, make_settings
+from amp_convert.loading.read_settings import given_settings, make_settings
 from amp_convert.loading.together import agreed
 from amp_convert.onnx_file.write import export_onnx as export_onnx
 from amp_convert.pipeline import Run
@@ -35,7 +35,8 @@ from amp_convert.profile.calibrate import profile
 from amp_convert.report.files import write_report
 from amp_convert.report.folder import check_writable, workspace
 from amp_convert.report.sections.audit import AuditRow, audit_rows
-from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rewrite.conversion import convert_captured
+from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rules.load import load_rules
 from amp_convert.rules.rule_set import Rules
 from amp_convert.validate.inference.compare import compare as compare_batches

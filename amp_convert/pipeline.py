@@ -38,7 +38,8 @@ from amp_convert.report import (
 )
 from amp_convert.report.assemble import assemble, model_info
 from amp_convert.report.writers.json_report import verdict_text
-from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rewrite.conversion import convert_captured
+from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rules.load import load_rules
 from amp_convert.rules.rule_set import Painting, ask_for_fp32
 from amp_convert.saved_model.archive import add_verdict

@@ -23,7 +23,8 @@ from amp_convert.core.errors import ModelError
 from amp_convert.core.files.cache import Cache
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.progress import Progress
-from amp_convert.loading.model_file import Case, check_forward
+from amp_convert.loading.first_run import check_forward
+from amp_convert.loading.model_file import Case
 from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import user_batches
 from amp_convert.profile.calibrate import RangeStats, profile

@@ -17,7 +17,8 @@ from amp_convert.plan.plan import Decision, Plan
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
 from amp_convert.report.records import NodeRecord
-from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rewrite.conversion import convert_captured
+from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rewrite.insert_casts import Rewritten, rewrite
 from amp_convert.rules.load import load_rules
 from amp_convert.rules.rule_set import Category, GuardLimits, Rule, Rules, Target

@@ -17,7 +17,7 @@ from amp_convert.core.errors import AmpConvertError, ModelError, UnsupportedMode
 from amp_convert.plan.plan import Decision
 from amp_convert.profile.rounding_trials import Trials
 from amp_convert.rules.load import load_rules
-from tests.zoo import assert_same_bits
+from tests.bits import assert_same_bits
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import amp_convert as amp
 from amp_convert.capture import export
 from amp_convert.core.errors import environment_problem
-from amp_convert.report.sections.summary import gaps
+from amp_convert.report.sections.gaps import gaps
 from tests.command import TRAINED, write
 from tests.command import amp as command
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.hunt import SIZED, UNSIZED, hunt
+from tests.benchmarks.hunt import hunt
+from tests.benchmarks.hunt_faults import SIZED, UNSIZED
 
 
 @pytest.mark.slow

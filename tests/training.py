@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from amp_convert.capture.regions import capture
 from amp_convert.core.batches import Batch
 from amp_convert.profile.calibrate import profile
-from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rewrite.conversion import convert_captured
+from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rules.load import load_rules
 from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.recipe import Recipe

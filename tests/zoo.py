@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from amp_convert.capture.captured import Captured
 from amp_convert.capture.regions import capture
 from amp_convert.profile.calibrate import RangeStats, profile
-from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rewrite.conversion import convert_captured
+from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rules.load import load_rules
 
 Example = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -280,34 +280,3 @@ def fused_transformer(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def leaves(tree: Any) -> dict[str, Any]:
-    """What a model returned, by path: tensors and whatever else is in there."""
-    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
-
-
-def tensors(tree: Any) -> list[torch.Tensor]:
-    """The tensors among the leaves of a tree."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def assert_same_bits(want: Any, have: Any) -> None:
-    """Two trees of one structure, whose tensors have the same dtypes, shapes and bits."""
-    assert pytree.tree_structure(want) == pytree.tree_structure(have)
-    found = leaves(have)
-    for path, expected in leaves(want).items():
-        if isinstance(expected, torch.Tensor):
-            assert (found[path].dtype, found[path].shape) == (expected.dtype, expected.shape), path
-            assert same_bits(expected, found[path]), path
-        else:
-            assert found[path] == expected, path
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one dtype hold the same bytes: unlike ==, NaN is NaN, 0 is not -0."""
-    return a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

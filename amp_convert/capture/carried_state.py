@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.fidelity import identical, rel_l2
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.fidelity.traces import identical, rel_l2
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.core.tree_paths import leaves_by_path

@@ -23,7 +23,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.export_repairs import patched_methods
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.capture.node_info import is_library_frame, user_frame
 from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode

@@ -43,17 +43,18 @@ from amp_convert.capture.export_repairs import (
     repair,
     written_casts,
 )
-from amp_convert.capture.graph_call import GraphRunner, bind, by_keyword, in_mode
+from amp_convert.capture.graph_call import GraphRunner, bind, by_keyword
 from amp_convert.capture.graph_signature import (
     Signature,
     UncheckableSizesError,
     check_guards,
     signature_of,
 )
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.capture.node_info import NodeInfo, class_path, describe
-from amp_convert.capture.python_len import open_len
-from amp_convert.capture.recurrent_shapes import open_lengths
 from amp_convert.capture.refusals import refusal_of
+from amp_convert.capture.sizes.python_len import open_len
+from amp_convert.capture.sizes.recurrent_shapes import open_lengths
 from amp_convert.core import device as devices
 from amp_convert.core.batches import anew
 from amp_convert.core.mode import Mode

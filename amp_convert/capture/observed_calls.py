@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.capture.node_info import is_library_frame, short_path
 from amp_convert.core import device as devices
 from amp_convert.core.errors import (

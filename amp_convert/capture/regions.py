@@ -24,17 +24,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fidelity, python_len, said_sizes
 from amp_convert.capture.captured import Call, Captured, Region, Uncaptured
-from amp_convert.capture.fidelity import Fidelity, FidelityStatus
-from amp_convert.capture.graph_call import in_mode
-from amp_convert.capture.hooks import own_hooks_off
-from amp_convert.capture.kept import fingerprint
-from amp_convert.capture.kept.answers import kept
+from amp_convert.capture.fidelity import FidelityStatus
+from amp_convert.capture.fidelity.of_regions import merged, of_region
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.observed_calls import ModuleCall, calls_by_path
 from amp_convert.capture.pytree_containers import register_containers
 from amp_convert.capture.refusals import Refusal
+from amp_convert.capture.sizes import python_len, said_sizes
 from amp_convert.capture.traced_region import (
     CannotCaptureError,
     LeftEagerError,
@@ -47,8 +45,6 @@ from amp_convert.core.errors import (
     ModelError,
     UnsupportedModelError,
 )
-from amp_convert.core.files.cache import Entry
-from amp_convert.core.files.plain_data import NotPlainError, PlainData
 from amp_convert.core.mode import Mode
 from amp_convert.core.random_state import preserved_rng
 
@@ -130,7 +126,7 @@ def _captured(
                 where=problem.location,
                 mend=problem.mend,
             ) from problem.__cause__
-    checks = [(r.path, _fidelity(r, mode, proofs=proofs)) for r in regions for mode in Mode]
+    checks = [(r.path, of_region(r, mode, proofs=proofs)) for r in regions for mode in Mode]
     untrainable = {path: found.untrainable for path, found in checks if found.untrainable}
     regions = tuple(_without_training(r, untrainable.get(r.path, "")) for r in regions)
     training = None
@@ -139,11 +135,11 @@ def _captured(
         training = _for_training(model, ((args, kwargs), *others), regions, apart)
     if training is not None:
         checks = [(path, found) for path, found in checks if found.mode is Mode.EVAL]
-        checks += [(r.path, _fidelity(r, Mode.TRAIN, proofs=proofs)) for r in training.regions]
+        checks += [(r.path, of_region(r, Mode.TRAIN, proofs=proofs)) for r in training.regions]
     eager, compiles = _eager_macs(model, args, kwargs, regions) if uncaptured else (0, False)
-    merged = _merged(checks, _how_trained(regions) if training is not None else "")
+    worst = merged(checks, _how_trained(regions) if training is not None else "")
     return Captured(
-        model, args, kwargs, regions, uncaptured, merged, eager, training,
+        model, args, kwargs, regions, uncaptured, worst, eager, training,
         eager_branches=compiles, others=tuple(others),
     )  # fmt: skip
 
@@ -247,7 +243,7 @@ def _fitting_region(
             runner.inputs(args, kwargs)
         except ModelError as cause:
             raise CannotCaptureError(path, cause) from cause
-    if wanted is Wanted.TRAIN and (why := _fidelity(region, Mode.TRAIN).untrainable):
+    if wanted is Wanted.TRAIN and (why := of_region(region, Mode.TRAIN).untrainable):
         raise CannotCaptureError(path, LeftEagerError(Refusal(why, "")))
     return region
 
@@ -264,43 +260,6 @@ def _times(region: Region, calls: int) -> Region:
 # --- results -------------------------------------------------------------------------------------
 
 
-def _fidelity(region: Region, mode: Mode, *, proofs: bool = True) -> Fidelity:
-    if mode not in region.graphs:
-        return fidelity.unchecked(mode, f"the train graph was not captured: {region.train_failure}")
-
-    trains = Mode.TRAIN in region.graphs
-
-    def checked() -> Fidelity:
-        runner = region.runner(mode)
-        return fidelity.check(
-            region.module, runner, region.args, region.kwargs, mode, gradients=trains
-        )
-
-    def about() -> str:
-        inputs = (region.args, dict(region.kwargs))
-        return fingerprint.of_call(region.module, inputs, str(mode), trains)
-
-    with own_hooks_off(region.module) if region.path else contextlib.nullcontext():
-        if proofs:
-            return checked()
-        kind = f"the fidelity of {region.path or 'the model'}"
-        return kept(kind, about, checked, _written, _read)
-
-
-_PLAIN = PlainData(Fidelity, FidelityStatus, Mode)
-
-
-def _written(found: Fidelity) -> Entry:
-    if found.status is not FidelityStatus.IDENTICAL:
-        raise NotPlainError(found.reason)  # what came in between may be gone the next time
-    return Entry(_PLAIN.write(found))
-
-
-def _read(entry: Entry) -> Fidelity:
-    found: Fidelity = _PLAIN.read(entry.document)
-    return found
-
-
 def _without_training(region: Region, why: str) -> Region:
     """The region without its train graph, if there is a reason: it trains another model."""
     if not why or Mode.TRAIN not in region.graphs:
@@ -314,16 +273,3 @@ def _how_trained(regions: Sequence[Region]) -> str:
     """Why a model is captured in parts for training, as a clause."""
     failed = next(region for region in regions if Mode.TRAIN not in region.graphs)
     return f"; captured in parts for training, since in training {failed.train_failure}"
-
-
-def _merged(region: Sequence[tuple[str, Fidelity]], how_trained: str) -> tuple[Fidelity, ...]:
-    """One result a mode: the worst over all regions, which it names when there are several."""
-    rank = [FidelityStatus.IDENTICAL, FidelityStatus.UNCHECKED, FidelityStatus.DIFFERENT]
-    merged = []
-    for mode in Mode:
-        found = [(path, f) for path, f in region if f.mode == mode]
-        path, worst = max(found, key=lambda item: (rank.index(item[1].status), item[1].max_rel_l2))
-        reason = f"{path}: {worst.reason}" if len(found) > 1 else worst.reason
-        reason += how_trained if mode is Mode.TRAIN else ""
-        merged.append(dataclasses.replace(worst, reason=reason))
-    return tuple(merged)

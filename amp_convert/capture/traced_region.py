@@ -17,19 +17,20 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture import fidelity, python_len
+from amp_convert.capture import fidelity
 from amp_convert.capture.captured import Region, Trace, Uncaptured, Value
 from amp_convert.capture.carried_state import carried_state
 from amp_convert.capture.cast_words import Words, cast_words
 from amp_convert.capture.export import CapturedGraph, export_graph
 from amp_convert.capture.export_call import Varying, doubled_batch, varying
 from amp_convert.capture.fidelity import FidelityStatus
-from amp_convert.capture.graph_call import in_mode
 from amp_convert.capture.hooks import own_hooks_off
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.capture.kept import graphs as kept_graphs
 from amp_convert.capture.mac_counter import MacCounter
 from amp_convert.capture.observed_calls import user_line
 from amp_convert.capture.refusals import Refusal, refusal_of
+from amp_convert.capture.sizes import python_len
 from amp_convert.core import device as devices
 from amp_convert.core.errors import (
     ModelError,

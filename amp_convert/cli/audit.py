@@ -12,7 +12,7 @@ from amp_convert import __version__
 from amp_convert.cli import flags
 from amp_convert.cli.app import app
 from amp_convert.cli.console import running
-from amp_convert.loading.settings import load_settings
+from amp_convert.loading.read_settings import load_settings
 
 
 @app.command()
@@ -31,18 +31,19 @@ def audit(
     with running(debug) as (console, progress):
         from amp_convert import pipeline
         from amp_convert.report.folder import check_writable
-        from amp_convert.report.sections import audit as auditing
+        from amp_convert.report.sections.audit import audit_report, audit_rows
+        from amp_convert.report.writers import audit_files
         from amp_convert.report.writers.audit_terminal import render_audit
 
         folder = Path(out) if out else None
         if folder is not None:
             check_writable(folder)
         plan, model = pipeline.audit(source, settings, progress)
-        report = auditing.audit_report(plan, model, __version__)
+        report = audit_report(plan, model, __version__)
         if folder is not None:
-            auditing.write_audit(folder, report, auditing.audit_rows(plan))
+            audit_files.write_audit(folder, report, audit_rows(plan))
     if as_json:
-        console.file.write(auditing.audit_json(report))
+        console.file.write(audit_files.audit_json(report))
     else:
         render_audit(console, report, folder)
     return 0

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
+from amp_convert.loading.read_settings import load_settings
 from amp_convert.loading.settings import (
     SETTINGS,
     Part,
     Settings,
     default_text,
     flag_of,
-    load_settings,
     option_of,
     value_type,
 )

@@ -12,7 +12,7 @@ from rich.text import Text
 from amp_convert.cli import flags
 from amp_convert.cli.app import app
 from amp_convert.cli.console import running, say_renamed
-from amp_convert.loading.settings import load_settings
+from amp_convert.loading.read_settings import load_settings
 from amp_convert.validate.training.margin import MIN_SPREAD_SEEDS, require_spread
 
 _SETTINGS = ("steps", "batches", "train_metric", "accumulate", "clip_norm", "device")

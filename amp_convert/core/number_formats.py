@@ -61,3 +61,13 @@ def widened(arguments: Any) -> Any:
 def is_float_tensor(value: object) -> TypeGuard[torch.Tensor]:
     """Whether `value` is a real floating point tensor, of any width."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def nudged(tensor: torch.Tensor, coin: torch.Generator) -> torch.Tensor:
+    """FP32's own noise: a tensor with every number moved to a neighbour, up or down by a coin, a
+    generator on the CPU; a tensor that is not FP32 as it is."""
+    if tensor.dtype != torch.float32 or tensor.layout is not torch.strided:
+        return tensor
+    up = torch.randint(2, tensor.shape, generator=coin, dtype=torch.bool).to(tensor.device)
+    ends = torch.where(up, math.inf, -math.inf).to(tensor.dtype)
+    return torch.nextafter(tensor.detach(), ends)

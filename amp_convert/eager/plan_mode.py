@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import sys
@@ -12,14 +11,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from amp_convert.capture.node_info import is_library_frame, short_path
 from amp_convert.core.folded_linear import folded_linear
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import name_of
@@ -28,6 +25,7 @@ from amp_convert.eager.functions import Function, function_of
 from amp_convert.eager.layers import Layers
 from amp_convert.eager.restored import restored, tensors
 from amp_convert.eager.treatments import Treatment, Treatments
+from amp_convert.eager.user_lines import line_of
 
 
 class _Active(threading.local):
@@ -182,7 +180,7 @@ class PlanMode(TorchFunctionMode):
             self._counts.unplanned[key] += 1
         planned = self._now.alike(*key)
         if planned is None and self._now.count(*key):
-            line = _line(sys._getframe(2))
+            line = line_of(sys._getframe(2))
             planned = self._now.at(layer, op, line, self._count((layer, op, line)))
         return planned
 
@@ -286,18 +284,3 @@ class PlanMode(TorchFunctionMode):
         same = replace(treatment, precision=of_goal)
         args, kwargs = self._cast(known, same, args, kwargs, meets_fp32=have is not self._low)
         return func(*args, **kwargs)
-
-
-def _line(frame: FrameType | None) -> str:
-    """The line of the user's code that a frame runs for, as a plan names it."""
-    while frame is not None:
-        if place := _place(frame.f_code.co_filename):
-            return f"{place}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
-
-
-@functools.cache
-def _place(file: str) -> str:
-    """A file as a plan names it; "" for one of PyTorch's, Python's or ours."""
-    return "" if is_library_frame(file) else short_path(file)

@@ -9,9 +9,12 @@ from amp_convert.core.lazy import names_in
 if TYPE_CHECKING:
     from amp_convert.loading.model_file import Case as Case
     from amp_convert.loading.model_file import load_case as load_case
+    from amp_convert.loading.read_settings import load_settings as load_settings
     from amp_convert.loading.settings import Settings as Settings
-    from amp_convert.loading.settings import load_settings as load_settings
 
 __getattr__, __all__ = names_in(
-    __name__, model_file="Case load_case", settings="Settings load_settings"
+    __name__,
+    model_file="Case load_case",
+    read_settings="load_settings",
+    settings="Settings",
 )

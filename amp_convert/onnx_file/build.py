@@ -3,10 +3,11 @@
 PyTorch's own exporter writes the ONNX. What it is given is the graph of the frozen model, whose
 weights are in the plan's dtype already, so nothing is left for it to decide about precision:
 
-1. The eval graph is copied, and each copied node gets a mark: its name. What ONNX asks for beyond
-   PyTorch is added: a normalisation has one dtype for its input, scale and bias, where the CPU's
-   kernels keep FP32 parameters beside a low input; and with low borders, the inputs and outputs
-   are cast. Outputs that only write the model's state are left out, since a file keeps none.
+1. The eval graph is copied (see `fitting`), and each copied node gets a mark: its name. What ONNX
+   asks for beyond PyTorch is added: a normalisation has one dtype for its input, scale and bias,
+   where the CPU's kernels keep FP32 parameters beside a low input; and with low borders, the inputs
+   and outputs are cast. Outputs that only write the model's state are left out, since a file keeps
+   none.
 2. Constants are folded, and the result is traced by `torch.export` once more. The trace carries the
    marks over to the nodes that it makes, as it does through the exporter's own decompositions.
 3. `torch.onnx.export` translates, without its optimiser: that would fuse across the borders
@@ -19,7 +20,6 @@ What step 3 has decomposed also gives the FP32 model's own ONNX model (see `fp32
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -34,26 +34,22 @@ from amp_convert.capture.captured import Region
 from amp_convert.capture.export import CapturedGraph, collector_paused
 from amp_convert.capture.graph_call import GraphRunner
 from amp_convert.capture.graph_signature import Source
-from amp_convert.capture.recurrent_shapes import open_lengths
+from amp_convert.capture.sizes.recurrent_shapes import open_lengths
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UnsupportedModelError
 from amp_convert.core.mode import Mode
-from amp_convert.core.number_formats import from_name
-from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.onnx_file import fp32_twin as onnx_twin
 from amp_convert.onnx_file import labels as onnx_labels
 from amp_convert.onnx_file import passes as onnx_passes
-from amp_convert.onnx_file.labels import FX_KEY, MARK
+from amp_convert.onnx_file.fitting import fitted
+from amp_convert.onnx_file.labels import FX_KEY
 from amp_convert.onnx_file.ports import (
     example_tensors,
     input_names,
-    is_fp32_output,
     output_names,
-    tensor_outputs,
 )
 from amp_convert.onnx_file.untranslated import untranslated
-from amp_convert.plan.plan import Decision
 from amp_convert.rewrite.fold_constants import Folded
 from amp_convert.rewrite.frozen_model import fold_weights, hold
 from amp_convert.rewrite.insert_casts import Rewritten
@@ -94,8 +90,8 @@ def build(
     With `border`, FP32 inputs and outputs have that dtype instead. Inputs and outputs are named as
     in the model. Raises UnsupportedModelError when an operator has no translation.
     """
-    fitted = _fitted(region, rewritten, border)
-    folded = fold_weights(region, fitted)
+    of_onnx = fitted(region, rewritten, border)
+    folded = fold_weights(region, of_onnx)
     with _exporting(region):
         exported = _translated(region, _traced(region, folded, border), opset)
     model, program = exported.model, exported.exported_program
@@ -105,7 +101,7 @@ def build(
     onnx_labels.annotate(model, onnx_labels.labels_of(rewritten))
 
     def twin() -> ir.Model:
-        weights = fold_weights(region, fitted, wide=True).tensors
+        weights = fold_weights(region, of_onnx, wide=True).tensors
         with _exporting(region):
             found = _translated(region, onnx_twin.widen(program, weights), opset).model
         _finish(region, found)
@@ -128,62 +124,6 @@ def fp32_model(region: Region, opset: int) -> ir.Model:
 def _finish(region: Region, model: ir.Model) -> None:
     onnx_passes.tidy(model, FX_KEY)
     onnx_passes.name_borders(model, input_names(region), output_names(region))
-
-
-# --- step 1 --------------------------------------------------------------------------------------
-
-
-def _fitted(region: Region, rewritten: Rewritten, border: torch.dtype | None) -> Rewritten:
-    """A copy of the graph that ONNX can express, every node marked with its name."""
-    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
-    results: Any = graph.graph_copy(rewritten.graph_module.graph, copied)
-    for old, new in copied.items():
-        new.meta["custom"] = {MARK: old.name}
-    for old, new in copied.items():
-        facts = facts_of_target(new.target)
-        if facts.is_a(Family.NORM) and facts.kept_arguments("cpu"):  # ONNX wants one dtype
-            _cast_parameters(new, rewritten.decisions.get(rewritten.origins.get(old.name, "")))
-    if border is not None:
-        _widen_inputs(region, graph)
-    kept = [results[i] for i in tensor_outputs(region)]
-    if border is not None:
-        kept = [_cast(graph, n, border) if is_fp32_output(region, i) else n
-                for n, i in zip(kept, tensor_outputs(region), strict=True)]  # fmt: skip
-    graph.output(tuple(kept))
-    module = fx.GraphModule(rewritten.graph_module, graph)
-    return dataclasses.replace(rewritten, graph_module=module)
-
-
-def _cast_parameters(norm: fx.Node, decision: Decision | None) -> None:
-    """Cast scale and bias of a low normalisation to the dtype of its input."""
-    if decision is None or not decision.low:
-        return
-    for parameter in [n for n in norm.args[1:] if isinstance(n, fx.Node)]:
-        with norm.graph.inserting_before(norm):
-            cast = _cast(norm.graph, parameter, from_name(decision.dtype))
-        norm.replace_input_with(parameter, cast)
-
-
-def _widen_inputs(region: Region, graph: fx.Graph) -> None:
-    """Cast each FP32 input of the original to FP32, which it will not be."""
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    signature = region.graphs[Mode.EVAL].signature
-    for leaf, node in signature.users(signature.placeholders(graph)):
-        if leaf.dtype == torch.float32:
-            with graph.inserting_before(first):
-                wide = _cast(graph, node, torch.float32)
-            _replace_elsewhere(node, wide)
-
-
-def _replace_elsewhere(node: fx.Node, by: fx.Node) -> None:
-    """Let everything but `by` read that in place of `node`."""
-    node.replace_all_uses_with(by, lambda user: user is not by)
-
-
-def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
-    cast.meta["custom"] = {MARK: cast.name}
-    return cast
 
 
 # --- step 2 --------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 from amp_convert.capture.captured import Call, Captured, RegionCall
-from amp_convert.capture.graph_call import GraphRunner, UnfitCallError, in_mode
+from amp_convert.capture.graph_call import GraphRunner, UnfitCallError
 from amp_convert.capture.hooks import HookWatch, hooks_of, unheard
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.capture.regions import capture
 from amp_convert.core.errors import UsageError
 from amp_convert.core.mode import Mode
@@ -35,7 +36,7 @@ from amp_convert.core.random_state import preserved_rng
 from amp_convert.eager import EagerPlan, no_plan
 from amp_convert.plan.plan import Plan
 from amp_convert.plan.planner import make_plan
-from amp_convert.profile.calibrate import RangeStats, profile
+from amp_convert.profile.calibrate import profile
 from amp_convert.rewrite.converted_part import Part
 from amp_convert.rewrite.frozen_model import MODULE_STATE, FrozenModel, refuse_other_dtypes
 from amp_convert.rewrite.graph_execution import runner_of, try_kernels
@@ -44,29 +45,6 @@ from amp_convert.rewrite.original_methods import under_plan
 from amp_convert.rewrite.original_signature import show
 from amp_convert.rewrite.stored_twice import stored_twice
 from amp_convert.rules.load import rules_of_text
-from amp_convert.rules.rule_set import Rules
-
-
-def convert_captured(
-    captured: Captured, rules: Rules, stats: RangeStats, dtype: torch.dtype
-) -> ConvertedModel:
-    """Plan, rewrite, and run each graph once on the example inputs to see that its kernels exist.
-
-    Operators whose kernels refuse their planned dtypes are kept in FP32, with what each said as the
-    evidence, and the model is planned anew: once, unless what is around them changes with that.
-    Raises KernelError for an operator that a rule pins all the same.
-    """
-    refused: dict[str, str] = {}
-    while True:
-        plan = make_plan(captured, rules, stats, dtype, refused)
-        converted = ConvertedModel(captured, plan)
-        found = converted.try_kernels(refused)
-        if not found:
-            return converted
-        for op, cause in found.items():
-            _log.info("%s stays in FP32, the plan is made anew: %s", op, cause)
-        refused |= found
-
 
 _log = logging.getLogger(__name__)
 _MOST_TOLD = 16

@@ -26,7 +26,7 @@ from amp_convert import __version__
 from amp_convert.capture.export_call import explicit, quietly
 from amp_convert.capture.graph_call import by_keyword
 from amp_convert.capture.graph_signature import Signature
-from amp_convert.capture.recurrent_shapes import open_lengths
+from amp_convert.capture.sizes.recurrent_shapes import open_lengths
 from amp_convert.core import device as devices
 from amp_convert.core.errors import UnsupportedModelError, first_line, refuse_environment
 from amp_convert.core.files import digests

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from amp_convert.verdict.arm_checks import as_one, checks_of_arm
 from amp_convert.verdict.check import Check, CheckStatus
-from amp_convert.verdict.output_checks import as_one, checks_of_arm
 from amp_convert.verdict.thresholds import Thresholds
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import math
 from typing import TYPE_CHECKING
 
 from amp_convert.validate.compiled.watch import lowered, raised
+from amp_convert.verdict.arm_checks import as_one, checks_of_arm
 from amp_convert.verdict.check import Check, CheckStatus
-from amp_convert.verdict.output_checks import as_one, checks_of_arm
 from amp_convert.verdict.thresholds import Thresholds
 
 if TYPE_CHECKING:

@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING
 from amp_convert.core.errors import UsageError
 from amp_convert.core.mode import Mode
 from amp_convert.verdict.archive_check import archive_checks
+from amp_convert.verdict.arm_checks import folded_checks, untuned_check
 from amp_convert.verdict.check import Check, CheckStatus, optional
 from amp_convert.verdict.compiled_checks import compiled_checks
 from amp_convert.verdict.inference_checks import (
@@ -63,12 +64,7 @@ from amp_convert.verdict.inference_checks import (
 )
 from amp_convert.verdict.metric_checks import metric_checks
 from amp_convert.verdict.onnx_checks import onnx_checks
-from amp_convert.verdict.output_checks import (
-    autocast_check,
-    folded_checks,
-    output_checks,
-    untuned_check,
-)
+from amp_convert.verdict.output_checks import autocast_check, output_checks
 from amp_convert.verdict.performance_check import performance_check
 from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_checks import training_checks

@@ -25,7 +25,8 @@ from amp_convert.capture.regions import capture
 from amp_convert.core.device import choose, milliseconds, move
 from amp_convert.core.memory_meter import peak_bytes
 from amp_convert.profile.calibrate import profile
-from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rewrite.conversion import convert_captured
+from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rules.load import load_rules
 from amp_convert.validate.inference.compare import compare
 

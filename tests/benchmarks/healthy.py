@@ -19,7 +19,8 @@ from itertools import islice
 import torch
 
 import amp_convert as amp
-from tests.benchmarks.healthy_models import HEALTHY, RECORDING, Healthy
+from tests.benchmarks.healthy_data import RECORDING
+from tests.benchmarks.healthy_models import HEALTHY, Healthy
 
 DTYPES = (torch.float16, torch.bfloat16)
 SHARE = 0.95

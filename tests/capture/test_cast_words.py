@@ -11,7 +11,8 @@ from torch import nn
 import amp_convert as amp
 from amp_convert.capture.cast_words import cast_words
 from amp_convert.core.mode import Mode
-from tests.zoo import assert_same_bits, both_dtypes
+from tests.bits import assert_same_bits
+from tests.zoo import both_dtypes
 
 
 class Net(nn.Module):

@@ -17,7 +17,7 @@ import amp_convert as amp
 from amp_convert.capture import fidelity
 from amp_convert.capture.fidelity import Fidelity
 from amp_convert.capture.regions import capture
-from tests.zoo import assert_same_bits
+from tests.bits import assert_same_bits
 
 
 class Net(nn.Module):

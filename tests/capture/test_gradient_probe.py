@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from amp_convert.capture.gradient_probe import GradientProbe
 from amp_convert.core.exponent_histogram import Exponents
-from tests.validate.training.test_gradient_step import (
+from tests.validate.training.gradient_steps import (
     X,
     Y,
     shared,

@@ -11,9 +11,9 @@ from torch import nn
 from torch._decomp import decomposition_table
 
 import amp_convert as amp
-from amp_convert.capture.python_len import open_len
-from amp_convert.capture.recurrent_shapes import open_lengths
-from tests.zoo import assert_same_bits
+from amp_convert.capture.sizes.python_len import open_len
+from amp_convert.capture.sizes.recurrent_shapes import open_lengths
+from tests.bits import assert_same_bits
 
 aten = torch.ops.aten
 LAYERS: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {

@@ -16,7 +16,8 @@ from amp_convert.capture.export_call import varying
 from amp_convert.capture.regions import capture
 from amp_convert.cli.main import main
 from amp_convert.core.mode import Mode
-from tests.zoo import assert_same_bits, build, fused_transformer
+from tests.bits import assert_same_bits
+from tests.zoo import build, fused_transformer
 
 
 class Tagger(nn.Module):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_errors import refused
+from tests.cli.refused_calls import refused
 from tests.command import HEAD, INPUTS, MLP, amp, net, process, write
 
 GOOD = net("return self.a(x)")

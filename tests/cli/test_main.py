@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
-import tomllib
 import xml.etree.ElementTree as ET
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from amp_convert import __version__
-from amp_convert.loading.settings import SETTINGS
+from tests.cli.finished_run import STAGES, decisions
 from tests.command import (
     BRANCH,
     CNN,
@@ -26,20 +22,12 @@ from tests.command import (
     Outcome,
     amp,
     net,
-    process,
     write,
 )
 
 FILES = {"report.json", "layers.csv", "plan.toml", "report.md", "report.html", "junit.xml"}
-STAGES = [
-    "load the model ...",
-    "capture and check against eager FP32 ...",
-    "calibrate ...",
-    "plan and rewrite ...",
-    "compare with FP32 ...",
-    "measure time and memory ...",
-    "judge ...",
-]
+
+
 # The columns that the design promises, in its order.
 COLUMNS = (
     "node,layer,op,dtype,rule,reason,source,local_rel_l2,accumulated_rel_l2,sqnr_db,cosine,"
@@ -50,26 +38,10 @@ COLUMNS = (
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    """One run that passes, shared by the tests that only look at it, and its folder."""
-    folder = tmp_path_factory.mktemp("mlp")
-    write(folder, MLP)
-    return folder, amp(folder, "model.py")
-
-
-@pytest.fixture(scope="module")
 def report(done: tuple[Path, Outcome]) -> dict[str, Any]:
     text = (done[0] / "reports/model/report.json").read_text(encoding="utf-8")
     document: dict[str, Any] = json.loads(text)
     return document
-
-
-def decisions(folder: Path, name: str = "model") -> dict[str, dict[str, Any]]:
-    text = (folder / "reports" / name / "report.json").read_text(encoding="utf-8")
-    return {row["node"]: row for row in json.loads(text)["plan"]["decisions"]}
-
-
-# What a run leaves behind
 
 
 def test_a_model_that_holds_passes(done: tuple[Path, Outcome]) -> None:
@@ -187,9 +159,6 @@ def test_an_interrupt_ends_in_one_line_and_writes_nothing(tmp_path: Path) -> Non
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.py"]
 
 
-# Exit codes
-
-
 def test_overflow_fails_with_1_and_still_writes_the_report(tmp_path: Path) -> None:
     write(tmp_path, OVERFLOWING)
     outcome = amp(tmp_path, "model.py", "--rules", "half")
@@ -245,201 +214,3 @@ def test_a_model_that_cannot_be_captured_is_unsupported_with_4(tmp_path: Path) -
         "(at model.py:10). Use torch.where or torch.cond there, or move that code out of the model."
     )
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.py"]
-
-
-# Rules
-
-
-def test_a_plan_given_back_gives_the_same_plan(done: tuple[Path, Outcome], tmp_path: Path) -> None:
-    folder = done[0]
-    plan = str(folder / "reports/model/plan.toml")
-    again = amp(folder, "model.py", "--rules", plan, "--out", str(tmp_path / "again"), "--json")
-    assert again.code == 0
-    chosen = ("dtype", "low", "input_dtypes", "output_dtype", "output_dtypes")
-    rows = {row["node"]: row for row in again.json["plan"]["decisions"]}
-    before = decisions(folder)
-    assert rows.keys() == before.keys()
-    assert {n: [row[c] for c in chosen] for n, row in rows.items()} == {
-        n: [row[c] for c in chosen] for n, row in before.items()
-    }
-    assert again.json["plan"]["casts"] == 6
-
-
-def test_an_edited_line_of_a_plan_changes_that_node_alone(
-    done: tuple[Path, Outcome], tmp_path: Path
-) -> None:
-    folder = done[0]
-    text = (folder / "reports/model/plan.toml").read_text(encoding="utf-8")
-    nodes = [rule["node"] for rule in tomllib.loads(text)["rule"] if "node" in rule]
-    assert nodes[:3] == list(decisions(folder))
-    head, pin, tail = text.partition('node = "1/aten.relu#0"\ncategory = "allow"')
-    assert pin
-    write(tmp_path, head + pin.replace("allow", "deny") + tail, "mine.toml")
-    out = str(tmp_path / "edited")
-    outcome = amp(folder, "model.py", "--rules", f"{tmp_path}/mine.toml", "--out", out, "--json")
-    rows = outcome.json["plan"]["decisions"]
-    assert {row["node"]: (row["low"], row["dtype"]) for row in rows} == {
-        "0/aten.linear#0": (True, "float16"),
-        "1/aten.relu#0": (False, "float32"),
-        "2/aten.linear#0": (True, "float16"),
-    }
-    assert outcome.json["plan"]["casts"] == 8
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--rules", "half", "mine.toml"],
-        ["--rules", "half", "--rules", "mine.toml"],
-        ["--rules=half", "--rules=mine.toml"],
-    ],
-)
-@pytest.mark.parametrize("first", [True, False])
-def test_several_rules_and_the_later_wins(flags: list[str], first: bool, tmp_path: Path) -> None:
-    write(tmp_path, MLP)
-    write(tmp_path, RELU_IN_FP32, "mine.toml")
-    arguments = ["model.py", *flags] if first else [*flags, "model.py"]
-    outcome = amp(tmp_path, "audit", *arguments, "--json")
-    assert outcome.code == 0
-    assert outcome.json["rules"] == ["half.toml", "mine.toml"]
-    assert [row["layer"] for row in outcome.json["rows"]] == ["1"]
-
-
-RELU_IN_FP32 = '[[rule]]\nlayer = "1"\ncategory = "deny"\nreason = "because"\n'
-
-
-# Sources and settings
-
-
-@pytest.mark.slow
-def test_a_model_in_a_package(tmp_path: Path) -> None:
-    (tmp_path / "shapes").mkdir()
-    write(tmp_path, "", "shapes/__init__.py")
-    write(tmp_path, MLP.replace("build_model", "make"), "shapes/nets.py")
-    outcome = amp(tmp_path, "shapes.nets:make", "--json")
-    assert outcome.code == 0
-    assert outcome.json["model"]["name"] == "nets"
-    assert outcome.json["model"]["source"] == "shapes.nets:make"
-    assert (tmp_path / "reports/nets/report.json").exists()
-
-
-@pytest.mark.slow
-def test_settings_come_from_flags_then_from_pyproject(tmp_path: Path) -> None:
-    write(tmp_path, MLP)
-    table = '[tool.amp-convert]\ndtype = "bfloat16"\nbatches = 2\ncalibrate = 1\nout = "mine"\n'
-    write(tmp_path, table, "pyproject.toml")
-    outcome = amp(tmp_path, "model.py", "--json", "--calibrate", "2")
-    document = outcome.json
-    assert (document["plan"]["dtype"], document["environment"]["dtype"]) == ("bfloat16",) * 2
-    assert document["inference"]["batches"] == 2
-    assert document["plan"]["calibration_batches"] == 2
-    assert outcome.out == (tmp_path / "mine/report.json").read_text(encoding="utf-8")
-    assert amp(tmp_path, "model.py", "--dtype", "float16", "--json").json["plan"]["dtype"] == (
-        "float16"
-    )
-
-
-def test_a_tolerance_that_no_model_meets_fails(tmp_path: Path) -> None:
-    write(tmp_path, MLP)
-    outcome = amp(tmp_path, "model.py", "--tolerance", "1e-9")
-    assert outcome.code == 1
-    assert "outputs.rel_l2" in outcome.out
-
-
-# Help
-
-
-def test_help_lists_commands_and_exit_codes(tmp_path: Path) -> None:
-    outcome = amp(tmp_path, "--help")
-    assert outcome.code == 0
-    text = " ".join(outcome.out.split())
-    assert "convert Convert MODEL, compare it with FP32, and give a verdict. fp32-seeds" in text
-    assert "fp32-seeds Measure FP32's spread over seeds: the margin for --seeds. audit" in text
-    assert "0 pass, 1 parity or gate failed, 2 wrong usage or input, 3 inconclusive, 4" in text
-    assert max(map(len, outcome.out.splitlines())) <= 80
-
-
-def test_the_flags_of_the_contract_and_their_defaults(tmp_path: Path) -> None:
-    text = " ".join(amp(tmp_path, "convert", "--help").out.split())
-    for words in (
-        "--dtype float16|bfloat16 The low precision. [default: float16]",
-        "--rules NAME|FILE ...",
-        "--device auto|cpu|cuda",
-        "[default: auto]",
-        "--out DIR The report's folder. [default: reports/<MODEL's stem>]",
-        "--train / --no-train",
-        "--steps N Training steps. [default: as many as there are batches for, up to 50]",
-        "--seeds N",
-        "--onnx",
-        "--baseline FILE",
-        "--json",
-        "--debug",
-        *(f"--{name.replace('_', '-')} " for name in SETTINGS),
-    ):
-        assert words in text
-
-
-def test_without_arguments_the_help_is_shown_and_it_is_a_mistake(tmp_path: Path) -> None:
-    outcome = amp(tmp_path)
-    assert (outcome.code, outcome.out) == (2, amp(tmp_path, "--help").out)
-
-
-def test_the_version(tmp_path: Path) -> None:
-    assert amp(tmp_path, "--version") == Outcome(0, f"amp-convert {__version__}\n", "")
-
-
-# What only a process shows
-
-
-def test_help_does_not_import_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys; from amp_convert.cli.main import run\n"
-        "helps = [run([*c, '--help']) for c in ([], ['convert'], ['fp32-seeds'], ['gate'])]\n"
-        "assert helps == [0] * 4\n"
-        "assert (run(['--version']), run(['--jsn']), run(['x.py', '--steps', '0'])) == (0, 2, 2)\n"
-        "assert run(['x.py', '--seeds', '5']) == 2  # a margin is missing\n"
-        "found = {'torch', 'numpy', 'pandas'} & set(sys.modules)\n"
-        "sys.exit(f'imported {found}' if found else 0)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_a_process_keeps_stdout_for_the_result(tmp_path: Path) -> None:
-    noisy = "import os, sys\nos.system('echo from a child')\nos.write(1, b'from C\\n')\n"
-    write(tmp_path, noisy + net("return self.a(x)"))
-    outcome = process(tmp_path, "model.py", "--json")
-    assert (outcome.code, outcome.json["verdict"]["status"]) == (0, "pass")
-    assert "from a child\n" in outcome.err
-    assert "from C\n" in outcome.err
-    assert [line for line in outcome.err.splitlines() if line in STAGES] == STAGES
-
-
-@pytest.mark.slow
-def test_a_process_exits_with_the_verdict_and_quietly(tmp_path: Path) -> None:
-    # torch.export logs about control flow that it cannot trace; that is not for the user.
-    write(tmp_path, net(BRANCH), "modèle.py")
-    outcome = process(tmp_path, "modèle.py", PYTHONIOENCODING="ascii")
-    assert outcome.code == 0
-    assert outcome.out.startswith(" PASS   mod?le  float16 on cpu\n")
-    assert outcome.err.splitlines() == STAGES
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "cli.main(['--help'])",
-        # A result that is small enough to stay in the buffer until the end.
-        "cli.run = lambda _: print('result') or 0; cli.main([])",
-    ],
-)
-def test_a_reader_that_goes_away_is_no_fault(code: str) -> None:
-    command = [sys.executable, "-c", f"from amp_convert.cli import main as cli; {code}"]
-    read, written = os.pipe()
-    os.close(read)
-    done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(written)
-    assert (done.returncode, done.stderr) == (141, "")

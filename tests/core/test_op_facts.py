@@ -17,7 +17,7 @@ from amp_convert.core import op_facts
 from amp_convert.core.number_formats import LOW_DTYPES
 from amp_convert.core.op_facts import KNOWN, Family, canonical, facts_of, op_name, with_overload
 from amp_convert.profile.calibrate import RangeStats, profile
-from amp_convert.rewrite.converted_model import convert_captured
+from amp_convert.rewrite.conversion import convert_captured
 from amp_convert.rules.load import load_rules
 from tests.op_samples import database
 

@@ -9,7 +9,7 @@ from tests.evidence import (
     node_error,
     report,
 )
-from tests.gate.test_compare import shown
+from tests.gate.shown_findings import shown
 
 
 def test_names_from_the_model_are_not_markup() -> None:

@@ -16,15 +16,8 @@ from amp_convert.core import device as devices
 from amp_convert.core.random_state import preserved_rng, rng_state, set_rng_state
 from amp_convert.validate.inference import costs
 from amp_convert.validate.onnx.compare import validate_onnx
-from tests.zoo import (
-    DTYPES,
-    Example,
-    assert_same_bits,
-    build,
-    fused_transformer,
-    mode,
-    tensors,
-)
+from tests.bits import assert_same_bits, tensors
+from tests.zoo import DTYPES, Example, build, fused_transformer, mode
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amp_convert.core.errors import ModelError
 from amp_convert.core.tree_paths import named_leaves
-from amp_convert.loading.model_file import Case, as_call, check_forward
+from amp_convert.loading.first_run import check_forward
+from amp_convert.loading.model_file import Case, as_call
 
 
 def refusal(function: Callable[..., object], *args: object) -> str:

@@ -21,7 +21,7 @@ from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.onnx.node_kernels import is_low
 from amp_convert.validate.onnx.sessions import Session
 from tests.onnx_files import exportable, exported, fp32_twin
-from tests.plan.test_rescaling import attention, convolutions, feed_forward
+from tests.plan.rescaled import attention, convolutions, feed_forward
 from tests.staged import Staged, unprobed
 from tests.zoo import converted
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import amp_convert as amp
 from amp_convert.core.errors import UsageError
-from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rewrite.conversion import convert_captured
+from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rules.load import load_rules
 from amp_convert.rules.rule_set import Rules
 from tests.staged import BF16, F16, Staged, rows, table

@@ -11,7 +11,7 @@ from torch import nn
 
 from amp_convert.rules.load import load_rules
 from amp_convert.rules.rule_set import Painting, Rules
-from tests.graphs import damped
+from tests.graph_operations import damped
 from tests.small_models import example, ramp
 from tests.staged import BF16, Staged, decision, low, rows, rule, rules_with, table
 

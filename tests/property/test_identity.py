@@ -6,41 +6,23 @@ Both to the last bit, on every model of the zoo.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amp_convert as amp
 from amp_convert.rewrite.converted_model import ConvertedModel
-from tests.zoo import (
-    DTYPES,
-    Example,
-    assert_same_bits,
-    both_dtypes,
-    converted,
-    every_model,
-    example,
-    fused_transformer,
-    mode,
-    same_bits,
+from tests.bits import assert_same_bits, same_bits
+from tests.property.identity_runs import (
+    Run,
+    equal,
+    in_fp32,
+    run_on,
 )
-
-# --- fp32: nothing changes -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that one forward and backward pass of a model leaves behind."""
-
-    outputs: Any
-    gradients: dict[str, torch.Tensor]
-    buffers: dict[str, torch.Tensor]
+from tests.zoo import DTYPES, both_dtypes, converted, every_model, example, fused_transformer, mode
 
 
 def run(call: nn.Module, original: nn.Module, name: str, *, train: bool) -> Run:
@@ -48,18 +30,7 @@ def run(call: nn.Module, original: nn.Module, name: str, *, train: bool) -> Run:
     return run_on(call, (original, args, kwargs), train=train)
 
 
-def run_on(call: nn.Module, built: Example, *, train: bool) -> Run:
-    """Forward, then backward from random cotangents, from fixed random states."""
-    original, args, kwargs = built
-    wanted = {n: p for n, p in original.named_parameters() if p.requires_grad}
-    with mode(original, call, train=train):
-        result = call(*args, **kwargs)
-        outputs = [t for t in pytree.tree_leaves(result) if getattr(t, "requires_grad", False)]
-        cotangents = [torch.randn_like(t) for t in outputs]
-        found = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
-        gradients = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
-        buffers = {n: b.clone() for n, b in original.named_buffers()}
-    return Run(pytree.tree_map_only(torch.Tensor, torch.detach, result), gradients, buffers)
+# --- fp32: nothing changes -----------------------------------------------------------------------
 
 
 @every_model
@@ -125,9 +96,6 @@ def test_only_the_fused_kernels_of_transformer_are_not_captured() -> None:
     torch.testing.assert_close(result, fused, rtol=1e-5, atol=1e-5)
 
 
-# --- autocast: PyTorch's own mixed precision -----------------------------------------------------
-
-
 def native(name: str, dtype: torch.dtype) -> Any:
     """The original under torch.autocast, its low outputs brought back to FP32 as ours are."""
     original, args, kwargs = example(name)
@@ -140,17 +108,6 @@ def ours(mixed: ConvertedModel, name: str) -> Any:
     _, args, kwargs = example(name)
     with mode(mixed), torch.no_grad():
         return mixed(*args, **kwargs)
-
-
-def in_fp32(tree: Any) -> Any:
-    return pytree.tree_map_only(
-        torch.Tensor, lambda t: t.float() if t.is_floating_point() else t, tree
-    )
-
-
-def equal(want: Any, have: Any) -> bool:
-    pairs = zip(pytree.tree_leaves(want), pytree.tree_leaves(have), strict=True)
-    return all(same_bits(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
 
 
 def fused_encoder_layer(op: str, dtype: torch.dtype) -> None:
@@ -199,6 +156,9 @@ DIFFERENT: dict[tuple[str, torch.dtype], tuple[str, Callable[[str, torch.dtype],
 """Where the bits may not be autocast's: the op that parts the two, and the proof that it does."""
 
 
+# --- autocast: PyTorch's own mixed precision -----------------------------------------------------
+
+
 @every_model
 @both_dtypes
 def test_autocast_rules_are_autocast(name: str, dtype: torch.dtype) -> None:
@@ -235,155 +195,3 @@ def test_autocast_rules_on_a_transposed_input(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         expected = model(x).float()
     assert_same_bits(expected, mixed(x))
-
-
-# --- models that are tried here alone -----------------------------------------------------------
-
-
-class Gru(nn.Module):
-    """Two layers in both directions, from a state that is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 16)
-        self.gru = nn.GRU(16, 24, 2, batch_first=True, dropout=0.1, bidirectional=True)
-        self.head = nn.Linear(48, 50)
-
-    def forward(self, ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        return self.head(self.gru(self.embed(ids), state)[0])
-
-
-def _padded_left() -> tuple[torch.Tensor, torch.Tensor]:
-    mask = torch.ones(2, 10, dtype=torch.long)
-    mask[0, :3] = 0
-    return torch.randint(3, 99, (2, 10)), mask
-
-
-def _decoder(family: str) -> Example:
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=99,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        use_cache=False,
-    )
-    return getattr(transformers, f"{family}ForCausalLM")(config), _padded_left(), {}
-
-
-def _wav2vec2() -> Example:
-    config = transformers.Wav2Vec2Config(
-        vocab_size=32,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=37,
-        conv_dim=(16, 16),
-        conv_stride=(5, 2),
-        conv_kernel=(10, 3),
-        num_feat_extract_layers=2,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-        apply_spec_augment=False,
-    )
-    return transformers.Wav2Vec2ForCTC(config), (torch.randn(2, 800),), {}
-
-
-def _seq2seq() -> Example:
-    model = nn.Transformer(32, 4, 2, 2, 64, batch_first=True)
-    return model, (torch.randn(2, 7, 32), torch.randn(2, 5, 32)), {}
-
-
-def _gru() -> Example:
-    return Gru(), (torch.randint(0, 50, (2, 10)), torch.randn(4, 2, 24)), {}
-
-
-FURTHER: dict[str, Callable[[], Example]] = {
-    "qwen3": lambda: _decoder("Qwen3"),
-    "gemma2": lambda: _decoder("Gemma2"),
-    "wav2vec2": _wav2vec2,
-    "transformer": _seq2seq,
-    "gru": _gru,
-}
-every_further = pytest.mark.parametrize("further", FURTHER)
-
-
-@pytest.fixture
-def built(further: str) -> Example:
-    torch.manual_seed(0)
-    model, args, kwargs = FURTHER[further]()
-    return model.eval(), args, kwargs
-
-
-@pytest.mark.slow
-@every_further
-def test_fp32_rules_change_nothing_in_further_models(built: Example) -> None:
-    original, args, _ = built
-    mixed = amp.convert(original, args, rules="fp32")
-    for train in (False, True):
-        want, have = (run_on(call, built, train=train) for call in (original, mixed))
-        assert want.gradients
-        assert_same_bits([want.outputs, want.gradients], [have.outputs, have.gradients])
-
-
-@pytest.mark.slow
-@every_further
-@both_dtypes
-def test_autocast_rules_are_autocast_in_further_models(
-    further: str, built: Example, dtype: torch.dtype
-) -> None:
-    original, args, _ = built
-    mixed = amp.convert(original, args, dtype=dtype, rules="autocast", train=False)
-    assert mixed.plan.low_nodes() > 0
-
-    def eager(*args: Any) -> Any:
-        with torch.autocast("cpu", dtype=dtype):
-            return in_fp32(original(*args))
-
-    with torch.no_grad(), fused_transformer(False):
-        have, want = mixed(*args), eager(*args)
-        if further != "gru":
-            assert_same_bits(want, have)
-        else:
-            # CPU autocast has no word on aten.gru: it casts the products in it, and carries the
-            # state on in FP32. Ours has the whole operator, and with it the state, low.
-            assert not equal(want, have)
-            assert_same_bits(eager(args[0], args[1].to(dtype)), have)
-
-
-@pytest.mark.slow
-@both_dtypes
-def test_what_autocast_rules_change_in_gradients(dtype: torch.dtype) -> None:
-    """A value that several products read is cast once, and autocast casts it for each: the sum of
-    its gradients is then taken in the low dtype, in place of FP32."""
-    torch.manual_seed(0)
-    model = nn.ModuleList(nn.Linear(16, 16) for _ in range(3)).eval()
-    norm, x = nn.LayerNorm(16), torch.randn(4, 16)
-
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.linears = norm, model
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.norm(x)
-            return sum(linear(y) for linear in self.linears)
-
-    shared = Shared().eval()
-    mixed = amp.convert(shared, x, dtype=dtype, rules="autocast")
-
-    def gradient(call: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        leaf = x.clone().requires_grad_()
-        return torch.autograd.grad(call(leaf).float().square().sum(), leaf)[0]
-
-    def once(x: torch.Tensor) -> torch.Tensor:
-        y = norm(x).to(dtype)
-        return sum(linear(y) for linear in model)
-
-    with torch.autocast("cpu", dtype=dtype):
-        assert_same_bits(shared(x).float(), mixed(x))
-        each, one = gradient(shared), gradient(once)
-    assert_same_bits(one, gradient(mixed))
-    assert not same_bits(each, one)

@@ -13,7 +13,7 @@ import pytest
 from amp_convert.capture.captured import Uncaptured
 from amp_convert.capture.fidelity import Fidelity
 from amp_convert.plan.plan import Decision
-from amp_convert.report import ModelInfo, RunReport, Unchecked
+from amp_convert.report import ModelInfo, RunReport, Unchecked, folder
 from amp_convert.validate.inference.results import ArmCost, Divergence, MetricPair, NodeDivergence
 from amp_convert.verdict.verdict import Check, Verdict
 from tests.report.builders import (
@@ -27,6 +27,7 @@ from tests.report.builders import (
     transformer_block,
 )
 from tests.report.exported import hostile_section, section
+from tests.report.folders import swap_in_one_step
 from tests.report.trained import hostile_parity, parity
 
 
@@ -191,3 +192,13 @@ def golden() -> Callable[[str, str], None]:
             assert text == file.read(), f"differs from {path}; UPDATE_GOLDEN=1 rewrites it"
 
     return check
+
+
+@pytest.fixture(params=["one step", "two renames"])
+def out(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A target, with the kernel's exchange and without."""
+    if request.param == "two renames":
+        monkeypatch.setattr(folder, "_exchange_in_one_step", lambda *paths: False)
+    elif not swap_in_one_step(tmp_path):
+        pytest.skip("this system has no RENAME_EXCHANGE")
+    return tmp_path / "reports" / "model[1]"

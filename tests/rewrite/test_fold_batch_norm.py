@@ -14,42 +14,11 @@ from torch.nn.utils import fusion
 
 import amp_convert as amp
 from amp_convert.core.errors import UsageError
-from amp_convert.plan import batch_norm_folds as folding
 from amp_convert.rewrite.converted_model import ConvertedModel
-from amp_convert.rewrite.frozen_model import FrozenModel
 from tests.benchmarks.dispatch import counted
+from tests.rewrite.pairs import Pair, convolution, pair
 
 F16, BF16 = torch.float16, torch.bfloat16
-
-
-class Pair(nn.Module):
-    """A product, its BatchNorm, and a product that reads the result."""
-
-    def __init__(self, product: nn.Module, norm: nn.Module, last: nn.Module) -> None:
-        super().__init__()
-        self.product, self.norm, self.last = product, norm, last
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.norm(self.product(x)).relu())
-
-
-def pair(product: Any, norm: Any, last: Any, *shape: int) -> tuple[Pair, Tensor]:
-    """The pair with statistics and weights as training leaves them, in eval mode."""
-    torch.manual_seed(0)
-    model, x = Pair(product(), norm(), last()), torch.randn(shape)
-    for _ in range(3):
-        model(x * 2 + 1)
-    for tensor in (model.norm.weight, model.norm.bias):
-        if tensor is not None:
-            nn.init.normal_(tensor, 1.0)
-    return model.eval(), x
-
-
-def convolution() -> tuple[Pair, Tensor]:
-    return pair(
-        lambda: nn.Conv2d(3, 8, 3, padding=1, bias=False), lambda: nn.BatchNorm2d(8),
-        lambda: nn.Conv2d(8, 4, 1), 4, 3, 8, 8,
-    )  # fmt: skip
 
 
 PAIRS: dict[str, Callable[[], tuple[Pair, Tensor]]] = {
@@ -300,66 +269,3 @@ def test_parts_are_folded_too() -> None:
     assert not [n for n in counted(lambda: folded(x)).calls if "batch_norm" in n]
     with torch.no_grad():
         assert rel_l2(folded(x), model(x)) < 1e-2
-
-
-# --- as an arm -----------------------------------------------------------------------------------
-
-
-def checks(run: amp.Run) -> dict[str, Any]:
-    return {check.name: check for check in run.verdict.checks}
-
-
-@pytest.mark.slow
-def test_the_folded_model_is_an_arm_of_its_own() -> None:
-    model, x = convolution()
-    targets = [(x + i, model(x + i).argmax(1)) for i in range(2)]
-
-    def metrics(outputs: Tensor, target: Tensor) -> dict[str, float]:
-        return {"accuracy": float((outputs.argmax(1) == target).float().mean())}
-
-    given: dict[str, Any] = {"eval_batches": targets, "metrics": metrics}
-    assert "outputs.folded" not in checks(amp.check(model, x, **given))
-    run = amp.check(model, x, fold_batch_norm=True, **given)
-    check = checks(run)["outputs.folded"]
-    assert check.status == "pass"
-    assert check.reason == "the outputs with 1 of 1 BatchNorms folded hold as well"
-    found = run.report.inference
-    assert found is not None
-    [output], [metric] = found.folded_outputs, found.folded_metrics
-    assert 0 < output.rel_l2 < 1e-3
-    assert output.rel_l2 != found.frozen_outputs[0].rel_l2
-    assert (metric.name, metric.mixed > 0.9) == ("accuracy", True)
-    assert [cost.arm for cost in found.costs][-2:] == ["frozen", "folded"]
-
-
-@pytest.mark.slow
-def test_a_fold_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = FrozenModel.__init__
-
-    def wrong(self: FrozenModel, converted: Any, *, fold_batch_norm: bool = False) -> None:
-        own(self, converted, fold_batch_norm=fold_batch_norm)
-        if fold_batch_norm:
-            self.get_buffer("folded.product_weight")[0] *= 2
-
-    monkeypatch.setattr(FrozenModel, "__init__", wrong)
-    model, x = convolution()
-    run = amp.check(model, x, fold_batch_norm=True)
-    check = checks(run)["outputs.folded"]
-    assert (check.status, run.exit_code) == ("fail", 1)
-    assert check.reason.startswith("with 1 of 1 BatchNorms folded, outputs.")
-
-
-def test_nothing_to_fold_is_said() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    run = amp.check(model, torch.randn(4, 8), fold_batch_norm=True)
-    check = checks(run)["outputs.folded"]
-    assert (check.status, check.required) == ("unchecked", False)
-    assert "no product has a BatchNorm behind it" in check.reason
-
-
-def test_the_dimension_of_the_channels_stands_for_every_product() -> None:
-    """Each is an operator that takes weight and bias as its second and third argument."""
-    for op in folding.CHANNEL:
-        names = [argument.name for argument in op._schema.arguments]
-        assert names[1:3] == ["weight", "bias"], op

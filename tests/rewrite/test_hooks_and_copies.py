@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import amp_convert as amp
-from tests.zoo import assert_same_bits, build, tensors
+from tests.bits import assert_same_bits, tensors
+from tests.zoo import build
 
 X = torch.linspace(-2, 2, 32).reshape(4, 8)
 

@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx
 
 from amp_convert.plan.plan import Decision, Plan
-from amp_convert.rewrite.insert_casts import Rewritten
-from tests.small_models import EXAMPLES, example, ramp
+from tests.rewrite.listing import listing
+from tests.small_models import EXAMPLES, example
 from tests.staged import (
     BF16,
     Recorder,
-    Staged,
-    decisions_of,
     rows,
-    rule,
-    rules_with,
-    same_bits,
 )
-
-
-def listing(rewritten: Rewritten) -> list[str]:
-    """A line a node that is not an input, such as "linear0 = linear(x.f16, p_weight.f16)".
-
-    Constants are left out. A cast that was inserted is called after what it casts: "x.f16 = x".
-    """
-    names: dict[fx.Node, str] = {}
-    counts: Counter[str] = Counter()
-    lines = []
-    for node in rewritten.graph_module.graph.nodes:
-        args = [names[leaf] for leaf in read_by(node)]
-        if node.name in rewritten.casts:
-            short = {torch.float16: "f16", torch.float32: "f32"}[node.kwargs["dtype"]]
-            names[node] = f"{args[0]}.{short}"
-            lines.append(f"{names[node]} = {args[0]}")
-        elif node.op == "output":
-            lines.append(f"return {', '.join(args)}")
-        elif node.op == "placeholder":
-            names[node] = node.name
-        else:
-            op = str(getattr(node.target, "_opname", "getitem"))
-            names[node] = f"{op}{counts[op]}"
-            counts[op] += 1
-            made = f"{args[0]}[{node.args[1]}]" if op == "getitem" else f"{op}({', '.join(args)})"
-            lines.append(f"{names[node]} = {made}")
-    return lines
-
-
-def read_by(node: fx.Node) -> list[Any]:
-    leaves = pytree.tree_leaves((node.args, node.kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
 
 
 def code(graph_module: fx.GraphModule) -> str:
@@ -193,9 +153,6 @@ def test_every_fp32_node_has_a_twin_and_every_other_node_is_a_cast(model: str) -
         assert nodes[name].meta.get("stack_trace") == originals[original].meta.get("stack_trace")
 
 
-# --- it carries out, and never decides -----------------------------------------------------------
-
-
 def changed(plan: Plan, node: str, **changes: Any) -> Plan:
     """The plan with one decision of the eval graph changed by hand."""
     dtypes = changes.pop("input_dtypes", None)
@@ -205,6 +162,9 @@ def changed(plan: Plan, node: str, **changes: Any) -> Plan:
         return replace(d, inputs=tuple(replace(i, dtype=dtype) for i, dtype in pairs), **changes)
 
     return replace(plan, eval=tuple(cast(d) if d.node == node else d for d in plan.eval))
+
+
+# --- it carries out, and never decides -----------------------------------------------------------
 
 
 def test_a_cast_is_where_the_plan_says_however_odd() -> None:
@@ -230,269 +190,3 @@ def test_a_plan_that_knows_of_a_low_result_gets_it_cast_back() -> None:
     plan = changed(staged.plan("fp32"), "last/aten.linear#0", dtype="float16")
     lines = listing(staged.rewritten(plan))
     assert lines[-2:] == ["linear1.f32 = linear1", "return linear1.f32"]
-
-
-# --- sharing -------------------------------------------------------------------------------------
-
-
-class Shared(nn.Module):
-    """One weight in two layers; one input and one result with several readers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
-        self.two.weight = self.one.weight
-
-    def forward(self, x: torch.Tensor) -> Any:
-        first, second = self.one(x), self.two(x)
-        low = self.one(first)
-        return torch.exp(low) + torch.cumsum(low, 0), second, low, low
-
-
-@pytest.mark.slow
-def test_a_value_is_cast_once_for_all_its_readers() -> None:
-    staged = Staged.of(Shared(), ramp(2, 8))
-    lines = listing(staged.rewritten(staged.plan()))
-    # Export calls a tied weight by either of its names.
-    assert [re.sub("p_(one|two)_weight", "w", line) for line in lines] == rows(
-        """
-        x.f16 = x
-        w.f16 = w
-        linear0 = linear(x.f16, w.f16)
-        linear1 = linear(x.f16, w.f16)
-        linear2 = linear(linear0, w.f16)
-        linear2.f32 = linear2
-        exp0 = exp(linear2.f32)
-        cumsum0 = cumsum(linear2.f32)
-        add0 = add(exp0, cumsum0)
-        linear1.f32 = linear1
-        return add0, linear1.f32, linear2.f32, linear2.f32
-        """
-    )
-    counted = staged.plan().eval_casts
-    assert (counted.activations, counted.weights) == (3, 1)
-
-
-@pytest.mark.parametrize("model", EXAMPLES)
-@pytest.mark.parametrize("preset", ["default", "autocast", "half"])
-def test_a_cast_stands_right_before_its_first_reader(model: str, preset: str) -> None:
-    rewritten = example(model).rewritten(example(model).plan(preset))
-    nodes = list(rewritten.graph_module.graph.nodes)
-    for position, node in enumerate(nodes):
-        if node.name in rewritten.casts:
-            later = [n for n in nodes[position:] if n.name not in rewritten.casts]
-            assert node in later[0].all_input_nodes
-
-
-# --- what stays FP32 beside a low value ----------------------------------------------------------
-
-
-def readers(rewritten: Rewritten, op: str) -> list[fx.Node]:
-    return [
-        n
-        for n in rewritten.graph_module.graph.nodes
-        if n.op == "call_function" and op in str(n.target)
-    ]
-
-
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_batch_norm_reads_its_statistics_and_parameters_as_they_are(mode: str) -> None:
-    staged = example("cnn")
-    rewritten = staged.rewritten(staged.plan("half"), mode)
-    norms = readers(rewritten, "batch_norm")
-    assert len(norms) == 2
-    for norm in norms:
-        x, *parameters = norm.all_input_nodes
-        assert x.op == "call_function"
-        assert [p.op for p in parameters] == ["placeholder"] * 4
-    module = staged.convert("half").train(mode == "train")
-    module(*staged.args)
-    assert {b.dtype for n, b in module.named_buffers() if "running" in n} == {torch.float32}
-
-
-class Tagged(nn.Module):
-    """A table that is read twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.out = nn.Embedding(11, 8), nn.Linear(8, 8)
-
-    def forward(self, ids: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-        return self.out(self.table(ids)), self.out(self.table(more))
-
-
-@pytest.mark.slow
-def test_a_table_is_looked_up_before_it_is_cast() -> None:
-    """The bits are those of a cast table, for the work of casting what was looked up."""
-    staged = Staged.of(Tagged(), torch.tensor([[1, 2]]), torch.tensor([[3, 10]]))
-    rewritten = staged.rewritten(staged.plan())
-    lookups = readers(rewritten, "embedding")
-    assert len(lookups) == 2
-    for lookup in lookups:
-        assert [n.op for n in lookup.all_input_nodes] == ["placeholder", "placeholder"]
-        (cast,) = lookup.users
-        assert cast.name in rewritten.casts
-        assert cast.kwargs == {"dtype": torch.float16}
-        (linear,) = cast.users
-        assert "linear" in str(linear.target)
-
-
-class Looked(nn.Module):
-    """A looked-up value with a low and an FP32 reader, and one that is returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.out = nn.Embedding(11, 8), nn.Linear(8, 8)
-
-    def forward(self, ids: torch.Tensor) -> Any:
-        h = self.table(ids)
-        return self.out(h), torch.exp(h), h
-
-
-@pytest.mark.slow
-def test_a_looked_up_value_is_not_cast_down_and_up_again() -> None:
-    """FP32 readers of a lookup get what was looked up."""
-    staged = Staged.of(Looked(), torch.tensor([[1, 2]]))
-    for preset in ("default", "half"):
-        rewritten = staged.rewritten(staged.plan(preset))
-        casts = [n for n in rewritten.graph_module.graph.nodes if n.name in rewritten.casts]
-        assert [n.name for n in casts if n.args[0].name in rewritten.casts] == []
-
-
-torch.library.define("amp_convert_tests::raised", "(Tensor x, *, Tensor by) -> Tensor")
-
-
-@torch.library.impl("amp_convert_tests::raised", "CompositeExplicitAutograd")
-def raised(x: torch.Tensor, *, by: torch.Tensor) -> torch.Tensor:
-    """An operator with a tensor that can be given by keyword only."""
-    return x + by
-
-
-class Raised(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.amp_convert_tests.raised(self.lin(x).detach(), by=x)
-
-
-@pytest.mark.slow
-def test_keywords_are_cast_like_any_argument() -> None:
-    staged = Staged.of(Raised(), ramp(2, 8))
-    assert listing(staged.rewritten(staged.plan("half")))[-3:] == [
-        "raised0 = raised(detach0, x.f16)",
-        "raised0.f32 = raised0",
-        "return raised0.f32",
-    ]
-
-
-# --- outputs -------------------------------------------------------------------------------------
-
-
-class Returning(nn.Module):
-    """Outputs that are inputs, weights, numbers, nothing, views of one value, low and not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.Linear(8, 8)
-        self.register_buffer("seen", torch.zeros(8))
-
-    def forward(self, x: torch.Tensor, n: int = 3) -> Any:
-        h = self.lin(x)
-        return {
-            "low": h,
-            "parts": [h.split(4, -1), None, n],
-            "input": x,
-            "weight": self.lin.weight,
-            "double": h.double(),
-            "half": h.half(),
-            "best": h.argmax(-1),
-            "mask": h > 0,
-        }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["default", "autocast", "half"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_outputs_keep_dtype_shape_and_structure(preset: str, dtype: torch.dtype) -> None:
-    staged = Staged.of(Returning(), ramp(2, 8))
-    want = staged.model.eval()(*staged.args)
-    have = staged.convert(preset, dtype).eval()(*staged.args)
-    assert list(want) == list(have)
-    left, right = have["parts"][0]
-    assert (left.dtype, left.shape, right.dtype) == (torch.float32, (2, 4), torch.float32)
-    assert have["parts"][1:] == [None, 3]
-    assert torch.equal(have["input"], staged.args[0])
-    assert torch.equal(have["weight"], want["weight"])
-    for name in ("low", "double", "half", "best", "mask", "input", "weight"):
-        assert (have[name].dtype, have[name].shape) == (want[name].dtype, want[name].shape), name
-    assert torch.equal(have["low"], have["double"].float())
-    assert not torch.equal(have["low"], want["low"])
-
-
-class Averaging(nn.Module):
-    """A buffer that the forward pass updates from a low value."""
-
-    average: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.Linear(8, 8)
-        self.register_buffer("average", torch.zeros(2, 8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.lin(x)
-        self.average.mul_(0.5).add_(h.detach())
-        return h
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["default", "half"])
-def test_a_changed_buffer_keeps_its_dtype(preset: str) -> None:
-    staged = Staged.of(Averaging(), ramp(2, 8))
-    mixed = staged.convert(preset)
-    mixed.train()(*staged.args)
-    mixed.eval()(*staged.args)
-    average = dict(mixed.named_buffers())["average"]
-    assert average.dtype == torch.float32
-    want = 1.5 * staged.model.lin(*staged.args)
-    torch.testing.assert_close(average, want, rtol=2e-3, atol=2e-3)
-    assert not torch.equal(average, want)
-
-
-class Direct(nn.Module):
-    """The one output is what a pinned layer makes of a low value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin, self.act = nn.Linear(8, 8), nn.Tanh()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.lin(x))
-
-
-def test_an_fp32_output_is_not_cast_again() -> None:
-    staged = Staged.of(Direct(), ramp(2, 8))
-    rewritten = staged.rewritten(staged.plan(rules_with(rule("deny", layer="act"))))
-    assert listing(rewritten)[-3:] == [
-        "linear0.f32 = linear0",
-        "tanh0 = tanh(linear0.f32)",
-        "return tanh0",
-    ]
-
-
-# --- both graphs ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model", EXAMPLES)
-def test_eval_and_train_are_rewritten_from_their_own_decisions(model: str) -> None:
-    staged = example(model)
-    plan = staged.plan()
-    for mode in ("eval", "train"):
-        rewritten = staged.rewritten(plan, mode)
-        planned = decisions_of(plan, mode)
-        assert [rewritten.values[d.name].name for d in planned] == [d.name for d in planned]
-        values = Recorder(rewritten.graph_module).record(staged.inputs(mode))
-        again = Recorder(rewritten.graph_module).record(staged.inputs(mode))
-        assert same_bits(list(values.values()), list(again.values()))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import amp_convert as amp
 from amp_convert.report.model import ModelInfo
-from amp_convert.report.sections.audit import audit_markdown, audit_report
+from amp_convert.report.sections.audit import audit_report
+from amp_convert.report.writers.audit_files import audit_markdown
 from amp_convert.report.writers.audit_terminal import render_audit
 from amp_convert.rewrite.converted_model import ConvertedModel
 from tests.traps.test_traps import TRAPS

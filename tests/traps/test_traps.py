@@ -20,7 +20,8 @@ from amp_convert.capture.regions import capture
 from amp_convert.plan.guards.activation_range import ProbedRange
 from amp_convert.plan.planner import make_plan
 from amp_convert.profile.calibrate import RangeStats, profile
-from amp_convert.rewrite.converted_model import ConvertedModel, convert_captured
+from amp_convert.rewrite.conversion import convert_captured
+from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rules.load import load_rules
 from tests.traps import cases
 from tests.traps.trap import A16, H16, TRAPS, Built

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
-from amp_convert.validate.training.compare import compare_training
-from amp_convert.validate.training.data import Data
 from amp_convert.validate.training.gradient_results import GradientDifference
-from amp_convert.validate.training.loss_scaling import LossScaling
-from amp_convert.validate.training.margin import Margin
-from amp_convert.validate.training.options import Options
-from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.results import PairedRun, TrainingParity
-from amp_convert.verdict.gradient_checks import gradients_check
-from amp_convert.verdict.thresholds import Thresholds
 from amp_convert.verdict.training_checks import (
     MIN_STEPS,
     learnt_check,
@@ -29,26 +17,19 @@ from amp_convert.verdict.training_checks import (
     steps_check,
     training_checks,
 )
-from tests import zoo
-from tests.evidence import FP16, verdict
-from tests.training import Trained, loss, recipe
+from tests.evidence import FP16
 from tests.training_evidence import (
     LOSSES,
     arm,
-    difference,
     gradients,
-    layer,
     mixed_arm,
     over_seeds,
     parity,
     run,
 )
+from tests.verdict.training_statuses import statuses
 
 NAN, INF = math.nan, math.inf
-
-
-def statuses(found: TrainingParity | None, limits: Thresholds = FP16) -> dict[str, str]:
-    return {check.name: check.status for check in training_checks(found, "no batches", limits)}
 
 
 def test_good_evidence_passes_every_check_in_a_fixed_order() -> None:
@@ -218,223 +199,3 @@ def test_numbers_from_outside_of_torch_leave_training_open() -> None:
 def test_other_random_numbers_never_pass(found: TrainingParity, value: float | None) -> None:
     check = random_check(found)
     assert (check.status, check.value) == ("unchecked", value)
-
-
-# --- gradients -----------------------------------------------------------------------------------
-
-
-def judged(limits: Thresholds = FP16, **changes: Any) -> tuple[str, str]:
-    check = gradients_check(parity(gradients=gradients(**changes)), limits)
-    return check.status, check.reason
-
-
-def total(rel_l2: float | None, **changes: Any) -> dict[str, Any]:
-    return {"total": GradientDifference(**difference(rel_l2, **changes))}
-
-
-@pytest.mark.parametrize(
-    ("error", "rounded", "status"),
-    [
-        (0.1, None, "pass"),
-        (0.101, None, "fail"),
-        (0.101, 0.03, "fail"),
-        # No more than three times what rounding the weights alone does to FP32's gradients.
-        (0.7, 0.25, "unchecked"),
-        (0.7, NAN, "fail"),
-        (0.7, INF, "fail"),
-        (NAN, 0.25, "fail"),
-        (INF, 0.25, "fail"),
-        (NAN, INF, "fail"),
-        (None, 0.25, "unchecked"),
-    ],
-)
-def test_the_error_of_all_gradients(
-    error: float | None, rounded: float | None, status: str
-) -> None:
-    assert judged(**total(error), rounded_rel_l2=rounded)[0] == status
-
-
-@pytest.mark.parametrize(
-    ("changes", "status"),
-    [
-        ({"zeroed_share": 0.1}, "pass"),
-        ({"zeroed_share": 0.11}, "fail"),
-        ({"zeroed_share": NAN}, "fail"),
-        ({"rel_l2": 0.5}, "pass"),
-        ({"rel_l2": 0.51}, "fail"),
-        ({"rel_l2": NAN}, "fail"),
-        # However small beside the others: what counts is its own noise.
-        ({"zeroed_share": 1.0, "ref_abs_max": 2.0**-60}, "fail"),
-        ({"zeroed_share": 1.0, "rel_l2": 1.0, "noise_rel_l2": 1e-3}, "fail"),
-        ({"zeroed_share": 1.0, "rel_l2": 1.0, "noise_rel_l2": 0.9}, "pass"),
-        ({"zeroed_share": 1.0, "rel_l2": 1.0, "noise_rel_l2": INF}, "pass"),
-        # FP32's own part by as much once its weights are rounded: nobody can tell.
-        ({"rel_l2": 0.6, "rounded_rel_l2": 0.2}, "unchecked"),
-        ({"rel_l2": 0.6, "rounded_rel_l2": 0.19}, "fail"),
-        ({"rel_l2": NAN, "rounded_rel_l2": 0.2}, "fail"),
-        ({"rel_l2": 0.6, "rounded_rel_l2": NAN}, "fail"),
-        ({"zeroed_share": 1.0, "rounded_rel_l2": 0.9}, "fail"),
-    ],
-)
-def test_each_layer_is_held_to_its_own_noise(changes: dict[str, Any], status: str) -> None:
-    one = replace(layer("encoder.0"), **changes)
-    assert judged(layers=(layer(), one, layer("tail")))[0] == status
-
-
-def test_a_lost_layer_is_named_and_no_rounding_excuses_it() -> None:
-    status, reason = judged(
-        layers=(layer(), layer("encoder.0", zeroed_share=0.25)), rounded_rel_l2=5.0, **total(1.0)
-    )
-    assert status == "fail"
-    assert reason == (
-        "the gradients of one step, at a loss scale of 65536, differ from FP32's by 1 (relative L2 "
-        "of all), and 25 % of those of encoder.0 are 0, which FP32's are not"
-    )
-
-
-def test_what_is_wrong_whatever_the_tolerance_fails() -> None:
-    assert judged(only_fp32=("head.weight", "head.bias")) == (
-        "fail",
-        "head.weight has a gradient in the FP32 model only, and 1 more",
-    )
-    assert judged(loss_mixed=NAN) == ("fail", "the mixed loss is nan, FP32's is 2")
-    for difference_of_reference in (2e-6, NAN, INF):
-        status, reason = judged(reference_rel_l2=difference_of_reference)
-        assert status == "fail"
-        assert reason.startswith("the captured FP32 graph has not the eager model's gradients")
-
-
-@pytest.mark.parametrize(
-    ("changes", "status"),
-    [
-        ({}, "pass"),
-        (total(0.5), "unchecked"),
-        ({"layers": (layer(zeroed_share=0.5),)}, "unchecked"),
-        (total(NAN), "fail"),
-        ({"layers": (layer(zeroed_share=NAN),)}, "fail"),
-        ({"only_mixed": ("head.weight",)}, "fail"),
-    ],
-)
-def test_dropout_of_other_elements_is_no_error_and_no_excuse(
-    changes: dict[str, Any], status: str
-) -> None:
-    assert judged(same_random_numbers=False, **changes)[0] == status
-
-
-@pytest.mark.parametrize(
-    ("error", "status"), [(0.0, "pass"), (1e-7, "unchecked"), (2e-6, "fail"), (NAN, "fail")]
-)
-def test_gradients_that_nothing_was_converted_in_are_exact(error: float, status: str) -> None:
-    found, reason = judged(FP16.exact(), **total(error), rounded_rel_l2=0.5)
-    assert found == status
-    assert reason.endswith("add in no fixed order make of FP32") == (status == "unchecked")
-
-
-def test_rounding_that_excuses_an_error_is_named() -> None:
-    assert judged(**total(0.5), rounded_rel_l2=0.2)[1].endswith(
-        "differ from FP32's by 0.5 (relative L2 of all); that is no more than 3 times what FP32's "
-        "own differ by once its weights are rounded"
-    )
-
-
-# --- real runs -----------------------------------------------------------------------------------
-
-
-def trained(
-    name: str, dtype: torch.dtype, how: Recipe, rules: str = "default", steps: int = 12
-) -> TrainingParity:
-    """A model of the zoo, trained, with its training loss for a metric."""
-    converted = zoo.converted(name, rules, dtype)
-    batches = Data(functools.partial(_batches, name))
-    return compare_training(converted, how, batches, Options(steps=steps))
-
-
-def _batches(name: str, seed: int) -> Any:
-    return Trained(name).batches(seed)
-
-
-SCALED = {torch.float16: LossScaling(), torch.bfloat16: LossScaling("none")}
-
-
-@pytest.mark.slow
-@zoo.both_dtypes
-@pytest.mark.parametrize("name", ["cnn", "lstm", "gpt2"])
-def test_a_healthy_model_passes(name: str, dtype: torch.dtype) -> None:
-    found = trained(name, dtype, recipe(scaling=SCALED[dtype]))
-    limits = Thresholds.for_dtype(str(dtype).removeprefix("torch."))
-    checks = {check.name: check for check in training_checks(found, "", limits)}
-    # On random batches little is learnt in 12 steps.
-    assert {n: c.status for n, c in checks.items() if c.status != "pass"}.items() <= {
-        "training.metrics": "unchecked",
-        "training.learnt": "unchecked",
-    }.items()
-    # With room to spare: what the limits were chosen by.
-    for which in ("gradients", "loss"):
-        check = checks[f"training.{which}"]
-        assert isinstance(check.value, float)
-        assert isinstance(check.threshold, float)
-        assert check.value < check.threshold / 2
-
-
-@pytest.mark.parametrize("name", ["cnn", "lstm", "gpt2"])
-def test_nothing_converted_is_exact(name: str) -> None:
-    found = trained(name, torch.float16, recipe(), "fp32")
-    checks = training_checks(found, "", FP16.exact())
-    open_ones = ("training.metrics", "training.learnt")
-    assert {check.status for check in checks if check.name not in open_ones} == {"pass"}
-    (weights,) = (check for check in checks if check.name == "training.weights")
-    assert weights.threshold == "the same bits"
-    one_bit = replace(found.run.arms[1], weights_sha256="0")
-    other = replace(found, run=replace(found.run, arms=(found.run.arms[0], one_bit)))
-    assert statuses(other, FP16.exact())["training.weights"] == "fail"
-
-
-@pytest.mark.parametrize("name", ["lstm", "gpt2"])
-def test_a_loss_of_a_millionth_without_a_scale_fails(name: str) -> None:
-    """Most gradients are under FP16's smallest number. AdamW makes full steps of what is left, so
-    the loss alone may tell little."""
-    small = replace(
-        recipe(scaling=LossScaling("none")), loss=lambda out, target: loss(out, target) * 1e-6
-    )
-    found = statuses(trained(name, torch.float16, small))
-    assert found["training.gradients"] == "fail"
-    assert found["training.random"] == "pass"
-
-
-def _static(scale: float) -> LossScaling:
-    return LossScaling("static", scale)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("scaling", "steps", "expected"),
-    [
-        # A static scale that always overflows never backs off: no step is made.
-        (_static(2.0**40), 12, {"training.sound": "fail", "training.gradients": "fail"}),
-        # A dynamic one starts at a scale that the gradients bear: no step is left out to find it.
-        (LossScaling(initial=2.0**60), 8, {"training.sound": "pass", "training.weights": "pass"}),
-    ],
-    ids=["static", "dynamic"],
-)
-def test_a_scale_that_overflows_at_first(
-    scaling: LossScaling, steps: int, expected: dict[str, str]
-) -> None:
-    found = statuses(trained("gpt2", torch.float16, recipe(scaling=scaling), steps=steps))
-    assert {name: found[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize("stop", [0, 3, 9], ids=["at once", "in the first seed", "in the second"])
-def test_seeds_that_were_interrupted_never_pass(stop: int) -> None:
-    ticks = itertools.count()
-    found = compare_training(
-        zoo.converted("lstm"),
-        recipe(),
-        Data(functools.partial(_batches, "lstm")),
-        Options(steps=6, seeds=5, margin=Margin(10.0)),
-        should_stop=lambda: next(ticks) >= stop,
-    )
-    assert found.interrupted
-    open_checks = {name for name, status in statuses(found).items() if status == "unchecked"}
-    assert {"training.steps"} <= open_checks
-    assert ("training.seeds" in open_checks) == (stop == 9)
-    assert verdict(training=found).status == "inconclusive"

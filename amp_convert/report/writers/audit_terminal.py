@@ -14,12 +14,12 @@ from rich.text import Text
 from amp_convert.plan.plan import DecisionKind
 from amp_convert.report import text as fmt
 from amp_convert.report.sections.audit import AuditLayers, AuditReport, totals_text
+from amp_convert.report.sections.gaps import coverage_gaps
 from amp_convert.report.sections.grouping import (
     layers_text,
     ops_text,
 )
 from amp_convert.report.sections.islands import TWICE, IslandRow, island_rows, twice_text
-from amp_convert.report.sections.summary import coverage_gaps
 from amp_convert.report.writers.terminal import (
     gap_section,
     heading,

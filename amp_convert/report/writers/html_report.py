@@ -30,6 +30,7 @@ from amp_convert.report.sections import (
 from amp_convert.report.sections.archive import archive_text
 from amp_convert.report.sections.compiled_summary import compiled_summary
 from amp_convert.report.sections.eager_plan import eager_plan_text
+from amp_convert.report.sections.gaps import gaps
 from amp_convert.report.sections.grouping import (
     fp32_groups,
     layer_name,
@@ -39,13 +40,7 @@ from amp_convert.report.sections.grouping import (
 )
 from amp_convert.report.sections.islands import LEAD, TWICE, island_rows, twice_text
 from amp_convert.report.sections.layer_times import time_rows
-from amp_convert.report.sections.summary import (
-    ARMS,
-    comparison,
-    gaps,
-    verdict_sentence,
-    worst_layers,
-)
+from amp_convert.report.sections.summary import ARMS, comparison, verdict_sentence, worst_layers
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 _MAX_ROWS = 1_500

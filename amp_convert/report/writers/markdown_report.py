@@ -7,6 +7,7 @@ from amp_convert.report.model import RunReport
 from amp_convert.report.sections.archive import archive_text
 from amp_convert.report.sections.compiled_summary import compiled_summary
 from amp_convert.report.sections.eager_plan import eager_plan_text
+from amp_convert.report.sections.gaps import gaps
 from amp_convert.report.sections.grouping import fp32_groups, layer_name, layers_text, ops_text
 from amp_convert.report.sections.layer_times import LEAD, TIMED, time_rows
 from amp_convert.report.sections.onnx_summary import onnx_summary
@@ -14,7 +15,6 @@ from amp_convert.report.sections.summary import (
     ARMS,
     casts_text,
     comparison,
-    gaps,
     precision_text,
     verdict_sentence,
     worst_layers,

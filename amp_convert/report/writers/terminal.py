@@ -20,6 +20,7 @@ from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport
 from amp_convert.report.sections.archive import archive_text
 from amp_convert.report.sections.eager_plan import eager_plan_text
+from amp_convert.report.sections.gaps import Gap, gaps
 from amp_convert.report.sections.grouping import (
     Fp32Group,
     fp32_groups,
@@ -30,11 +31,9 @@ from amp_convert.report.sections.grouping import (
 from amp_convert.report.sections.onnx_summary import OnnxSummary, onnx_summary
 from amp_convert.report.sections.summary import (
     ARMS,
-    Gap,
     WorstLayer,
     casts_text,
     comparison,
-    gaps,
     precision_text,
     verdict_sentence,
     worst_layers,

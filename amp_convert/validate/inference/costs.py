@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.errors import first_line
 from amp_convert.core.memory_meter import held_bytes, peak_bytes

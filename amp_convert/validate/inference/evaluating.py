@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.rewrite.converted_model import ConvertedModel

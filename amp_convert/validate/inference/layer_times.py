@@ -28,7 +28,8 @@ from torch.utils import _pytree as pytree
 from amp_convert.capture.branches.choices import UNTAKEN, OneBranch
 from amp_convert.capture.branches.nest import Choice
 from amp_convert.capture.captured import Region
-from amp_convert.capture.graph_call import GraphRunner, in_mode
+from amp_convert.capture.graph_call import GraphRunner
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.mode import Mode
 from amp_convert.core.number_formats import from_name

@@ -17,13 +17,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.core.batches import anew
 from amp_convert.core.errors import first_line
 from amp_convert.core.mode import Mode
 from amp_convert.core.module_state import other_tensors
-from amp_convert.core.noise import nudged
-from amp_convert.core.number_formats import from_name, is_float_tensor
+from amp_convert.core.number_formats import from_name, is_float_tensor, nudged
 from amp_convert.core.random_state import set_rng_state
 from amp_convert.core.tree_paths import map_tensors, named_leaves
 from amp_convert.eager import Counts

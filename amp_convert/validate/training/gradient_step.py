@@ -18,12 +18,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from amp_convert.capture.gradient_probe import mode_runner, real_gradient
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.core import device as devices
-from amp_convert.core import noise
 from amp_convert.core.errors import ModelError
 from amp_convert.core.mode import Mode
-from amp_convert.core.number_formats import from_name, is_float_tensor
+from amp_convert.core.number_formats import from_name, is_float_tensor, nudged
 from amp_convert.core.random_state import RngState, preserved_rng, rng_state
 from amp_convert.loading.model_file import kind_of
 from amp_convert.loading.user_code import defined_at, user_code
@@ -95,7 +94,7 @@ class TrainStep:
     def nudged(self) -> StepTrace:
         """The step of the original with every FP32 parameter moved by one ULP: FP32's own noise."""
         coin = torch.Generator().manual_seed(0)
-        return self._moved(lambda data: noise.nudged(data, coin), "nudged by one ULP")
+        return self._moved(lambda data: nudged(data, coin), "nudged by one ULP")
 
     def _moved(self, change: Callable[[torch.Tensor], torch.Tensor], how: str) -> StepTrace:
         """The step of the original with its FP32 parameters changed, once."""

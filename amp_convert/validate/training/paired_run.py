@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.core import device as devices
 from amp_convert.core.batches import LOSS, TRAIN_LOSS, Batch, MetricMeans, batch_size
 from amp_convert.core.errors import AmpConvertError, ModelError, UsageError

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from amp_convert.capture.gradient_probe import real_gradient
-from amp_convert.capture.graph_call import in_mode
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.core import device as devices
-from amp_convert.core import noise
+from amp_convert.core import number_formats
 from amp_convert.core.errors import first_line
 from amp_convert.core.random_state import preserved_rng
 from amp_convert.core.tensor_errors import ErrorSums
@@ -84,7 +84,7 @@ def nudged(
     coin = torch.Generator().manual_seed(0)
     moved = dict(tensors)
     for name in parameters:
-        moved[name] = noise.nudged(tensors[name], coin)
+        moved[name] = number_formats.nudged(tensors[name], coin)
     return moved
 
 

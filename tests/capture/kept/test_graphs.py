@@ -17,7 +17,8 @@ from amp_convert.capture.kept.graphs import _arithmetic, _check_call
 from amp_convert.capture.regions import capture
 from amp_convert.capture.stored_graph import FunctionRef, OperatorRef, StoredGraph, restored
 from amp_convert.core.files.cache import Cache
-from tests.zoo import assert_same_bits, build
+from tests.bits import assert_same_bits
+from tests.zoo import build
 
 pytestmark = pytest.mark.usefixtures("no_other_tests")
 X = torch.linspace(-1, 1, 8).reshape(2, 4)

@@ -19,15 +19,17 @@ from amp_convert.report import RunReport
 from amp_convert.report.sections.audit import (
     AuditCause,
     AuditReport,
-    audit_csv,
-    audit_json,
     audit_layers,
-    audit_markdown,
     audit_report,
     audit_rows,
-    write_audit,
 )
 from amp_convert.report.sections.grouping import layer_range
+from amp_convert.report.writers.audit_files import (
+    audit_csv,
+    audit_json,
+    audit_markdown,
+    write_audit,
+)
 from amp_convert.report.writers.audit_terminal import render_audit
 from tests.report.builders import HOSTILE, decision, fp32, plan_of
 

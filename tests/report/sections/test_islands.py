@@ -9,9 +9,10 @@ from rich.console import Console
 
 from amp_convert.plan.costs import Island
 from amp_convert.report import RunReport
-from amp_convert.report.sections.audit import AuditReport, audit_markdown, audit_report
+from amp_convert.report.sections.audit import AuditReport, audit_report
 from amp_convert.report.sections.grouping import LayerPattern
 from amp_convert.report.sections.islands import IslandRow, island_rows
+from amp_convert.report.writers.audit_files import audit_markdown
 from amp_convert.report.writers.audit_terminal import render_audit
 from amp_convert.report.writers.html_report import html_text
 from amp_convert.report.writers.json_report import json_text

@@ -10,10 +10,10 @@ import pytest
 from amp_convert.capture.captured import Uncaptured
 from amp_convert.report import RunReport
 from amp_convert.report.records import NodeRecord
+from amp_convert.report.sections.gaps import gaps
 from amp_convert.report.sections.grouping import fp32_groups, layer_patterns, layers_text, ops_text
 from amp_convert.report.sections.summary import (
     comparison,
-    gaps,
     severity,
     tolerance,
     verdict_sentence,

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import amp_convert as amp
 from tests import zoo
 from tests.benchmarks.dispatch import counted
-from tests.zoo import tensors
+from tests.bits import tensors
 
 
 class Layers(nn.Module):

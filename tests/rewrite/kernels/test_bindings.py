@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.rewrite.kernels.bindings import BINDINGS, cast
 from amp_convert.rewrite.kernels.in_place import in_place_form
+from tests.bits import assert_same_bits
 from tests.op_samples import Call, calls_of, calls_of_modules, database
-from tests.zoo import assert_same_bits
 
 _FORMS = {in_place_form(op): op for op in BINDINGS if in_place_form(op) is not None}
 """In-place operators are bound too; samples of the functional ones serve for them."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amp_convert as amp
+from tests.bits import same_bits
 from tests.capture.test_branches import (
     FUNCTIONS,
     Branching,
@@ -23,7 +24,6 @@ from tests.capture.test_branches import (
     two_dtypes,
 )
 from tests.rewrite.kernels.running import running, targets
-from tests.zoo import same_bits
 
 
 class Products(TorchDispatchMode):

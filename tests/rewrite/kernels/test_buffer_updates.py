@@ -15,8 +15,9 @@ import amp_convert as amp
 from amp_convert.capture.graph_signature import InputSpec, Source
 from amp_convert.rewrite.kernels import buffer_updates
 from tests.benchmarks.dispatch import counted
+from tests.bits import assert_same_bits
 from tests.rewrite.kernels.running import running, targets
-from tests.zoo import assert_same_bits, both_dtypes
+from tests.zoo import both_dtypes
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from amp_convert.rewrite.kernels.casts import merge
-from tests.zoo import assert_same_bits
+from tests.bits import assert_same_bits
 
 aten = torch.ops.aten
 F, H, B = torch.float32, torch.float16, torch.bfloat16

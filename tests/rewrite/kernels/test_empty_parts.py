@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import amp_convert as amp
+from tests.bits import assert_same_bits
 from tests.rewrite.kernels.running import running, targets
-from tests.zoo import assert_same_bits
 
 
 class Cached(nn.Module):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import amp_convert as amp
+from tests.bits import assert_same_bits
 from tests.rewrite.kernels.running import running, targets
-from tests.zoo import assert_same_bits
 
 aten = torch.ops.aten
 

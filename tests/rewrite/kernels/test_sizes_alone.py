@@ -11,8 +11,8 @@ from torch import nn
 import amp_convert as amp
 from amp_convert.rewrite.kernels.sizes_alone import KEPT
 from tests.benchmarks.dispatch import counted
+from tests.bits import assert_same_bits
 from tests.rewrite.kernels.running import running
-from tests.zoo import assert_same_bits
 
 
 class Positions(nn.Module):

@@ -15,7 +15,8 @@ import amp_convert as amp
 from amp_convert.rewrite.kernels import weight_casts
 from amp_convert.rewrite.kernels.weight_casts import cast_together
 from tests.benchmarks.dispatch import counted
-from tests.zoo import DTYPES, assert_same_bits, both_dtypes
+from tests.bits import assert_same_bits
+from tests.zoo import DTYPES, both_dtypes
 
 
 def _tensors() -> list[torch.Tensor]:

@@ -10,8 +10,8 @@ from torch import nn
 
 import amp_convert as amp
 from tests.benchmarks.dispatch import counted
+from tests.bits import assert_same_bits
 from tests.rewrite.kernels.running import running, targets
-from tests.zoo import assert_same_bits
 
 CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
     "the whole, and one": (lambda x: x[:, 0, :] * 2, 0),

@@ -9,8 +9,8 @@ from torch import nn
 import amp_convert as amp
 from amp_convert.core.memory_meter import peak_bytes
 from amp_convert.validate.inference import costs
+from tests.bits import assert_same_bits
 from tests.staged import rules_with
-from tests.zoo import assert_same_bits
 
 X = torch.linspace(-1, 1, 64 * 32).reshape(64, 32)
 ARMS = ["fp32", "autocast", "mixed", "frozen"]

@@ -14,16 +14,8 @@ from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rewrite.graph_execution import runner_of
 from amp_convert.validate.inference import lockstep
 from amp_convert.validate.inference.lockstep import NodeValues
-from tests.zoo import (
-    both_dtypes,
-    converted,
-    every_model,
-    example,
-    fused_transformer,
-    mode,
-    same_bits,
-    tensors,
-)
+from tests.bits import same_bits, tensors
+from tests.zoo import both_dtypes, converted, every_model, example, fused_transformer, mode
 
 CPU = torch.device("cpu")
 X = torch.linspace(-2, 2, 40).reshape(5, 8)

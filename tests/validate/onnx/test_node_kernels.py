@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, parser
 
 from amp_convert.validate.onnx.node_kernels import Kernels, constant, reads
-from tests.zoo import same_bits
+from tests.bits import same_bits
 
 ELEMENTS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32}
 

@@ -18,7 +18,7 @@ from amp_convert.validate.onnx.sessions import (
     recorded,
     why_not,
 )
-from tests.zoo import same_bits
+from tests.bits import same_bits
 
 on_a_cpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with CUDA, other nodes run as they are written"

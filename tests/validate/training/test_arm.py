@@ -18,8 +18,8 @@ from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.paired_run import Race
 from amp_convert.validate.training.recipe import Recipe
 from amp_convert.validate.training.training_mode import training
+from tests.bits import assert_same_bits
 from tests.training import POINTS, Net, classify, convert_net, initial_model, points
-from tests.zoo import assert_same_bits
 
 Optimizer = Callable[[Any], optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizer] = {

@@ -17,7 +17,7 @@ from amp_convert.core.files.digests import of_tensors
 from amp_convert.core.random_state import rng_state, set_rng_state
 from amp_convert.validate.training.data import Data, Stream, initial_weights, seeded_rng
 from amp_convert.validate.training.weights import Weights
-from tests.zoo import assert_same_bits
+from tests.bits import assert_same_bits
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from amp_convert.validate.training.arm_specs import ARMS, FP32, NOISE, PAIR
 from amp_convert.validate.training.loss_scaling import LossScaling
 from amp_convert.validate.training.paired_run import Race
 from amp_convert.validate.training.training_mode import training
+from tests.bits import assert_same_bits
 from tests.training import Trained, by_hand, recipe
-from tests.zoo import assert_same_bits
 
 NONE = LossScaling("none")
 

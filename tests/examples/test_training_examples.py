@@ -15,7 +15,7 @@ from tests.command import Outcome, amp, write
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL_GPT = f"""
 import sys
 sys.path.insert(0, {str(EXAMPLES)!r})

@@ -1,0 +1,1 @@
+"""Sizes that a trace would fix, and those that the user says vary."""
