@@ -5,6 +5,7 @@
     mixed = amp.convert(model, inputs, dtype=torch.float16)
     mixed.plan.to_frame()                       # one row a node: rule, reason, evidence
     amp.compare(model, mixed, batches).to_frame()
+    amp.error_budget(mixed, inputs).to_frame()  # which node's rounding the error comes from
     frozen = mixed.freeze()                     # for inference, weights in low precision
     with mixed.plan.autocast(model): ...        # the plan on the model as it is, in any shape
     amp.export_onnx(mixed, "model.onnx")        # the same precision in every node
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from amp_convert.api import check as check
     from amp_convert.api import compare as compare
     from amp_convert.api import convert as convert
+    from amp_convert.api import error_budget as error_budget
     from amp_convert.api import export_onnx as export_onnx
+    from amp_convert.attribute import Budget as Budget
     from amp_convert.core.errors import AmpConvertError as AmpConvertError
     from amp_convert.core.errors import ModelError as ModelError
     from amp_convert.core.errors import UnsupportedModelError as UnsupportedModelError
@@ -50,7 +53,8 @@ if TYPE_CHECKING:
 
 __getattr__, __all__ = names_in(
     __name__,
-    api="audit autocast check compare convert export_onnx",
+    api="audit autocast check compare convert error_budget export_onnx",
+    attribute="Budget",
     core__errors="AmpConvertError ModelError UnsupportedModelError UsageError",
     pipeline="Run",
     plan="Decision Plan",

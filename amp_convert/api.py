@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from amp_convert import pipeline
+from amp_convert.attribute.budget import VECTORS, attribute
+from amp_convert.attribute.results import Budget
 from amp_convert.capture.regions import capture
 from amp_convert.capture.sizes.said_sizes import Said
 from amp_convert.core import device as devices
@@ -273,6 +275,23 @@ def compare(model: nn.Module, mixed: ConvertedModel, batches: Iterable[Any]) -> 
     if not divergence.batches:
         raise UsageError("there are no batches to compare on", mend="Give at least one.")
     return divergence
+
+
+def error_budget(
+    mixed: ConvertedModel, inputs: Any, *, vectors: int = VECTORS, seed: int = 0, floor: bool = True
+) -> Budget:
+    """Which node's rounding the error of `mixed` comes from, for one batch.
+
+    `inputs` are a tensor, a tuple of positional inputs or a dict of keywords. `vectors` backward
+    passes through the FP32 graph are run, from random projections of the outputs; the same `seed`
+    gives the same budget. With `floor` each node is measured in FP64 too: what FP32 owes anyway.
+    Raises UsageError for a model without values, UnsupportedModelError for one that was captured in
+    parts, and where the gradients of the batch would not fit into memory.
+    """
+    _require_values(mixed.captured.model)
+    mixed.heed_hooks()
+    args, kwargs = as_call(inputs, "inputs")
+    return attribute(mixed, args, kwargs, vectors=vectors, seed=seed, floor=floor)
 
 
 def _rules(rules: RulesLike) -> Rules:

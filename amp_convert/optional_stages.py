@@ -1,4 +1,5 @@
-"""The stages of a run that not every run has: ONNX, an archive, training, `torch.compile`.
+"""The stages of a run that not every run has: the error's sources, ONNX, an archive, training,
+`torch.compile`.
 
 Each gives what it found, or why it did not run.
 """
@@ -10,8 +11,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from amp_convert.attribute.budget import attribute
+from amp_convert.attribute.results import Budget
 from amp_convert.core.batches import Batch
-from amp_convert.core.errors import UnsupportedModelError, UsageError
+from amp_convert.core.errors import ModelError, UnsupportedModelError, UsageError
 from amp_convert.core.progress import Progress
 from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import score
@@ -40,6 +45,22 @@ def _fitting(prepared: Prepared, batches: int) -> Iterator[Batch]:
     """Of the batches that were compared those that a graph takes, since a file has nothing else."""
     given = batches_of(prepared.case, prepared.device, batches)
     return fitting_batches(prepared.captured, given, "eval_batches")
+
+
+def attribute_(
+    prepared: Prepared, converted: ConvertedModel, settings: Settings, progress: Progress
+) -> Budget | Unchecked | None:
+    """Where the error of the first batch comes from; None where nobody asks, or there is none."""
+    if not settings.attribute or not converted.plan.low_nodes():
+        return None
+    progress.stage("attribute the error")
+    try:
+        args, kwargs, _ = next(_fitting(prepared, 1))
+        return attribute(converted, args, kwargs)
+    except (ModelError, UnsupportedModelError) as error:
+        return Unchecked(reason=str(error))
+    except torch.OutOfMemoryError:
+        return Unchecked(reason="the gradients of one batch do not fit into the device's memory")
 
 
 def export(

@@ -155,6 +155,7 @@ def _checked(
         layer_times=times,
         slow_kernels=devices.slow_kernels(captured.device, from_name(settings.dtype)),
     )
+    budget = stages.attribute_(prepared, converted, settings, progress)
     exported = stages.export(prepared, converted, settings, progress, work, divergence.batches)
     saved = stages.save(prepared, converted, settings, progress, work, divergence.batches)
     trained = stages.train(prepared, converted, settings, progress)
@@ -171,6 +172,7 @@ def _checked(
         exported,
         compiled,
         saved,
+        budget,
     )
     if work is not None and isinstance(saved, ArchiveParity):
         add_verdict(work / stages.ARCHIVE, verdict_text(report.verdict))

@@ -40,6 +40,17 @@ def net() -> Net:
 # --- names ---------------------------------------------------------------------------------------
 
 
+def test_the_error_budget_is_of_the_batch_that_is_given() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+    mixed = amp.convert(model, torch.randn(2, 8), train=False)
+    found = amp.error_budget(mixed, torch.randn(12, 8), vectors=4, seed=1)
+    assert (found.samples, found.vectors, found.seed) == (12, 4, 1)
+    assert {row.layer for row in found.layers()} == {"0", "2"}
+    with pytest.raises(amp.ModelError, match="gives a list"):
+        amp.error_budget(mixed, [torch.randn(2, 8)])
+
+
 def test_public_names_are_what_they_say() -> None:
     """Also once every module of the package was imported: a module must not hide a function."""
     for module in pkgutil.iter_modules(amp_convert.__path__):

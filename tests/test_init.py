@@ -13,11 +13,11 @@ import pytest
 import amp_convert
 
 FUNCTIONS = {
-    "api": ["audit", "autocast", "check", "compare", "convert", "export_onnx"],
+    "api": ["audit", "autocast", "check", "compare", "convert", "error_budget", "export_onnx"],
     "saving": ["load", "save"],
 }
 NAMES = [(module, name) for module, names in FUNCTIONS.items() for name in names]
-TYPES = ["ConvertedModel", "Decision", "Divergence", "FrozenModel", "Plan", "Run"]
+TYPES = ["Budget", "ConvertedModel", "Decision", "Divergence", "FrozenModel", "Plan", "Run"]
 ERRORS = ["AmpConvertError", "ModelError", "UnsupportedModelError", "UsageError"]
 
 

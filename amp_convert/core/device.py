@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,6 +137,37 @@ def plain_mode(device: torch.device) -> Iterator[None]:
         torch.autocast(device.type if device.type != "meta" else "cpu", enabled=False),
     ):
         yield
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """The memory that is free on the device; None where nobody tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [_of_machine(), _of_container()]
+    return min((size for size in found if size is not None), default=None)
+
+
+def _of_machine() -> int | None:
+    """What Linux says could be had without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kilobytes = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return next((int(size) * 1024 for size in kilobytes), None)
+
+
+def _of_container() -> int | None:
+    """What a container (cgroup v2) leaves; its file cache can be had as well."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return int(limit) - used + cached if limit.isdecimal() else None
 
 
 def milliseconds(function: Callable[[], Any], device: torch.device) -> float:

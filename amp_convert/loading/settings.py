@@ -207,6 +207,10 @@ class Settings:
     profile: Annotated[
         Switch, Option("Time each layer, in FP32, under autocast, converted and frozen.")
     ] = False
+    attribute: Annotated[
+        Switch,
+        Option("Say which layers the error comes from, by a few backward passes.", default="on"),
+    ] = True
     tolerance: Annotated[
         Amount | None,
         Option("Largest relative L2 error of an output.", "X", "0.02, for bfloat16 0.16"),

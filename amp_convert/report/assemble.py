@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import torch
 
 from amp_convert import __version__
+from amp_convert.attribute.results import Budget
 from amp_convert.capture.captured import Captured
 from amp_convert.capture.node_info import class_path
 from amp_convert.core.device import Device
@@ -41,6 +42,7 @@ def assemble(
     onnx: OnnxSection | Unchecked,
     compiled: CompiledParity | Unchecked,
     archive: ArchiveParity | Unchecked,
+    budget: Budget | Unchecked | None,
 ) -> RunReport:
     """Judge what a run found, and put it together with what it ran on."""
     thresholds = Thresholds.for_dtype(
@@ -80,6 +82,7 @@ def assemble(
         onnx=onnx,
         compiled=compiled,
         archive=archive,
+        attribution=budget,
         fixed_sizes=captured.fixed_sizes,
         judged=_judged(thresholds, divergence, trained),
     )

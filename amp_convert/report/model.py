@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from amp_convert.attribute.results import Budget
 from amp_convert.capture.captured import FixedSizes, Uncaptured
 from amp_convert.capture.fidelity import Fidelity
 from amp_convert.onnx_file.write import OnnxModel
@@ -148,7 +149,8 @@ class OnnxSection(Section):
 
 
 class RunReport(Section):
-    """Everything a run says. `created` is an ISO 8601 time in UTC."""
+    """Everything a run says. `created` is an ISO 8601 time in UTC; `attribution` is None where it
+    was not asked for, or where nothing was converted."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     amp_convert: str
@@ -163,6 +165,7 @@ class RunReport(Section):
     onnx: OnnxSection | Unchecked
     compiled: CompiledParity | Unchecked = Unchecked(reason="--compile was not given")
     archive: ArchiveParity | Unchecked = Unchecked(reason="--save was not given")
+    attribution: Budget | Unchecked | None = None
     fixed_sizes: tuple[FixedSizes, ...] = ()
     judged: Judged | None = None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from amp_convert.attribute.results import Budget, NodeShare
 from amp_convert.capture.captured import Uncaptured
 from amp_convert.capture.fidelity import Fidelity
 from amp_convert.plan.plan import Decision
@@ -80,6 +81,22 @@ def small_report() -> RunReport:
         Check("fidelity.train", "unchecked", None, 1e-6, "the model file has no loss"),
         Check("training", "unchecked", None, None, "training parity is not in this version"),
     )
+    budget = Budget(
+        vectors=8,
+        seed=0,
+        samples=32,
+        outputs=("logits",),
+        left_out=("label",),
+        predicted_rel_l2=5e-4,
+        first_order_rel_l2=4.8e-4,
+        measured_rel_l2=4.5e-4,
+        floor_rel_l2=1e-7,
+        doubts=(),
+        nodes=(
+            NodeShare(nodes[2].node, "classifier", nodes[2].op, "float16", 4e-4, 0.64, 1e-5, 5e-8),
+            NodeShare(nodes[0].node, "features.0", nodes[0].op, "float16", 3e-4, 0.36, 2e-5, None),
+        ),
+    )
     return RunReport(
         amp_convert="0.1.0",
         model=ModelInfo(
@@ -100,6 +117,7 @@ def small_report() -> RunReport:
         inference=inference,
         training=Unchecked(reason="training parity is not in this version"),
         onnx=Unchecked(reason="no ONNX model was asked for"),
+        attribution=budget,
     )
 
 
@@ -128,6 +146,7 @@ def hostile_report(small_report: RunReport) -> RunReport:
     )
     checks = tuple(Check(name, "fail", name, name, name) for name in HOSTILE)
     assert small_report.inference is not None
+    assert isinstance(small_report.attribution, Budget)
     inference = replace(
         small_report.inference,
         nodes=tuple(divergence_of(node, 1e-3, 1e-2) for node in nodes),
@@ -152,6 +171,11 @@ def hostile_report(small_report: RunReport) -> RunReport:
             "plan": plan_section(nodes, uncaptured),
             "training": hostile_parity(),
             "onnx": hostile_section(),
+            "attribution": replace(
+                small_report.attribution,
+                outputs=HOSTILE,
+                nodes=tuple(NodeShare(name, name, name, name, 1e-3, 0.1, 0.0) for name in HOSTILE),
+            ),
         }
     )
 

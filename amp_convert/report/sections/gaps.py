@@ -42,6 +42,8 @@ def gaps(report: RunReport) -> list[Gap]:
         found += _training_gaps(report.training)
     if isinstance(report.onnx, Unchecked) and all(c.name != "onnx" for c in checks):
         found.append(Gap("onnx", report.onnx.reason))
+    if isinstance(report.attribution, Unchecked):
+        found.append(Gap("where the error comes from", report.attribution.reason))
     for cost in report.inference.costs if report.inference else ():
         if cost.note and (cost.milliseconds is None or cost.peak_bytes is None):
             found.append(Gap(f"cost of the {cost.arm} arm", cost.note))

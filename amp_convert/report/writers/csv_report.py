@@ -7,7 +7,8 @@ some places. `grad_rel_l2` and `grad_cosine` are those of all parameter gradient
 layer together, the same in all rows of a layer.
 
 The `onnx_` columns are those of an `OnnxNode`: the ONNX operators that the node became, how ONNX
-Runtime runs them, and the errors against the converted PyTorch model.
+Runtime runs them, and the errors against the converted PyTorch model. `output_rel_l2` is what the
+node's own rounding adds to the error of the outputs, `error_share` its part of the sum of squares.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
+from amp_convert.attribute.results import Budget
 from amp_convert.report.model import OnnxSection, RunReport
 from amp_convert.report.text import printable
 from amp_convert.validate.onnx.results import OnnxNode
@@ -40,7 +42,8 @@ _ONNX = {
     "onnx_local_rel_l2": "local_rel_l2",
     "onnx_accumulated_rel_l2": "accumulated_rel_l2",
 }
-COLUMNS = (*_DECIDED, *_MEASURED, *_LAYER_GRADIENT, *_GRADIENT, "onnx_ops", *_ONNX)
+_ATTRIBUTED = {"output_rel_l2": "rel_l2", "error_share": "share"}
+COLUMNS = (*_DECIDED, *_MEASURED, *_LAYER_GRADIENT, *_GRADIENT, "onnx_ops", *_ONNX, *_ATTRIBUTED)
 # What makes a spreadsheet take a cell for a formula (OWASP, CSV injection), full-width forms
 # included.
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
@@ -76,6 +79,8 @@ def layers_csv(report: RunReport) -> str:
     activations = {row.node: row for row in gradients.activations} if gradients else {}
     onnx = report.onnx.parity.nodes if isinstance(report.onnx, OnnxSection) else ()
     exported = {row.node: row for row in onnx}
+    budget = report.attribution
+    shares = {row.node: row for row in budget.nodes} if isinstance(budget, Budget) else {}
     return csv_text(
         COLUMNS,
         (
@@ -84,6 +89,7 @@ def layers_csv(report: RunReport) -> str:
             + _fields(layers.get(decision.layer), _LAYER_GRADIENT.values())
             + _fields(activations.get(decision.node), _GRADIENT)
             + _onnx_fields(exported.get(decision.node))
+            + _fields(shares.get(decision.node), _ATTRIBUTED.values())
             for decision in report.plan.decisions
         ),
     )

@@ -28,6 +28,8 @@ from amp_convert.report.sections import (
     training_summary,
 )
 from amp_convert.report.sections.archive import archive_text
+from amp_convert.report.sections.attribution import LEAD as ATTRIBUTED
+from amp_convert.report.sections.attribution import attribution_summary
 from amp_convert.report.sections.compiled_summary import compiled_summary
 from amp_convert.report.sections.eager_plan import eager_plan_text
 from amp_convert.report.sections.gaps import gaps
@@ -73,6 +75,7 @@ def _environment() -> Environment:
         "layer": lambda text: fmt.tail(layer_name(text), _NAME),
         "place": lambda text: fmt.tail(fmt.printable(text), _PLACE),
         "error": fmt.error,
+        "capitalised": lambda text: text[:1].upper() + text[1:],
         "number": fmt.number,
         "quantity": fmt.quantity,
         "percent": fmt.percent,
@@ -99,6 +102,8 @@ def _content(report: RunReport) -> dict[str, object]:
         "frame": error_chart,
         "svg": svg,
         "worst": worst_layers(report),
+        "attribution": attribution_summary(report),
+        "attribution_lead": ATTRIBUTED,
         "groups": fp32_groups(decisions),
         "islands": island_rows(report.plan.islands),
         "islands_lead": LEAD,

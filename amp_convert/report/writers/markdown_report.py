@@ -5,6 +5,7 @@ from __future__ import annotations
 from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport
 from amp_convert.report.sections.archive import archive_text
+from amp_convert.report.sections.attribution import attribution_summary
 from amp_convert.report.sections.compiled_summary import compiled_summary
 from amp_convert.report.sections.eager_plan import eager_plan_text
 from amp_convert.report.sections.gaps import gaps
@@ -19,6 +20,7 @@ from amp_convert.report.sections.summary import (
     verdict_sentence,
     worst_layers,
 )
+from amp_convert.report.writers.attribution_markdown import attribution_lines
 from amp_convert.report.writers.islands_markdown import islands_lines
 from amp_convert.report.writers.markdown import code, escape, table
 from amp_convert.report.writers.onnx_markdown import onnx_lines
@@ -32,6 +34,7 @@ def markdown_text(report: RunReport) -> str:
         _figures(report),
         _checks(report),
         _worst(report),
+        attribution_lines(attribution_summary(report)),
         training_lines(report.training),
         onnx_lines(onnx_summary(report)),
         _compiled(report),

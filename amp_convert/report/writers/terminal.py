@@ -1,9 +1,9 @@
 """The result on the terminal: the verdict, then why, within 80 columns.
 
-Order: verdict and failed checks, headline figures of all arms, the layers of largest error,
-training, ONNX, what stays FP32 and why, what was not checked, where the report is. Everything is
-built from `Text`, so no name from the model is read as markup; colour and width are the console's
-own affair.
+Order: verdict and failed checks, headline figures of all arms, the layers of largest error, where
+the error comes from, training, ONNX, what stays FP32 and why, what was not checked, where the
+report is. Everything is built from `Text`, so no name from the model is read as markup; colour and
+width are the console's own affair.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from amp_convert.plan.plan import DecisionKind
 from amp_convert.report import text as fmt
 from amp_convert.report.model import RunReport
 from amp_convert.report.sections.archive import archive_text
+from amp_convert.report.sections.attribution import AttributionSummary, attribution_summary
 from amp_convert.report.sections.eager_plan import eager_plan_text
 from amp_convert.report.sections.gaps import Gap, gaps
 from amp_convert.report.sections.grouping import (
@@ -48,6 +49,7 @@ from amp_convert.verdict.verdict import VerdictStatus
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "unchecked": "yellow"}
 _MAX_GROUPS = 8
 _MAX_GAPS = 12
+_MAX_SOURCES = 5
 _NAME = 54
 _PLACE = 32
 _ROOM = 55  # columns that the worst layers' figures leave for their names
@@ -63,6 +65,8 @@ def render(console: Console, report: RunReport, folder: Path | None) -> None:
     sections.append(_headline(report))
     if worst := _worst(report):
         sections.append(worst)
+    if attributed := attribution_summary(report, most=_MAX_SOURCES):
+        sections.append(_attribution(attributed))
     if isinstance(report.training, TrainingParity):
         sections.append(_training(report.training))
     if onnx := onnx_summary(report):
@@ -195,6 +199,21 @@ def _worst_text(layer: WorstLayer) -> Text:
     if len(node + where) > _ROOM >= len(name + where):
         return Text.assemble(name, (f"{where}\n{node}", "dim"))
     return Text.assemble(name, (f"\n{node}{where}", "dim"))
+
+
+def _attribution(found: AttributionSummary) -> RenderableType:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for figure in ("share", "adds", *(["tried alone"] if found.tried else [])):
+        table.add_column(figure, justify="right", no_wrap=True)
+    table.add_column("layer", overflow="fold")
+    for row in found.rows:
+        tried = [error_text(row.tried)] if found.tried else []
+        layer, op = short_layer(row.layer), short(row.op)
+        apart = "  " if len(layer + op) + 2 <= _ROOM - (13 if found.tried else 0) else "\n"
+        name = Text.assemble(layer, (f"{apart}{op}", "dim"))
+        table.add_row(fmt.percent(row.share), error_text(row.rel_l2), *tried, name)
+    note = Text(fmt.printable(found.text), style="dim")
+    return Group(heading("Where the error comes from"), indented(note, table))
 
 
 def _training(training: TrainingParity) -> RenderableType:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +30,16 @@ from amp_convert.rewrite.insert_casts import Rewritten, held, planned_numbers
 @dataclass(frozen=True)
 class NodeValues:
     """One node's results; `local` is None where the mixed node is the FP32 node. `ranked` is what
-    a node that ranks reads in FP32, None for any other."""
+    a node that ranks reads in FP32, None for any other. `again` calls the FP32 operator once more,
+    on what its argument, a function of (source, value), makes of each value that the node reads;
+    it is None for a node that draws random numbers or is none of PyTorch's operators."""
 
     node: fx.Node
     reference: Any
     accumulated: Any
     local: Any
     ranked: Any = None
+    again: Callable[[Callable[[fx.Node, Any], Any]], Any] | None = None
 
 
 def run(
@@ -45,13 +49,18 @@ def run(
     visit: Callable[[NodeValues], None],
     wants_local: Callable[[fx.Node], bool],
     device: torch.device,
+    *,
+    differentiable: bool = False,
 ) -> tuple[Sequence[Any], Sequence[Any]]:
     """Run both graphs on their flat inputs, calling `visit` after each node of the FP32 graph, but
     for those in a branch that one of the two does not take.
 
     Returns the flat outputs of both. `wants_local` says for which nodes to compute a local result.
+    Where the reference is to be `differentiable`, its operators run with gradients on, on values of
+    their own, so that `visit` may ask for the gradient of any of them.
     """
-    return _Lockstep(rewritten, visit, wants_local, device).run(reference_inputs, mixed_inputs)
+    lockstep = _Lockstep(rewritten, visit, wants_local, device, differentiable=differentiable)
+    return lockstep.run(reference_inputs, mixed_inputs)
 
 
 def _marker(value: Any) -> Any:
@@ -66,8 +75,11 @@ class _Lockstep:
         visit: Callable[[NodeValues], None],
         wants_local: Callable[[fx.Node], bool],
         device: torch.device,
+        *,
+        differentiable: bool,
     ) -> None:
         self._rewritten, self._visit, self._device = rewritten, visit, device
+        self._differentiable = differentiable
         self._wants_local = wants_local
         self._reference_graph = rewritten.captured.graph_module.graph
         given = rewritten.captured.signature.placeholders(self._reference_graph)
@@ -76,12 +88,17 @@ class _Lockstep:
     def run(
         self, reference_inputs: Sequence[Any], mixed_inputs: Sequence[Any]
     ) -> tuple[Sequence[Any], Sequence[Any]]:
+        if self._differentiable:
+            reference_inputs = _detached(reference_inputs)
         reference = GraphExecution(self._rewritten.captured.graph_module, reference_inputs)
         mixed = GraphExecution(self._rewritten.graph_module, mixed_inputs)
         pending = iter(self._rewritten.graph_module.graph.nodes)
         for node in self._reference_graph.nodes:
             state = rng_state(self._device) if _is_random(node) else None
-            reference.execute(node)
+            with torch.set_grad_enabled(self._differentiable):
+                reference.execute(node)
+                if self._differentiable:
+                    reference.values[node] = _apart(node, reference)
             self._rewind(state)
             holder = self._advance(mixed, pending, node)
             both = (reference.values[node], mixed.values[holder])
@@ -92,13 +109,27 @@ class _Lockstep:
                     local = self._local(node, reference, mixed)
                 ranks = facts_of_target(node.target).is_a(Family.RANKING)
                 read = reference.values[node.all_input_nodes[0]] if ranks else None
+                again = None
+                if state is None and isinstance(node.target, torch._ops.OpOverload):
+                    again = partial(self._again, node, reference)
                 self._visit(
-                    NodeValues(node, reference.values[node], mixed.values[holder], local, read)
+                    NodeValues(
+                        node, reference.values[node], mixed.values[holder], local, read, again
+                    )
                 )
             if node.op != "output":
                 reference.free()
                 mixed.free()
         return reference.values[node], mixed.values[holder]
+
+    @staticmethod
+    def _again(
+        node: fx.Node, reference: GraphExecution, replaced: Callable[[fx.Node, Any], Any]
+    ) -> Any:
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda source: replaced(source, reference.values[source])
+        )
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _rewind(self, state: Any) -> None:
         if state is not None:
@@ -145,6 +176,23 @@ class _Lockstep:
         args, kwargs = planned_numbers((args, kwargs), decision)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         return result.to(holder.kwargs["dtype"]) if delivered_low else result
+
+
+def _detached(inputs: Sequence[Any]) -> list[Any]:
+    """The same values in tensors that nobody else holds."""
+    return [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
+
+
+def _apart(node: fx.Node, running: GraphExecution) -> Any:
+    """The value of a node that was just executed; an operator may hand on the very tensor that it
+    read, whose gradient would be that of all its readers."""
+    read = {id(running.values[source]) for source in node.all_input_nodes}
+
+    def own(value: Any) -> Any:
+        return value.view_as(value) if id(value) in read else value
+
+    value = running.values[node]
+    return pytree.tree_map_only(torch.Tensor, own, value) if node.op != "output" else value
 
 
 def _leaves(node: fx.Node) -> list[fx.Node]:

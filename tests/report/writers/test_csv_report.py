@@ -14,7 +14,7 @@ from amp_convert.report import RunReport
 from amp_convert.report.text import printable
 from amp_convert.report.writers.csv_report import COLUMNS, csv_text, layers_csv
 
-_GRADIENTS, _ONNX = COLUMNS[-7:-4], COLUMNS[-4:]
+_GRADIENTS, _ONNX = COLUMNS[-9:-6], COLUMNS[-6:-2]
 
 
 def test_golden(trained_report: RunReport, golden: Callable[[str, str], None]) -> None:
@@ -27,7 +27,7 @@ def test_the_columns_are_the_contract(small_report: RunReport) -> None:
         "node,layer,op,dtype,rule,reason,source,local_rel_l2,accumulated_rel_l2,sqnr_db,cosine,"
         "max_abs_err,max_ulp,nonfinite,overflow_fraction,underflow_fraction,grad_rel_l2,"
         "grad_cosine,grad_underflow_fraction,onnx_ops,onnx_ran,onnx_local_rel_l2,"
-        "onnx_accumulated_rel_l2"
+        "onnx_accumulated_rel_l2,output_rel_l2,error_share"
     )
 
 
@@ -40,7 +40,7 @@ def test_errors_are_joined_by_node_whatever_their_order(small_report: RunReport)
 
 
 def test_without_inference_the_measured_cells_are_empty(small_report: RunReport) -> None:
-    report = small_report.model_copy(update={"inference": None})
+    report = small_report.model_copy(update={"inference": None, "attribution": None})
     rows = list(csv.DictReader(io.StringIO(layers_csv(report))))
     assert len(rows) == len(report.plan.decisions)
     assert {row[name] for row in rows for name in COLUMNS[7:]} == {""}

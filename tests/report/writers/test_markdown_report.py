@@ -52,7 +52,7 @@ def test_a_hostile_name_stays_in_its_cell(hostile_report: RunReport) -> None:
         if line.startswith("|"):
             assert line.endswith("|")
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 13
+    assert len(blocks) == 14
     for rows in blocks:
         assert {row.count("|") for row in rows} == {rows[0].count("|")}
     assert "<script>" not in re.sub(r"`[^`\n]*`", "", text)
