@@ -31,7 +31,7 @@ from amp_convert.loading.model_file import Case, load_case
 from amp_convert.loading.settings import Settings
 from amp_convert.loading.user_functions import score
 from amp_convert.plan.plan import Plan
-from amp_convert.prepare import batches_of, on_device, prepare
+from amp_convert.prepare import batches_of, fitting_batches, on_device, prepare
 from amp_convert.report import (
     ModelInfo,
     RunReport,
@@ -43,6 +43,7 @@ from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rules.load import load_rules
 from amp_convert.rules.rule_set import Painting, ask_for_fp32
 from amp_convert.saved_model.archive import add_verdict
+from amp_convert.tune.results import Cost, Goals, Tuned
 from amp_convert.validate.archive.results import ArchiveParity
 from amp_convert.validate.inference import costs
 from amp_convert.validate.inference.compare import compare
@@ -237,6 +238,53 @@ def fp32_seeds(source: str, settings: Settings, progress: Progress) -> SeedSprea
         lower_is_better=case.lower_is_better,
         tick=progress.advance,
     )
+
+
+def tune(
+    source: str,
+    settings: Settings,
+    goals: Goals,
+    progress: Progress,
+    *,
+    cost: Cost | None = None,
+    blocks: bool = False,
+) -> Tuned:
+    """The cheapest plan for the model at `source` that reaches the goals, on its first
+    `settings.calibrate` eval batches. Without a `cost`, prices are measured where the device has
+    fast kernels for the dtype. Raises UnsupportedModelError for a model captured in parts."""
+    load_rules(settings.rules)
+    require("tune", "scipy")
+    from amp_convert.tune.trials import TURNS, Bench
+    from amp_convert.tune.tuning import MOST_TRIALS, Scores
+    from amp_convert.tune.tuning import tune as search
+    from amp_convert.tune.units import make_units
+
+    progress = Logged(progress)
+    progress.stage("load the model")
+    torch.manual_seed(0)
+    prepared = prepare(load_case(source), settings, progress, judges=False, train=False)
+    case, captured, dtype = prepared.case, prepared.captured, from_name(settings.dtype)
+    given = batches_of(case, prepared.device, settings.calibrate)
+    batches = [*fitting_batches(captured, given, "eval_batches")]
+    if cost is None:
+        cost = Cost.MODEL if devices.slow_kernels(captured.device, dtype) else Cost.MEASURED
+    bench = Bench(
+        captured,
+        prepared.rules,
+        prepared.stats,
+        dtype,
+        batches,
+        partial(score, case),
+        TURNS if cost is Cost.MEASURED else 1,
+    )
+    progress.stage("attribute the error")
+    lowest = bench.lowest()
+    budget = bench.budget(lowest)
+    times = layer_times(lowest, case.args, case.kwargs) if cost is Cost.MEASURED else ()
+    units, borders = make_units(lowest, budget, times, cost, blocks=blocks)
+    progress.stage("try plans", 2 * MOST_TRIALS)
+    scores = Scores(units, borders, cost)
+    return search(bench, scores, goals, case.lower_is_better, progress.advance)
 
 
 def audit(source: str, settings: Settings, progress: Progress) -> tuple[Plan, ModelInfo]:

@@ -52,9 +52,11 @@ class Prepared:
     stats: RangeStats
 
 
-def prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool) -> Prepared:
+def prepare(
+    case: Case, settings: Settings, progress: Progress, *, judges: bool, train: bool = True
+) -> Prepared:
     """Load onto the device, capture and calibrate. A run that `judges` proves its graphs, and
-    measures anew."""
+    measures anew; without `train` the model is captured for inference alone."""
     rules = load_rules(settings.rules)
     device = devices.choose(settings.device)
     case = on_device(case, device.device)
@@ -64,7 +66,13 @@ def prepare(case: Case, settings: Settings, progress: Progress, *, judges: bool)
         trains = judges and settings.train is not False
         others = other_shapes(case, device, _drawn(settings), train=trains)
         captured = capture(
-            case.model, case.args, case.kwargs, proofs=judges, others=others, dynamic=case.dynamic
+            case.model,
+            case.args,
+            case.kwargs,
+            train=train,
+            proofs=judges,
+            others=others,
+            dynamic=case.dynamic,
         )
         if judges:
             training_setup.why_not(case, settings, captured)

@@ -33,12 +33,17 @@ class Target:
 
 @dataclass(eq=False)
 class Projections:
-    """The dot products, a row a vector: `errors` and `floors` by site, each of (vectors, samples),
-    in FP64 on the CPU, None for a site without such an error. Where a site's first dimension is
-    not made of samples there is one column."""
+    """The dot products, a row a vector: `errors`, `floors` and `casts` by site, each of (vectors,
+    samples), in FP64 on the CPU, None for a site without such an error. Where a site's first
+    dimension is not made of samples there is one column."""
 
     errors: list[torch.Tensor | None]
     floors: list[torch.Tensor | None]
+    casts: list[torch.Tensor | None]
+
+
+Row = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""A vector's dot products at one site: of the error, of FP32's, and of a cast."""
 
 
 class NoGradientError(Exception):
@@ -53,9 +58,9 @@ def project(
     if sites and not any(target.value.requires_grad for target in targets):
         raise NoGradientError
     if not sites:
-        return Projections([], [])
+        return Projections([], [], [])
     coin = torch.Generator().manual_seed(seed)
-    found: list[list[tuple[torch.Tensor | None, torch.Tensor | None]]] = [[] for _ in sites]
+    found: list[list[Row]] = [[] for _ in sites]
     handles = [_on_gradient(site, samples, rows) for site, rows in zip(sites, found, strict=True)]
     values = [target.value for target in targets]
     try:
@@ -77,12 +82,8 @@ def project(
         for handle in handles:
             handle.remove()
     return Projections(
-        [_stacked([error for error, _ in rows]) for rows in found],
-        [_stacked([floor for _, floor in rows]) for rows in found],
+        *([_stacked([row[kind] for row in rows]) for rows in found] for kind in range(3))
     )
-
-
-Row = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def _on_gradient(site: Site, samples: int, rows: list[Row]) -> Any:
@@ -105,7 +106,10 @@ def _take_and_drop(site: Site, samples: int, rows: list[Row], leaf: torch.Tensor
 
 
 def _dots(site: Site, adjoint: torch.Tensor, samples: int) -> Row:
-    return _dot(site.error, adjoint, samples), _dot(site.floor, adjoint, samples)
+    error, floor, cast = (
+        _dot(found, adjoint, samples) for found in (site.error, site.floor, site.cast)
+    )
+    return error, floor, cast
 
 
 def _dot(error: torch.Tensor | None, adjoint: torch.Tensor, samples: int) -> torch.Tensor | None:

@@ -48,12 +48,14 @@ def attribute(
     vectors: int = VECTORS,
     seed: int = 0,
     floor: bool = True,
+    casts: bool = False,
 ) -> Budget:
     """The error budget of `converted` for the call `converted(*args, **kwargs)`, in eval mode.
 
     `vectors` backward passes through the FP32 graph are run; with `floor` each node is measured in
-    FP64 as well. The same seed gives the same budget. The model, its buffers and the random state
-    are left as they were. Where no gradient reaches an output, nodes are tried one at a time.
+    FP64 as well, with `casts` so is what casting its FP32 result would add. The same seed gives the
+    same budget. The model, its buffers and the random state are left as they were. Where no
+    gradient reaches an output, nodes are tried one at a time.
     Raises UnsupportedModelError for a model that was captured in parts, and where what is held for
     the gradients would not fit into memory.
     """
@@ -63,13 +65,16 @@ def attribute(
             mend="See the parts' nodes in layers.csv: each has its own local error.",
         )
     with evaluating(converted):
-        return _Attribution(converted, vectors, seed, floor=floor).run(args, kwargs)
+        found = _Attribution(converted, vectors, seed, floor=floor, casts=casts)
+        return found.run(args, kwargs)
 
 
 class _Attribution:
-    def __init__(self, converted: ConvertedModel, vectors: int, seed: int, *, floor: bool) -> None:
+    def __init__(
+        self, converted: ConvertedModel, vectors: int, seed: int, *, floor: bool, casts: bool
+    ) -> None:
         self._converted, self._vectors, self._seed = converted, vectors, seed
-        self._floor = floor
+        self._floor, self._casts = floor, casts
         self._rewritten: Rewritten = converted.rewritten[""][Mode.EVAL]
         region = converted.captured.regions[0]
         self._runner: GraphRunner = region.runner(Mode.EVAL)
@@ -79,7 +84,11 @@ class _Attribution:
         self._refuse_large(args, kwargs)
         inputs = self._runner.inputs(args, kwargs)
         found = local_errors(
-            self._rewritten, inputs, self._converted.captured.device, floor=self._floor
+            self._rewritten,
+            inputs,
+            self._converted.captured.device,
+            floor=self._floor,
+            casts=self._casts,
         )
         outputs, targets = self._targets(found.reference)
         samples = max(batch_size(args, kwargs), 1)
@@ -124,7 +133,8 @@ class _Attribution:
             for value in pytree.tree_leaves(values.get(node.name))
             if isinstance(value, Value) and value.dtype.is_floating_point
         )
-        needed = held * batch_size(args, kwargs) // example * (3 if self._floor else 2)
+        each = 2 + self._floor + self._casts
+        needed = held * batch_size(args, kwargs) // example * each
         if free is not None and needed > free:
             raise UnsupportedModelError(
                 f"the gradients of one batch would take {needed / 2**30:.1f} GiB, and "
@@ -250,15 +260,12 @@ def _norm(value: torch.Tensor) -> float:
 
 def _rows(sites: Sequence[Site], projections: Projections) -> list[NodeShare]:
     """A row a node, by FX name."""
-    errors: dict[str, list[torch.Tensor]] = {}
-    floors: dict[str, list[torch.Tensor]] = {}
-    for site, error, floor in zip(sites, projections.errors, projections.floors, strict=True):
-        for table, dots in ((errors, error), (floors, floor)):
-            if dots is not None:
-                table.setdefault(site.node, []).append(dots)
+    errors = _by_node(sites, projections.errors)
+    floors, casts = (_by_node(sites, dots) for dots in (projections.floors, projections.casts))
     names = dict.fromkeys([site.node for site in sites])
     squares = {name: _squares(errors.get(name, [])) for name in names}
     owed = {name: _size(_squares(floors[name])) for name in floors}
+    cast = {name: _size(_squares(casts[name])) for name in casts}
     sizes = {name: _size(found) for name, found in squares.items()}
     total = sum(size**2 for size in sizes.values())
     return [
@@ -271,9 +278,20 @@ def _rows(sites: Sequence[Site], projections: Projections) -> list[NodeShare]:
             share=_share(size, total, list(sizes.values())),
             standard_error=_standard_error(squares[name]),
             floor_rel_l2=owed.get(name),
+            cast_rel_l2=cast.get(name),
         )
         for name, size in sizes.items()
     ]
+
+
+def _by_node(
+    sites: Sequence[Site], dots: Sequence[torch.Tensor | None]
+) -> dict[str, list[torch.Tensor]]:
+    found: dict[str, list[torch.Tensor]] = {}
+    for site, each in zip(sites, dots, strict=True):
+        if each is not None:
+            found.setdefault(site.node, []).append(each)
+    return found
 
 
 def _squares(dots: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -329,7 +347,7 @@ def _doubts(found: LocalErrors, predicted: float, measured: float) -> tuple[Doub
 
 
 def _says_something(row: NodeShare) -> bool:
-    return bool(row.rel_l2 or row.floor_rel_l2 or row.trial_rel_l2)
+    return bool(row.rel_l2 or row.floor_rel_l2 or row.trial_rel_l2 or row.cast_rel_l2)
 
 
 def _ranked(rows: Iterable[NodeShare]) -> list[NodeShare]:

@@ -30,13 +30,15 @@ from amp_convert.validate.inference.lockstep import NodeValues
 @dataclass(eq=False)
 class Site:
     """One floating point result of a node: the FP32 value, whose gradient is the adjoint, and the
-    errors of that shape, None for none. `part` numbers it among the node's results."""
+    errors of that shape, None for none: of the mixed operator, of FP32 itself, and of a cast to low
+    precision alone. `part` numbers it among the node's results."""
 
     node: str
     part: int
     value: torch.Tensor
     error: torch.Tensor | None
     floor: torch.Tensor | None = None
+    cast: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -56,14 +58,19 @@ def local_errors(
     device: torch.device,
     *,
     floor: bool,
+    casts: bool = False,
 ) -> LocalErrors:
-    """Run `rewritten` beside its FP32 graph on flat `inputs`; with `floor`, measure FP32, too."""
-    return _Measuring(rewritten, device, floor=floor).run(inputs)
+    """Run `rewritten` beside its FP32 graph on flat `inputs`; with `floor`, measure FP32, too, with
+    `casts` what rounding each FP32 value that is to be low would do."""
+    return _Measuring(rewritten, device, floor=floor, casts=casts).run(inputs)
 
 
 class _Measuring:
-    def __init__(self, rewritten: Rewritten, device: torch.device, *, floor: bool) -> None:
-        self._rewritten, self._device, self._floor = rewritten, device, floor
+    def __init__(
+        self, rewritten: Rewritten, device: torch.device, *, floor: bool, casts: bool
+    ) -> None:
+        self._rewritten, self._device = rewritten, device
+        self._floor, self._casts = floor, casts
         self._decisions: Mapping[str, Decision] = rewritten.decisions
         self._found = LocalErrors()
 
@@ -91,11 +98,12 @@ class _Measuring:
         errors = self._errors(step, len(values))
         floors = self._floors(step, len(values)) if self._floor else [None] * len(values)
         for part, (value, error, floor) in enumerate(zip(values, errors, floors, strict=True)):
-            if error is None and floor is None:
+            cast = self._cast(step.node, value) if self._casts else None
+            if error is None and floor is None and cast is None:
                 continue
             if not value.requires_grad:
                 value.requires_grad_()
-            self._found.sites.append(Site(name, part, value, error, floor))
+            self._found.sites.append(Site(name, part, value, error, floor, cast))
 
     def _errors(self, step: NodeValues, count: int) -> list[torch.Tensor | None]:
         """The error of each result, None where it is 0 throughout."""
@@ -123,6 +131,11 @@ class _Measuring:
         low = self._rewritten.values[source.name].meta["dtype"]
         rounded = held(value, decision).to(low).to(value.dtype)
         return rounded if decision.scale == 1 else rounded / decision.scale
+
+    def _cast(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor | None:
+        if not self._is_low(node):
+            return None
+        return _difference(self._as_handed_on(node, value.detach()), value.detach(), 1.0)
 
     def _floors(self, step: NodeValues, count: int) -> list[torch.Tensor | None]:
         """The error of FP32 itself; None where there is none, or no kernel that tells."""

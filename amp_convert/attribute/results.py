@@ -38,8 +38,10 @@ class NodeShare:
 
     `rel_l2` is its part alone, `share` that of the sum of squares over all nodes, and
     `standard_error` that of `rel_l2` over the random projections. `floor_rel_l2` is what the same
-    node adds in FP32, None where that could not be measured; `trial_rel_l2` the error of the
-    outputs that was measured with this node's rounding and no other, None where it was not tried.
+    node adds in FP32, None where that could not be measured; `cast_rel_l2` what casting its FP32
+    result to low precision would add, None where that was not asked for; `trial_rel_l2` the error
+    of the outputs that was measured with this node's rounding and no other, None where it was not
+    tried.
     """
 
     node: str
@@ -51,6 +53,7 @@ class NodeShare:
     standard_error: float
     floor_rel_l2: float | None = None
     trial_rel_l2: float | None = None
+    cast_rel_l2: float | None = None
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ def split_source(source: str) -> tuple[str, str]:
     return source, ""
 
 
-def output_folder(source: str, out: str | None) -> Path:
-    """Where the report goes: `--out`, or `reports/<the model file's stem>` in the current
+def output_folder(source: str, out: str | None, suffix: str = "") -> Path:
+    """Where the report goes: `--out`, or `reports/<the model file's stem><suffix>` in the current
     folder. Raises UsageError for a source without a stem, such as ".".
     """
     if out:
@@ -36,7 +36,7 @@ def output_folder(source: str, out: str | None) -> Path:
     stem = _stem(source)
     if stem in ("", ".."):
         raise UsageError(f"{source!r} is not the name of a model file", mend=SOURCES)
-    return Path("reports") / stem
+    return Path("reports") / f"{stem}{suffix}"
 
 
 def _stem(source: str) -> str:

@@ -29,18 +29,18 @@ def plan_toml(plan: Plan) -> str:
     autocast's by its category, which decides about each of its inputs. A node that the two
     graphs decide differently about gets a rule for each mode.
     """
-    rules = ", ".join(map(_quoted, plan.rules))
+    rules = ", ".join(map(quoted, plan.rules))
     lines = [
         f"# amp-convert's plan for {plan.dtype}, made from {rules}.",
         "# Copy it, change a category (allow: low precision, deny: FP32), and give that back",
         "# with --rules. This file itself is replaced by the next run.",
-        f"painting = {_quoted(plan.painting)}",
+        f"painting = {quoted(plan.painting)}",
         "# What the guards found is already decided below.",
         "guards = false",
         "",
         "[made_for]",
-        f"dtype = {_quoted(plan.dtype)}",
-        f"device = {_quoted(plan.device)}",
+        f"dtype = {quoted(plan.dtype)}",
+        f"device = {quoted(plan.device)}",
         *_treated(plan),
         "",
         "[rewrites]",
@@ -50,11 +50,11 @@ def plan_toml(plan: Plan) -> str:
         lines += [
             "",
             "[[rule]]",
-            f"node = {_quoted(decision.node)}",
-            f"category = {_quoted(_category(plan, decision))}",
-            *([f"mode = {_quoted(mode)}"] if mode else []),
-            *([f"location = {_quoted(decision.location)}"] if decision.location else []),
-            f"reason = {_quoted(decision.reason)}",
+            f"node = {quoted(decision.node)}",
+            f"category = {quoted(_category(plan, decision))}",
+            *([f"mode = {quoted(mode)}"] if mode else []),
+            *([f"location = {quoted(decision.location)}"] if decision.location else []),
+            f"reason = {quoted(decision.reason)}",
         ]
     if plan.operators:
         lines += ["", "# What the rules say of operators, for calls that are no node above."]
@@ -62,9 +62,9 @@ def plan_toml(plan: Plan) -> str:
         lines += [
             "",
             "[[rule]]",
-            f"ops = [{', '.join(map(_quoted, patterns))}]",
-            f"category = {_quoted(category)}",
-            *([f"mode = {_quoted(mode)}"] if mode else []),
+            f"ops = [{', '.join(map(quoted, patterns))}]",
+            f"category = {quoted(category)}",
+            *([f"mode = {quoted(mode)}"] if mode else []),
             'reason = "the rule for the operator"',
         ]
     return "\n".join(lines) + "\n"
@@ -98,7 +98,7 @@ def _treated(plan: Plan) -> Iterator[str]:
     }
     for name, found in treated.items():
         if found:
-            yield f"{name} = [{', '.join(map(_quoted, dict.fromkeys(found)))}]"
+            yield f"{name} = [{', '.join(map(quoted, dict.fromkeys(found)))}]"
 
 
 def _operators_by_category(plan: Plan) -> dict[tuple[str, str], list[str]]:
@@ -136,7 +136,7 @@ def _category(plan: Plan, decision: Decision) -> str:
     return Category.ALLOW if decision.low else Category.DENY
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A TOML basic string."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'

@@ -91,6 +91,14 @@ class GuardLimits:
     reduction_depth: Limit = 131072.0
 
 
+LOSS_LIMITS = (
+    *("weight_tiny_share", "position_error", "angle_error", "logit_error", "cancellation_error"),
+    *("rounding_growth", "output_error", "increment_loss"),
+)
+"""The limits of guards that are about loss of precision, which shows in the outputs' error. The
+others are about the range, or about choices, which no error of an output tells of."""
+
+
 @dataclass(frozen=True)
 class Rewrites:
     """Changes beyond casts that a plan may ask for, the `[rewrites]` table.

@@ -212,8 +212,11 @@ def test_a_model_without_values(kind: str, name: str) -> None:
             for a, b in zip(pytree.tree_leaves(have), pytree.tree_leaves(want), strict=True):
                 if torch.is_tensor(b):
                     assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        # It keeps the sizes of its example inputs, without their values, on the meta device.
+        frozen = mixed.eval().freeze()
+        assert {t.device.type for t in frozen.state_dict().values()} == {device.type}
         with DevicesSeen() as seen:
-            mixed.eval().freeze()(*args, **kwargs)
+            frozen(*args, **kwargs)
         assert {d.type for d in seen.found} == {device.type}
 
     assert mixed.plan.device == device.type
