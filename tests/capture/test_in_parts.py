@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ def line(function: Any, text: str) -> str:
     """`file:line` of the line of a function that holds `text`."""
     lines, start = inspect.getsourcelines(function)
     offset = next(i for i, content in enumerate(lines) if text in content)
-    return f"tests/capture/test_regions.py:{start + offset}"
+    file = Path(inspect.getfile(function)).name
+    return f"tests/capture/{file}:{start + offset}"
 
 
 # --- in parts ------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_an_operator_without_translation_is_named_with_its_layer(tmp_path: Path)
     text = str(caught.value)
     assert text.startswith(
         "this model cannot be written as ONNX: the operator amp_convert_tests.damped has no "
-        "translation to ONNX (at inner tests/onnx_file/test_write.py:"
+        "translation to ONNX (at inner tests/onnx_file/test_written_files.py:"
     )
     assert not list(tmp_path.iterdir())
 
@@ -169,7 +169,7 @@ def test_what_the_exporter_refuses_is_said_with_its_layer(tmp_path: Path) -> Non
     with pytest.raises(UnsupportedModelError) as caught:
         export_onnx(mixed, tmp_path / "m.onnx")
     assert "only 4D query, key, and value are supported" in str(caught.value)
-    assert "(at 0 tests/onnx_file/test_write.py:" in str(caught.value)
+    assert "(at 0 tests/onnx_file/test_written_files.py:" in str(caught.value)
 
 
 @pytest.mark.slow
