@@ -35,8 +35,10 @@ from amp_convert.prepare import batches_of, fitting_batches, on_device, prepare
 from amp_convert.report import (
     ModelInfo,
     RunReport,
+    Unchecked,
 )
 from amp_convert.report.assemble import assemble, model_info
+from amp_convert.report.sections.explanation import Explanation, explanation
 from amp_convert.report.writers.json_report import verdict_text
 from amp_convert.rewrite.conversion import convert_captured
 from amp_convert.rewrite.converted_model import ConvertedModel
@@ -285,6 +287,35 @@ def tune(
     progress.stage("try plans", 2 * MOST_TRIALS)
     scores = Scores(units, borders, cost)
     return search(bench, scores, goals, case.lower_is_better, progress.advance)
+
+
+def explain(
+    source: str,
+    settings: Settings,
+    progress: Progress,
+    *,
+    layer: str | None = None,
+    node: str | None = None,
+) -> Explanation:
+    """Everything about one layer or node of the model at `source`. Raises UsageError for one that
+    there is not."""
+    load_rules(settings.rules)
+    progress = Logged(progress)
+    progress.stage("load the model")
+    torch.manual_seed(0)
+    prepared = prepare(load_case(source), settings, progress, judges=False, train=False)
+    case, dtype = prepared.case, from_name(settings.dtype)
+    progress.stage("plan")
+    converted = convert_captured(prepared.captured, prepared.rules, prepared.stats, dtype)
+    budget = stages.attribute_(prepared, converted, settings, progress)
+    return explanation(
+        converted.plan,
+        prepared.stats,
+        budget if budget is not None else Unchecked(reason="no node computes in low precision"),
+        layer_times(converted, case.args, case.kwargs),
+        layer=layer,
+        node=node,
+    )
 
 
 def audit(source: str, settings: Settings, progress: Progress) -> tuple[Plan, ModelInfo]:

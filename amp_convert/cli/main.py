@@ -117,7 +117,7 @@ def _left(error: BaseException) -> ModelError:
 _INTERRUPTED, _READER_GONE = 130, 141
 _LINE = 1200
 """Characters of a message: three parts of those of `core.errors`."""
-_COMMANDS = ("convert", "fp32-seeds", "audit", "tune", "gate")
+_COMMANDS = ("convert", "fp32-seeds", "audit", "explain", "tune", "gate")
 """In the order of the help; each has a module of its name, which adds it to `app`."""
 _FORMER_COMMANDS = ("baseline",)
 _FORMER_FLAGS = {"--fp32-baseline": "--fp32-seeds"}

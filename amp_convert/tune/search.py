@@ -35,11 +35,9 @@ def cheapest(
     index = {unit.name: i for i, unit in enumerate(units)}
     chosen, edges = len(units), len(borders)
     squares = np.array([*(u.error**2 for u in units), *(b.error**2 for b in borders)])
-    infinite = ~np.isfinite(squares)  # what overflows stays FP32
-    infinite[chosen:] = False
-    squares[~np.isfinite(squares)] = 0.0
-    largest = float(squares.max(initial=0)) or 1.0
-    squares /= largest
+    # What is over the bound by itself, or overflows, is settled; the rest is scaled by the bound.
+    alone = ~(squares <= bound**2)
+    squares = np.where(alone, 0.0, squares) / (bound**2 or 1.0)
     prices = np.array([u.price for u in units] + 2 * [b.price for b in borders])
     scale = float(np.abs(prices).max(initial=0)) or 1.0
     rows = lil_array((1 + 2 * edges, chosen + 2 * edges))
@@ -50,13 +48,14 @@ def cheapest(
             rows[1 + at, chosen + at] = 1.0
             rows[1 + at, source], rows[1 + at, reader] = -sign, sign
     least = np.zeros(rows.shape[0])
-    least[0] = squares[:chosen].sum() - bound**2 / largest
-    lower = np.zeros(rows.shape[1])
-    lower[:chosen] = infinite[:chosen]
+    least[0] = squares[:chosen].sum() - 1.0
+    lower, upper = np.zeros(rows.shape[1]), np.ones(rows.shape[1])
+    lower[:chosen] = alone[:chosen]
+    upper[chosen : chosen + edges] = ~alone[chosen:]
     found = milp(
         prices / scale,
         constraints=LinearConstraint(rows.tocsr(), least, np.inf),
-        bounds=Bounds(lower, 1.0),
+        bounds=Bounds(lower, upper),
         integrality=np.r_[np.ones(chosen), np.zeros(2 * edges)],
         options={"mip_rel_gap": 1e-3, "time_limit": SECONDS},
     )

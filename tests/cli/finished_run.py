@@ -13,6 +13,7 @@ STAGES = [
     "plan and rewrite ...",
     "compare with FP32 ...",
     "measure time and memory ...",
+    "attribute the error ...",
     "judge ...",
 ]
 

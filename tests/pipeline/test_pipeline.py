@@ -60,6 +60,7 @@ def test_stages_are_announced_in_order(convert: Callable[..., Run]) -> None:
         ("plan and rewrite", None),
         ("compare with FP32", 3),
         ("measure time and memory", None),
+        ("attribute the error", None),
         ("judge", None),
     ]
     assert progress.advanced == ["calibrate"] * 2 + ["compare with FP32"] * 3

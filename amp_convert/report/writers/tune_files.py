@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
-from pydantic import TypeAdapter
-
+from amp_convert import __version__
 from amp_convert.plan.saved_plan import quoted
 from amp_convert.report import text as fmt
 from amp_convert.report.charts.frontier_chart import frontier_svg
 from amp_convert.report.folder import write_folder
+from amp_convert.report.model import Section
 from amp_convert.report.writers.csv_report import csv_text
+from amp_convert.report.writers.json_report import json_text
 from amp_convert.rules.load import preset_names
 from amp_convert.rules.rule import LOSS_LIMITS
 from amp_convert.tune.results import Cost, Goals, Point, Tuned, Unit
@@ -20,10 +22,17 @@ from amp_convert.tune.results import Cost, Goals, Point, Tuned, Unit
 RULES, FRONTIER, PICTURE, RESULT = "tuned.toml", "frontier.csv", "frontier.svg", "tune.json"
 
 
+class TuneReport(Section):
+    """The whole result, as tune.json holds it and `amp-convert tune --json` prints it."""
+
+    schema_version: Literal[1] = 1
+    amp_convert: str = __version__
+    tuned: Tuned
+
+
 def tune_json(tuned: Tuned) -> str:
-    """The whole result as strict JSON."""
-    adapter = TypeAdapter(Tuned)
-    return adapter.dump_json(tuned, indent=2).decode() + "\n"
+    """The result as strict JSON; numbers that JSON lacks are text."""
+    return json_text(TuneReport(tuned=tuned))
 
 
 def rules_toml(tuned: Tuned, rules: Sequence[str], folder: Path) -> str:
