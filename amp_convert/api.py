@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from amp_convert import pipeline
-from amp_convert.attribute.budget import VECTORS, attribute
+from amp_convert.attribute.budget import attribute
 from amp_convert.attribute.results import Budget
 from amp_convert.capture.regions import capture
 from amp_convert.capture.sizes.said_sizes import Said
@@ -278,12 +278,18 @@ def compare(model: nn.Module, mixed: ConvertedModel, batches: Iterable[Any]) -> 
 
 
 def error_budget(
-    mixed: ConvertedModel, inputs: Any, *, vectors: int = VECTORS, seed: int = 0, floor: bool = True
+    mixed: ConvertedModel,
+    inputs: Any,
+    *,
+    vectors: int | None = None,
+    seed: int = 0,
+    floor: bool = True,
 ) -> Budget:
     """Which node's rounding the error of `mixed` comes from, for one batch.
 
     `inputs` are a tensor, a tuple of positional inputs or a dict of keywords. `vectors` backward
-    passes through the FP32 graph are run, from random projections of the outputs; the same `seed`
+    passes through the FP32 graph are run, from random projections of the outputs, by default 8, and
+    up to 32 for a batch of few samples; the same `seed`
     gives the same budget. With `floor` each node is measured in FP64 too: what FP32 owes anyway.
     Raises UsageError for a model without values, UnsupportedModelError for one that was captured in
     parts, and where the gradients of the batch would not fit into memory.

@@ -35,7 +35,9 @@ from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.rewrite.insert_casts import Rewritten
 from amp_convert.validate.inference.evaluating import evaluating
 
-VECTORS = 8
+LEAST_VECTORS, MOST_VECTORS, PROJECTIONS = 8, 32, 128
+"""How many backward passes there are: as many as make so many projections, one a vector and
+sample."""
 TRIED = 10
 """How many nodes are tried one at a time where first order does not hold."""
 
@@ -45,17 +47,18 @@ def attribute(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    vectors: int = VECTORS,
+    vectors: int | None = None,
     seed: int = 0,
     floor: bool = True,
     casts: bool = False,
 ) -> Budget:
     """The error budget of `converted` for the call `converted(*args, **kwargs)`, in eval mode.
 
-    `vectors` backward passes through the FP32 graph are run; with `floor` each node is measured in
-    FP64 as well, with `casts` so is what casting its FP32 result would add. The same seed gives the
-    same budget. The model, its buffers and the random state are left as they were. Where no
-    gradient reaches an output, nodes are tried one at a time.
+    `vectors` backward passes through the FP32 graph are run, by default 8, and up to 32 for a batch
+    of few samples; with `floor` each node is measured in FP64 as well, with `casts` so is what
+    casting its FP32 result would add. The same seed gives the same budget. The model, its buffers
+    and the random state are left as they were. Where no gradient reaches an output, nodes are tried
+    one at a time.
     Raises UnsupportedModelError for a model that was captured in parts, and where what is held for
     the gradients would not fit into memory.
     """
@@ -65,6 +68,9 @@ def attribute(
             mend="See the parts' nodes in layers.csv: each has its own local error.",
         )
     with evaluating(converted):
+        if vectors is None:
+            needed = math.ceil(PROJECTIONS / max(batch_size(args, kwargs), 1))
+            vectors = min(max(needed, LEAST_VECTORS), MOST_VECTORS)
         found = _Attribution(converted, vectors, seed, floor=floor, casts=casts)
         return found.run(args, kwargs)
 

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.text import Text
 from typer.exceptions import TyperException
 
-from amp_convert import __version__
 from amp_convert.cli.app import app
 from amp_convert.cli.console import reserve_stdout, say_renamed
 from amp_convert.core.errors import (
@@ -163,9 +162,6 @@ def _refuse_unknown_command(word: str) -> None:
     """Raises UsageError for a first word that can be nothing but the name of a command."""
     if not re.fullmatch(r"[a-z]+", word) or os.path.exists(word):
         return
-    if word == "tune":
-        what = f"tune is not available in amp-convert {__version__}"
-        raise UsageError(what, mend=f"Its commands are {', '.join(_COMMANDS)}.")
     near = nearest(word, _COMMANDS)
     mend = f"Did you mean {near}?" if near else "See amp-convert --help."
     raise UsageError(f"there is no command or file {word}", mend=mend)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from amp_convert.capture.pytree_containers import register_containers
 from amp_convert.core.tree_paths import named_leaves
-from tests import zoo
+from tests import bits, zoo
 
 
 def test_a_key_value_cache_is_a_tree_of_tensors() -> None:
@@ -55,4 +55,4 @@ def test_a_language_model_that_returns_its_cache_is_captured_whole() -> None:
     with zoo.mode(model):
         have = captured.regions[0].runner("eval")(*args, **kwargs)
     assert type(have.past_key_values) is type(want.past_key_values)
-    zoo.assert_same_bits(want, have)
+    bits.assert_same_bits(want, have)

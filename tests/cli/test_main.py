@@ -33,7 +33,7 @@ COLUMNS = (
     "node,layer,op,dtype,rule,reason,source,local_rel_l2,accumulated_rel_l2,sqnr_db,cosine,"
     "max_abs_err,max_ulp,nonfinite,overflow_fraction,underflow_fraction,"
     "grad_rel_l2,grad_cosine,grad_underflow_fraction,"
-    "onnx_ops,onnx_ran,onnx_local_rel_l2,onnx_accumulated_rel_l2"
+    "onnx_ops,onnx_ran,onnx_local_rel_l2,onnx_accumulated_rel_l2,output_rel_l2,error_share"
 )
 
 

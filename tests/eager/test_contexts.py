@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import amp_convert as amp
 from amp_convert.core.errors import UnsupportedModelError, UsageError
-from tests import zoo
+from tests import bits
 from tests.eager.small_net import Looping, Net, net, plainly, products_of
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -37,10 +37,10 @@ def test_as_a_decorator_from_a_saved_plan_without_the_model(tmp_path: Path) -> N
         return model(x)
 
     with torch.no_grad():
-        zoo.assert_same_bits(mixed(X), run(X))
-        zoo.assert_same_bits(mixed(X), run(X))
+        bits.assert_same_bits(mixed(X), run(X))
+        bits.assert_same_bits(mixed(X), run(X))
         with amp.autocast(mixed.plan, model):
-            zoo.assert_same_bits(mixed(X), model(X))
+            bits.assert_same_bits(mixed(X), model(X))
     assert run.__doc__ == "Runs."
 
 
@@ -88,8 +88,8 @@ def test_a_converted_or_frozen_model_inside_of_it_is_left_alone() -> None:
     with torch.no_grad():
         want = mixed(X)
         with mixed.plan.autocast(model) as applied:
-            zoo.assert_same_bits(want, mixed(X))
-            zoo.assert_same_bits(want, frozen(X))
+            bits.assert_same_bits(want, mixed(X))
+            bits.assert_same_bits(want, frozen(X))
     assert applied.counts.calls == 0
 
 
@@ -97,7 +97,7 @@ def test_the_callers_autocast_has_no_word_in_it() -> None:
     model = net()
     mixed = amp.convert(model, X)
     with torch.no_grad(), torch.autocast("cpu", dtype=BF16), mixed.plan.autocast(model):
-        zoo.assert_same_bits(plainly(mixed, X), model(X))
+        bits.assert_same_bits(plainly(mixed, X), model(X))
 
 
 def test_another_thread_is_left_alone() -> None:
@@ -108,7 +108,7 @@ def test_another_thread_is_left_alone() -> None:
         thread = threading.Thread(target=lambda: found.append(model(X)))
         thread.start()
         thread.join()
-    assert zoo.same_bits(found[0], model(X))
+    assert bits.same_bits(found[0], model(X))
 
 
 def test_two_threads_may_have_one_plan_open() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import amp_convert as amp
-from tests import zoo
+from tests import bits, zoo
 from tests.eager.small_net import net, plainly
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -22,10 +22,10 @@ X = torch.linspace(-2, 2, 32).reshape(4, 8)
 
 def as_given(tree: Any, want: Any) -> None:
     """The floating point values of two trees are the same numbers; a cache may hold low ones."""
-    for path, expected in zoo.leaves(want).items():
+    for path, expected in bits.leaves(want).items():
         if isinstance(expected, torch.Tensor):
-            found = zoo.leaves(tree)[path]
-            assert zoo.same_bits(expected, found.to(expected.dtype)), path
+            found = bits.leaves(tree)[path]
+            assert bits.same_bits(expected, found.to(expected.dtype)), path
 
 
 @zoo.every_model
@@ -55,7 +55,7 @@ def test_a_training_step_is_that_of_the_converted_model(name: str) -> None:
 
     def step(call: Callable[..., Any]) -> tuple[list[torch.Tensor], torch.Tensor]:
         torch.manual_seed(0)
-        found = [t for t in zoo.tensors(call(*args, **kwargs)) if t.requires_grad]
+        found = [t for t in bits.tensors(call(*args, **kwargs)) if t.requires_grad]
         sum(t.float().square().mean() for t in found).backward()  # type: ignore[union-attr]
         grads = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
         model.zero_grad(set_to_none=True)
@@ -67,7 +67,7 @@ def test_a_training_step_is_that_of_the_converted_model(name: str) -> None:
 
     with zoo.mode(model, mixed, train=True):
         (want, exact), (have, near), (_, fp32) = step(mixed), step(planned), step(model)
-    assert all(zoo.same_bits(w, h.to(w.dtype)) for w, h in zip(want, have, strict=True))
+    assert all(bits.same_bits(w, h.to(w.dtype)) for w, h in zip(want, have, strict=True))
     assert (near - exact).norm() <= (exact - fp32).norm()
 
 
@@ -77,8 +77,8 @@ def test_fp32_rules_change_no_bit_and_autocasts_are_autocasts() -> None:
     native = amp.convert(model, X, dtype=BF16, rules="autocast").plan
     with torch.no_grad():
         with same.autocast(model):
-            assert zoo.same_bits(model(X * 3), F.linear(X, X[:3]) * 0 + plainly(model, X * 3))
+            assert bits.same_bits(model(X * 3), F.linear(X, X[:3]) * 0 + plainly(model, X * 3))
         with torch.autocast("cpu", dtype=BF16):
             want = model(X * 3)
         with native.autocast(model):
-            assert zoo.same_bits(model(X * 3), want.float())
+            assert bits.same_bits(model(X * 3), want.float())

@@ -13,7 +13,7 @@ from torch import nn
 import amp_convert as amp
 from amp_convert.plan.saved_plan import is_scaled
 from amp_convert.rules.load import load_rules
-from tests import zoo
+from tests import bits, zoo
 from tests.eager.small_net import Looping, Net, net, products_of
 from tests.plan.rescaled import feed_forward
 from tests.plan.test_clamp_masks import converted, staged
@@ -102,7 +102,7 @@ def test_masks_are_clamped_as_planned() -> None:
     with torch.no_grad(), mixed.plan.autocast(model):
         have = model(*inputs)
     assert have.isfinite().all()
-    assert zoo.same_bits(have, mixed(*inputs).detach())
+    assert bits.same_bits(have, mixed(*inputs).detach())
 
 
 def test_what_the_plan_scales_runs_in_fp32() -> None:
@@ -144,7 +144,7 @@ def test_layers_that_ask_for_their_weights_dtype(recurrent: Any) -> None:
     with torch.no_grad(), mixed.plan.autocast(model):
         found = model(x)
     with torch.no_grad():
-        zoo.assert_same_bits(mixed(x), found)
+        bits.assert_same_bits(mixed(x), found)
 
 
 class WithScript(Net):

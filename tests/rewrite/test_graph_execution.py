@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import amp_convert as amp
 from amp_convert.core.errors import UnsupportedModelError
-from amp_convert.rewrite import converted_model
+from amp_convert.rewrite import conversion
 from amp_convert.rewrite.graph_execution import GraphExecution, KernelError, try_kernels
 from tests.zoo import (
     converted,
@@ -157,13 +157,13 @@ class Pickier(Picky):
 def test_all_that_refuse_are_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is made a second time, and not once for each of them."""
     plans: list[dict[str, str]] = []
-    own = converted_model.make_plan
+    own = conversion.make_plan
 
     def counted(captured: Any, rules: Any, stats: Any, dtype: Any, refused: Any) -> Any:
         plans.append(dict(refused))
         return own(captured, rules, stats, dtype, refused)
 
-    monkeypatch.setattr(converted_model, "make_plan", counted)
+    monkeypatch.setattr(conversion, "make_plan", counted)
     model = Pickier().eval()
     mixed = amp.convert(model, X, rules="half", train=False)
     names = ["amp_convert_tests.also_fp32_only.default", "amp_convert_tests.fp32_only.default"]

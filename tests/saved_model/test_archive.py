@@ -13,7 +13,7 @@ from torch import nn
 
 import amp_convert as amp
 from amp_convert.saved_model.archive import ArchiveInput
-from tests import zoo
+from tests import bits, zoo
 from tests.archives import Named, loaded, saved
 
 READER = """
@@ -92,9 +92,9 @@ def test_it_gives_the_frozen_models_bits(name: str, dtype: torch.dtype, tmp_path
     low = {v.dtype for v in program.state_dict.values() if v.is_floating_point()}
     assert dtype in low
     with torch.no_grad():
-        zoo.assert_same_bits(
-            dict(enumerate(zoo.tensors(frozen(*args, **kwargs)))),
-            dict(enumerate(zoo.tensors(program.module()(*args, **kwargs)))),
+        bits.assert_same_bits(
+            dict(enumerate(bits.tensors(frozen(*args, **kwargs)))),
+            dict(enumerate(bits.tensors(program.module()(*args, **kwargs)))),
         )
 
 
@@ -109,7 +109,7 @@ def test_who_reads_it_needs_no_code_of_others(tmp_path: Path) -> None:
     want = frozen(input_ids=ids, attention_mask=mask)
     assert list(found) == ["logits", "past_key_values"]
     assert torch.equal(found["logits"], want.logits)
-    assert [t.shape for t in zoo.tensors(found)] == [t.shape for t in zoo.tensors(want)]
+    assert [t.shape for t in bits.tensors(found)] == [t.shape for t in bits.tensors(want)]
 
 
 def test_classes_become_plain_and_flags_are_kept(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_classes_become_plain_and_flags_are_kept(tmp_path: Path) -> None:
     other = torch.randn(7, 8)
     found = read_elsewhere(tmp_path / "m.pt2", other, scale=scale)
     want = frozen(other, scale=scale)
-    zoo.assert_same_bits(found, {"logits": want.logits, "states": want.states})
+    bits.assert_same_bits(found, {"logits": want.logits, "states": want.states})
 
 
 def test_a_batch_of_one_does_not_fix_the_size(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.files import digests
 from amp_convert.saved_model.archive import exported
 from amp_convert.saved_model.plain_call import plain
-from tests import zoo
+from tests import bits
 from tests.archives import Named, Pair, saved
 
 
@@ -49,7 +49,7 @@ def test_no_data_of_the_users_are_in_it(tmp_path: Path) -> None:
     secret = torch.full((2, 8), 7.25)
     saved(nn.Linear(8, 4), tmp_path / "m.pt2", secret)
     program = torch.export.load(tmp_path / "m.pt2")
-    assert [t.count_nonzero() for t in zoo.tensors(program.example_inputs)] == [0]
+    assert [t.count_nonzero() for t in bits.tensors(program.example_inputs)] == [0]
 
 
 def test_a_verdict_goes_with_it(tmp_path: Path) -> None:

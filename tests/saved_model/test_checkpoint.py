@@ -15,7 +15,7 @@ from torch import nn
 
 import amp_convert as amp
 from amp_convert.core.errors import ModelError, UsageError
-from tests import zoo
+from tests import bits, zoo
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
 
@@ -75,7 +75,7 @@ def test_it_trains_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     for _ in range(3):
         step(mixed, first)
         step(again, second)
-    zoo.assert_same_bits(dict(mixed.state_dict()), dict(again.state_dict()))
+    bits.assert_same_bits(dict(mixed.state_dict()), dict(again.state_dict()))
 
 
 def test_a_weight_of_two_names_is_stored_once(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_real_models_come_back(name: str, tmp_path: Path) -> None:
             parameter.zero_()
     again = amp.load(tmp_path / "m.safetensors", other, args, kwargs)
     with torch.no_grad():
-        zoo.assert_same_bits(again.eval()(*args, **kwargs), mixed.eval()(*args, **kwargs))
+        bits.assert_same_bits(again.eval()(*args, **kwargs), mixed.eval()(*args, **kwargs))
 
 
 def test_one_for_inference_stays_one(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ class TestOtherModels:
         before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
         with pytest.raises(ModelError, match=r"scale is torch.float32 of shape \(3,\)"):
             amp.load(tmp_path / "m.safetensors", other, X)
-        zoo.assert_same_bits(before, dict(other.state_dict()))
+        bits.assert_same_bits(before, dict(other.state_dict()))
 
     def test_the_same_weights_used_otherwise(self, tmp_path: Path) -> None:
         class Other(Tied):

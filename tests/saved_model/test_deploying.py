@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests import zoo
+from tests import bits, zoo
 from tests.archives import loaded, saved
 
 
@@ -19,7 +19,7 @@ def test_export_and_trace_take_it(name: str, tmp_path: Path) -> None:
     model, args, kwargs = zoo.example(name)
     frozen = zoo.converted(name, "default", torch.bfloat16).freeze()
     assert inspect.signature(frozen.forward) == inspect.signature(model.forward)
-    want = zoo.tensors(frozen(*args, **kwargs))
+    want = bits.tensors(frozen(*args, **kwargs))
     torch.export.save(torch.export.export(frozen, args, kwargs, strict=False), tmp_path / "m.pt2")
     traced = torch.jit.trace(
         frozen,
@@ -30,7 +30,7 @@ def test_export_and_trace_take_it(name: str, tmp_path: Path) -> None:
     torch.jit.save(traced, tmp_path / "m.pt")
     for program in (loaded(tmp_path / "m.pt2"), torch.jit.load(tmp_path / "m.pt")):
         with torch.no_grad():
-            have = zoo.tensors(program(*args, **kwargs))
+            have = bits.tensors(program(*args, **kwargs))
         for a, b in zip(want, have, strict=True):
             assert float((a - b).norm() / a.norm()) < 4e-3  # half a unit of BF16 is 2e-3
 
