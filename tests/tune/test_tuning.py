@@ -49,8 +49,41 @@ lower_is_better = ("size",)
 """
 
 
-def tuned(folder: Path, *arguments: str, code: int = 0) -> tuple[Outcome, Tuned | None]:
-    (folder / "model.py").write_text(DEEP)
+ROUTED = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    # Two experts that are chosen by nearly equal scores of what a product far before them makes.
+    def __init__(self):
+        super().__init__()
+        self.mix, self.gate = nn.Linear(32, 32), nn.Linear(32, 2, bias=False)
+        self.one, self.other, self.head = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 5)
+        with torch.no_grad():
+            self.gate.weight[1] = self.gate.weight[0] + 3e-3 * torch.randn(32)
+
+    def forward(self, x):
+        h = self.mix(x)
+        first = self.gate(h).argmax(-1, keepdim=True) == 0
+        return self.head(torch.where(first, self.one(h), self.other(h)))
+
+def build_model():
+    torch.manual_seed(1)
+    return Net()
+
+def example_inputs():
+    return torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+
+def eval_batches():
+    for seed in range(3):
+        yield torch.randn(256, 32, generator=torch.Generator().manual_seed(seed)), None
+"""
+
+
+def tuned(
+    folder: Path, *arguments: str, code: int = 0, text: str = DEEP
+) -> tuple[Outcome, Tuned | None]:
+    (folder / "model.py").write_text(text)
     found = amp(folder, "tune", "model.py", *arguments)
     assert found.code == code, found.err
     path = folder / "reports" / "model-tuned" / "tune.json"
@@ -106,6 +139,16 @@ def test_a_metric_is_held_to_its_drop(tmp_path: Path) -> None:
     assert found.reached
     fp32, have = dict(found.fp32_metrics)["size"], dict(found.chosen.metrics)["size"]
     assert have - fp32 <= 1e-6
+
+
+@pytest.mark.slow
+def test_what_a_router_is_led_astray_by_is_kept_and_nothing_else(tmp_path: Path) -> None:
+    """No gradient shows it: the product far before the scores was tried alone."""
+    _, found = tuned(tmp_path, "--dtype", "bfloat16", "--tolerance", "5e-3", text=ROUTED)
+    assert found is not None
+    assert found.reached
+    assert found.lowest.error > 5e-3
+    assert found.chosen.units == ("mix",)
 
 
 @pytest.mark.slow

@@ -15,18 +15,13 @@ LEAD = (
 )
 _DOUBTS = {
     Doubt.ADDITIVITY: (
-        "the two are more than a factor of two apart, so first order does not hold here, and the "
-        "first nodes were tried one at a time"
+        "the two are more than a factor of two apart, so first order does not hold here"
     ),
-    Doubt.CHOICES: (
-        "rounding changes what a ranking node chooses, which no gradient shows, so the first nodes "
-        "were tried one at a time"
-    ),
+    Doubt.CHOICES: "rounding changes what a ranking node chooses, which no gradient shows",
     Doubt.NONFINITE: "values overflow, so what is behind them cannot be told",
-    Doubt.NO_GRADIENT: (
-        "no gradient reaches an output, so the nodes of largest error were tried one at a time"
-    ),
+    Doubt.NO_GRADIENT: "no gradient reaches an output",
 }
+_TRIED = "the first nodes were tried one at a time"
 
 
 @dataclass(frozen=True)
@@ -82,10 +77,8 @@ def _nodes(budget: Budget) -> list[AttributionRow]:
 
 def _sentence(budget: Budget) -> str:
     doubts = [_DOUBTS[doubt] for doubt in budget.doubts]
-    if Doubt.NO_GRADIENT in budget.doubts:
-        return f"measured {fmt.error(budget.measured_rel_l2)} on one batch; {doubts[0]}"
-    found = (
-        f"predicted {fmt.error(budget.predicted_rel_l2)}, measured "
-        f"{fmt.error(budget.measured_rel_l2)} on one batch of {fmt.count(budget.samples, 'sample')}"
-    )
-    return "; ".join([found, *doubts])
+    found = f"measured {fmt.error(budget.measured_rel_l2)} on one batch of "
+    found += fmt.count(budget.samples, "sample")
+    if Doubt.NO_GRADIENT not in budget.doubts:
+        found = f"predicted {fmt.error(budget.predicted_rel_l2)}, {found}"
+    return "; ".join([found, *doubts, *([_TRIED] if doubts else [])])
