@@ -291,8 +291,8 @@ def error_budget(
     passes through the FP32 graph are run, from random projections of the outputs, by default 8, and
     up to 32 for a batch of few samples; the same `seed`
     gives the same budget. With `floor` each node is measured in FP64 too: what FP32 owes anyway.
-    Raises UsageError for a model without values, UnsupportedModelError for one that was captured in
-    parts, and where the gradients of the batch would not fit into memory.
+    Raises UsageError for a model without values, UnsupportedModelError where the gradients of the
+    batch would not fit into memory.
     """
     _require_values(mixed.captured.model)
     mixed.heed_hooks()

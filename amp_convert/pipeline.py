@@ -19,7 +19,7 @@ import torch
 from amp_convert import optional_stages as stages
 from amp_convert.core import device as devices
 from amp_convert.core.device import Device
-from amp_convert.core.errors import UsageError
+from amp_convert.core.errors import UnsupportedModelError, UsageError
 from amp_convert.core.number_formats import from_name
 from amp_convert.core.optional_packages import require
 from amp_convert.core.progress import Logged, Progress, Silent
@@ -266,6 +266,12 @@ def tune(
     torch.manual_seed(0)
     prepared = prepare(load_case(source), settings, progress, judges=False, train=False)
     case, captured, dtype = prepared.case, prepared.captured, from_name(settings.dtype)
+    if not captured.is_whole:
+        raise UnsupportedModelError(
+            "plans are tuned for models that are captured whole, and this one is in parts",
+            mend="Write a rules file by hand: amp-convert model.py says which layers the error comes "
+            "from.",
+        )
     given = batches_of(case, prepared.device, settings.calibrate)
     batches = [*fitting_batches(captured, given, "eval_batches")]
     if cost is None:

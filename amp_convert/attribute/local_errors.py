@@ -31,7 +31,8 @@ from amp_convert.validate.inference.lockstep import NodeValues
 class Site:
     """One floating point result of a node: the FP32 value, whose gradient is the adjoint, and the
     errors of that shape, None for none: of the mixed operator, of FP32 itself, and of a cast to low
-    precision alone. `part` numbers it among the node's results."""
+    precision alone. `node` is its identity, `part` numbers it among the node's results, and `call`
+    the calls of a part of the model that is called more than once."""
 
     node: str
     part: int
@@ -39,15 +40,17 @@ class Site:
     error: torch.Tensor | None
     floor: torch.Tensor | None = None
     cast: torch.Tensor | None = None
+    call: int = 0
 
 
 @dataclass(eq=False)
 class LocalErrors:
     """What running both graphs gave: the sites, by order of execution, and the flat outputs.
-    `ranked` names the nodes that rank, and choose others for rounded values."""
+    `ranked_by` are the nearest nodes with an error of their own, by identity, that a node which
+    ranks, and chooses others for rounded values, ranks by."""
 
     sites: list[Site] = field(default_factory=list)
-    ranked: list[str] = field(default_factory=list)
+    ranked_by: list[str] = field(default_factory=list)
     reference: Sequence[Any] = ()
     mixed: Sequence[Any] = ()
 
@@ -73,6 +76,7 @@ class _Measuring:
         self._floor, self._casts = floor, casts
         self._decisions: Mapping[str, Decision] = rewritten.decisions
         self._found = LocalErrors()
+        self._ranked: list[fx.Node] = []
 
     def run(self, inputs: Sequence[Any]) -> LocalErrors:
         self._found.reference, self._found.mixed = lockstep.run(
@@ -84,14 +88,32 @@ class _Measuring:
             self._device,
             differentiable=True,
         )
+        self._found.ranked_by = self._ranked_by()
         return self._found
+
+    def _ranked_by(self) -> list[str]:
+        erring = {site.node for site in self._found.sites if site.error is not None}
+        found: dict[str, None] = {}
+        for ranking in self._ranked:
+            pending, seen = [*ranking.all_input_nodes], set[fx.Node]()
+            while pending:
+                node = pending.pop(0)
+                if node in seen:
+                    continue
+                seen.add(node)
+                decision = self._decisions.get(node.name)
+                if decision is not None and decision.node in erring:
+                    found[decision.node] = None
+                else:
+                    pending += node.all_input_nodes
+        return list(found)
 
     def _visit(self, step: NodeValues) -> None:
         name = step.node.name
         if step.ranked is not None and choices.changed(
             step.node, step.ranked, step.reference, step.accumulated
         ):
-            self._found.ranked.append(name)
+            self._ranked.append(step.node)
         if facts_of(self._decisions[name].op).is_a(Family.UNWRITTEN):
             return
         values = _leaves(step.reference)
@@ -103,7 +125,8 @@ class _Measuring:
                 continue
             if not value.requires_grad:
                 value.requires_grad_()
-            self._found.sites.append(Site(name, part, value, error, floor, cast))
+            identity = self._decisions[name].node
+            self._found.sites.append(Site(identity, part, value, error, floor, cast))
 
     def _errors(self, step: NodeValues, count: int) -> list[torch.Tensor | None]:
         """The error of each result, None where it is 0 throughout."""

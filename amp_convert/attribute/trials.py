@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
 from torch.utils import _pytree as pytree
 
 from amp_convert.attribute.local_errors import Site
+from amp_convert.capture.export import CapturedGraph
 from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.rewrite.graph_execution import GraphExecution
 
 
 def outputs_with(
-    graph: fx.GraphModule, inputs: Sequence[Any], sites: Sequence[Site]
+    captured: CapturedGraph, inputs: Sequence[Any], sites: Sequence[Site]
 ) -> Sequence[Any]:
     """The flat outputs of an FP32 graph in which the errors of `sites` are added to the values."""
+    graph = captured.graph_module
     errors: dict[str, dict[int, torch.Tensor]] = {}
     for site in sites:
         if site.error is not None:
@@ -30,8 +31,9 @@ def outputs_with(
     with torch.no_grad():
         for node in graph.graph.nodes:
             running.execute(node)
-            if node.name in errors:
-                running.values[node] = _shifted(running.values[node], errors[node.name])
+            info = captured.nodes.get(node.name)
+            if info is not None and info.identity in errors:
+                running.values[node] = _shifted(running.values[node], errors[info.identity])
             if node.op != "output":
                 running.free()
     outputs: Sequence[Any] = running.values[node]

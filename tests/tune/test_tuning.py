@@ -49,6 +49,12 @@ lower_is_better = ("size",)
 """
 
 
+PARTS = """
+class Parts(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x if float(x.sum()) < 1e9 else x + 1)
+
+"""
 ROUTED = """
 import torch
 from torch import nn
@@ -168,6 +174,16 @@ def test_what_cannot_be_reached_ends_with_1_and_says_what_can(tmp_path: Path) ->
 def test_metrics_that_nothing_can_be_held_to(tmp_path: Path, metric: str, words: str) -> None:
     outcome, found = tuned(tmp_path, "--metric", metric, "--max-drop", "0.1", code=2)
     assert words in outcome.err
+    assert found is None
+
+
+@pytest.mark.slow
+def test_a_model_in_parts_is_refused(tmp_path: Path) -> None:
+    text = DEEP.replace("return nn.Sequential(*", "return Parts(*").replace(
+        "def build_model", PARTS + "def build_model"
+    )
+    outcome, found = tuned(tmp_path, "--tolerance", "1e-3", code=4, text=text)
+    assert "captured whole" in outcome.err
     assert found is None
 
 

@@ -179,8 +179,11 @@ class _Lockstep:
 
 
 def _detached(inputs: Sequence[Any]) -> list[Any]:
-    """The same values in tensors that nobody else holds."""
-    return [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
+    """The same values in tensors that nobody else holds, but for those that come with a history."""
+    return [
+        value.detach() if isinstance(value, torch.Tensor) and not value.requires_grad else value
+        for value in inputs
+    ]
 
 
 def _apart(node: fx.Node, running: GraphExecution) -> Any:
