@@ -269,8 +269,7 @@ def tune(
     if not captured.is_whole:
         raise UnsupportedModelError(
             "plans are tuned for models that are captured whole, and this one is in parts",
-            mend="Write a rules file by hand: a report says which layers the error comes "
-            "from.",
+            mend="Write a rules file by hand: a report says which layers the error comes from.",
         )
     given = batches_of(case, prepared.device, settings.calibrate)
     batches = [*fitting_batches(captured, given, "eval_batches")]
