@@ -13,7 +13,7 @@ NEIGHBOURS := .venv-neighbours/.stamp
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-gpu bench-onnx dispatch healthy hunt kinds architectures fuzz kill clean
+.PHONY: help demo test test-slow lint bench bench-gpu bench-onnx dispatch healthy hunt kinds architectures attribution fuzz kill clean
 
 help: ## Say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ kinds: $(STAMP) ## Judge models of many kinds, and write the table in docs/model
 
 architectures: $(STAMP) ## Try public architectures, and write the table in docs/architectures.md
 	$(BIN)/python -m tests.benchmarks.architectures --markdown docs/architectures.md
+
+attribution: $(STAMP) ## Hold the error budget against nodes tried alone, and write docs/attribution.md
+	$(BIN)/python -m tests.benchmarks.attribution --markdown docs/attribution.md
 
 fuzz: $(STAMP) ## Feed mutated files to the readers: each is read, or refused in one line
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.fuzz
