@@ -7,7 +7,6 @@ Each gives what it found, or why it did not run.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,6 @@ from amp_convert.core.errors import (
     ModelError,
     UnsupportedModelError,
     UsageError,
-    first_line,
-    refuse_environment,
 )
 from amp_convert.core.progress import Progress
 from amp_convert.loading.settings import Settings
@@ -46,7 +43,6 @@ from amp_convert.validate.training.options import DEFAULT_STEPS
 from amp_convert.validate.training.results import TrainingParity
 
 ARCHIVE = "model.pt2"
-_log = logging.getLogger(__name__)
 
 
 def _fitting(prepared: Prepared, batches: int) -> Iterator[Batch]:
@@ -69,10 +65,6 @@ def attribute_(
         return Unchecked(reason=str(error))
     except torch.OutOfMemoryError:
         return Unchecked(reason="the gradients of one batch do not fit into the device's memory")
-    except Exception as error:  # noqa: BLE001  kernels that never ran with gradients on
-        refuse_environment(error)
-        _log.warning("the error could not be attributed", exc_info=True)
-        return Unchecked(reason=f"the FP32 graph fails with gradients on: {first_line(error)}")
 
 
 def export(

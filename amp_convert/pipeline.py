@@ -282,7 +282,7 @@ def tune(
         dtype,
         batches,
         partial(score, case),
-        TURNS if cost is Cost.MEASURED else 1,
+        TURNS if cost is Cost.MEASURED or goals.speed is not None else 1,
     )
     progress.stage("attribute the error")
     lowest = bench.lowest()

@@ -12,7 +12,7 @@ Each adjoint is used where it appears and dropped: one pass holds no more than a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,8 @@ from amp_convert.attribute.local_errors import Site
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """An output, the batch's norm of it in FP64, and its name."""
+    """An output, a complex one as pairs of reals, its name, and the batch's norm of what is finite
+    in it, in FP64."""
 
     name: str
     value: torch.Tensor
@@ -53,56 +54,121 @@ class NoGradientError(Exception):
 def project(
     sites: Sequence[Site], targets: Sequence[Target], samples: int, vectors: int, seed: int
 ) -> Projections:
-    """Run `vectors` backward passes from the targets, each relative to its norm. Raises
-    NoGradientError where there is none."""
+    """Run `vectors` backward passes from the targets, each relative to its norm. Where samples meet
+    on their way, as in a mean over them, no dot product can be split, and there are four times as
+    many. Raises NoGradientError where there is no gradient."""
     if sites and not any(target.value.requires_grad for target in targets):
         raise NoGradientError
     if not sites:
         return Projections([], [], [])
+    passes = _Passes(sites, targets)
+    apart = passes.apart(samples)
+    if samples > 1 and not all(apart):
+        vectors = min(4 * vectors, _MOST)
     coin = torch.Generator().manual_seed(seed)
     found: list[list[Row]] = [[] for _ in sites]
-    handles = [_on_gradient(site, samples, rows) for site, rows in zip(sites, found, strict=True)]
-    values = [target.value for target in targets]
-    try:
-        for index in range(vectors):
-            cotangents = [
-                (torch.randn(t.value.shape, generator=coin) / t.norm).to(t.value) for t in targets
-            ]
-            before = [len(rows) for rows in found]
-            try:
-                torch.autograd.backward(values, cotangents, retain_graph=index < vectors - 1)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError) as error:
-                raise NoGradientError from error
-            for site, rows, count in zip(sites, found, before, strict=True):
-                if len(rows) == count:  # this site leads to no output
-                    rows.append(_dots(site, torch.zeros_like(site.value), samples))
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def take(index: int, adjoint: torch.Tensor | None) -> None:
+        site = sites[index]
+        known = torch.zeros_like(site.value) if adjoint is None else adjoint
+        found[index].append(_dots(site, known, samples if apart[index] else 1))
+
+    for _ in range(vectors):
+        passes.run([torch.randn(t.value.shape, generator=coin) for t in targets], take)
     return Projections(
         *([_stacked([row[kind] for row in rows]) for rows in found] for kind in range(3))
     )
 
 
-def _on_gradient(site: Site, samples: int, rows: list[Row]) -> Any:
-    """Take the site's adjoint when a backward pass makes it; gives what ends that."""
-    if site.value.is_leaf:
-        return site.value.register_post_accumulate_grad_hook(
-            partial(_take_and_drop, site, samples, rows)
-        )
-
-    def take(gradient: torch.Tensor) -> None:
-        rows.append(_dots(site, gradient, samples))
-
-    return site.value.register_hook(take)
+_MOST = 64
+"""How many backward passes there are at most where samples meet."""
+Take = Callable[[int, torch.Tensor | None], None]
+"""Gets a site's number and its adjoint, None for a site that leads to no output."""
 
 
-def _take_and_drop(site: Site, samples: int, rows: list[Row], leaf: torch.Tensor) -> None:
-    gradient, leaf.grad = leaf.grad, None
-    assert gradient is not None
-    rows.append(_dots(site, gradient, samples))
+class _Passes:
+    """Backward passes from the targets; each site's adjoint is handed on once in a pass."""
+
+    def __init__(self, sites: Sequence[Site], targets: Sequence[Target]) -> None:
+        self._sites = sites
+        self._targets = [target for target in targets if target.value.requires_grad]
+        self._all = targets
+
+    def run(self, vectors: Sequence[torch.Tensor], take: Take) -> None:
+        """One pass from vectors of the shapes of the targets, each relative to the target's
+        norm."""
+        taken: set[int] = set()
+
+        def once(index: int, adjoint: torch.Tensor | None) -> None:
+            if adjoint is not None:
+                taken.add(index)
+                take(index, adjoint)
+
+        cotangents = [
+            _cotangent(vector, target)
+            for vector, target in zip(vectors, self._all, strict=True)
+            if target.value.requires_grad
+        ]
+        handles = [_on_gradient(site, partial(once, i)) for i, site in enumerate(self._sites)]
+        values = [target.value for target in self._targets]
+        try:
+            torch.autograd.backward(values, cotangents, retain_graph=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise NoGradientError from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        for index in set(range(len(self._sites))) - taken:
+            take(index, None)
+
+    def apart(self, samples: int) -> list[bool]:
+        """Of each site, whether samples do not meet behind it: a vector on the first sample of the
+        outputs alone gives it an adjoint in its own first sample alone."""
+        found = [True] * len(self._sites)
+        if samples < 2:
+            return found
+        if any(not t.value.dim() or t.value.shape[0] != samples for t in self._targets):
+            return [False] * len(self._sites)
+
+        def take(index: int, adjoint: torch.Tensor | None) -> None:
+            if adjoint is None:
+                return
+            split = adjoint.dim() > 0 and adjoint.shape[0] % samples == 0
+            others = adjoint.reshape(samples, -1)[1:] if split else None
+            found[index] = others is not None and not bool(others.count_nonzero())
+
+        first = [torch.zeros(target.value.shape) for target in self._all]
+        for vector in first:
+            if vector.dim():
+                vector[0] = 1.0
+        self.run(first, take)
+        return found
+
+
+def _cotangent(vector: torch.Tensor, target: Target) -> torch.Tensor:
+    """The vector relative to the target's norm, without the places where the target is not
+    finite."""
+    scaled = (vector.double() / target.norm).to(target.value)
+    return torch.where(target.value.detach().isfinite(), scaled, torch.zeros_like(scaled))
+
+
+def _on_gradient(site: Site, take: Callable[[torch.Tensor | None], None]) -> Any:
+    """Take the site's adjoint when a backward pass makes it, None for one that is not defined, as
+    of a result that nobody reads; gives what ends that."""
+    if not site.value.is_leaf:
+
+        def taken(gradient: torch.Tensor | None) -> None:
+            take(gradient)
+
+        return site.value.register_hook(taken)
+
+    def dropped(leaf: torch.Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        take(gradient)
+
+    return site.value.register_post_accumulate_grad_hook(dropped)
 
 
 def _dots(site: Site, adjoint: torch.Tensor, samples: int) -> Row:
@@ -113,13 +179,11 @@ def _dots(site: Site, adjoint: torch.Tensor, samples: int) -> Row:
 
 
 def _dot(error: torch.Tensor | None, adjoint: torch.Tensor, samples: int) -> torch.Tensor | None:
-    """The dot product of each sample, or of all in one where the first dimension holds none."""
+    """The dot product of each sample; of all in one where `samples` is 1."""
     if error is None:
         return None
     with torch.no_grad():
-        product = (adjoint * error).double()
-        apart = product.dim() > 0 and product.shape[0] % samples == 0
-        return product.reshape(samples if apart else 1, -1).sum(1).cpu()
+        return (adjoint * error).double().reshape(samples, -1).sum(1).cpu()
 
 
 def _stacked(rows: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

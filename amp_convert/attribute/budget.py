@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,18 +27,26 @@ from amp_convert.attribute.shares import rows_of, share, signed
 from amp_convert.capture.captured import Value
 from amp_convert.core import device as devices
 from amp_convert.core.batches import batch_size
-from amp_convert.core.errors import UnsupportedModelError
+from amp_convert.core.errors import (
+    AmpConvertError,
+    UnsupportedModelError,
+    first_line,
+    refuse_environment,
+)
 from amp_convert.core.mode import Mode
-from amp_convert.core.number_formats import is_float_tensor
 from amp_convert.core.op_facts import Family, facts_of_target
 from amp_convert.core.tree_paths import named_leaves
 from amp_convert.rewrite.converted_model import ConvertedModel
 from amp_convert.validate.inference.evaluating import evaluating
+from amp_convert.validate.inference.output_errors import as_real
 from amp_convert.validate.inference.reordered import row_matcher
 
+_log = logging.getLogger(__name__)
 LEAST_VECTORS, MOST_VECTORS, PROJECTIONS = 8, 32, 128
 """How many backward passes there are: as many as make so many projections, one a vector and
 sample."""
+_LEAST_NORM = 1e-37
+"""An output of a smaller norm is nothing to be relative to."""
 TRIED = 10
 """How many nodes are tried one at a time where first order does not hold."""
 
@@ -63,10 +73,26 @@ def attribute(
     samples = max(batch_size(args, kwargs), 1)
     if vectors is None:
         vectors = min(max(math.ceil(PROJECTIONS / samples), LEAST_VECTORS), MOST_VECTORS)
-    with evaluating(converted):
+    with _as_unsupported(), evaluating(converted):
         _refuse_large(converted, args, kwargs, 1 + floor + casts)
         reference = Reference(converted, floor=floor, casts=casts)
         return _Attribution(converted, reference, args, kwargs).budget(vectors, seed)
+
+
+@contextlib.contextmanager
+def _as_unsupported() -> Iterator[None]:
+    """Kernels and eager code that never ran with gradients on may refuse."""
+    try:
+        yield
+    except (AmpConvertError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        refuse_environment(error)
+        _log.warning("the error could not be attributed", exc_info=True)
+        raise UnsupportedModelError(
+            f"the FP32 model fails with gradients on: {first_line(error)}",
+            mend="The nodes' own errors are in layers.csv.",
+        ) from error
 
 
 class _Attribution:
@@ -158,10 +184,16 @@ class _Attribution:
         errors = []
         for target in self._targets:
             value, wanted = have.get(target.name), target.value.detach()
-            if not isinstance(value, torch.Tensor) or value.shape != wanted.shape:
+            if not isinstance(value, torch.Tensor):
+                return math.inf
+            value = _real(value.detach())
+            if value.shape != wanted.shape:
                 return math.inf
             if wanted.is_floating_point():
-                size = float((value.detach().double() - wanted.double()).norm())
+                difference = torch.where(
+                    wanted.isfinite(), value.double() - wanted.double(), torch.zeros_like(wanted)
+                )
+                size = float(difference.double().norm())
             else:
                 size = math.sqrt(int((value != wanted).sum()))
             errors.append(size / target.norm)
@@ -212,10 +244,9 @@ def _targets(outputs: Any) -> tuple[list[str], list[Target]]:
     there are none, all others."""
     leaves = named_leaves(outputs)
     tensors = [(name, leaf) for name, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    floating = [(name, _real(leaf)) for name, leaf in tensors if _is_number(leaf)]
     real = [
-        Target(name, leaf, norm)
-        for name, leaf in tensors
-        if is_float_tensor(leaf) and (norm := _norm(leaf)) and math.isfinite(norm)
+        Target(name, leaf, norm) for name, leaf in floating if (norm := _norm(leaf)) > _LEAST_NORM
     ]
     differentiable = [target for target in real if target.value.requires_grad]
     whole = [
@@ -234,7 +265,19 @@ def _relative(site: Site) -> float:
 
 
 def _norm(value: torch.Tensor) -> float:
-    return float(value.detach().double().norm())
+    """The norm of what is finite."""
+    finite = torch.where(value.isfinite(), value.detach(), torch.zeros_like(value.detach()))
+    return float(finite.double().norm())
+
+
+def _real(value: torch.Tensor) -> torch.Tensor:
+    """A complex value as pairs of reals, with its history."""
+    with torch.enable_grad():
+        return as_real(value) if value.is_complex() else value
+
+
+def _is_number(leaf: torch.Tensor) -> bool:
+    return leaf.is_floating_point() or leaf.is_complex()
 
 
 def _says_something(row: NodeShare) -> bool:

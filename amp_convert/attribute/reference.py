@@ -19,7 +19,9 @@ from torch import nn
 from amp_convert.attribute.local_errors import Site, local_errors
 from amp_convert.attribute.trials import outputs_with
 from amp_convert.capture.captured import Region
+from amp_convert.capture.in_mode import in_mode
 from amp_convert.core.mode import Mode
+from amp_convert.core.module_state import other_tensors
 from amp_convert.core.random_state import rng_state, set_rng_state
 from amp_convert.core.tree_paths import map_tensors
 from amp_convert.rewrite.converted_model import ConvertedModel
@@ -70,7 +72,7 @@ class Reference:
             ran.outputs = self._called(args, kwargs, visited, differentiable=True)
         if not self._captured.is_whole:
             set_rng_state(self._captured.device, self._state)
-            with torch.no_grad():
+            with in_mode(self._captured.model, training=False), torch.no_grad():
                 ran.mixed = self._converted(*_copied(args), **dict(_copied(kwargs)))
         return ran
 
@@ -100,6 +102,9 @@ class Reference:
             runner = region.runner(Mode.EVAL)
             return runner.results(visited(region, runner.inputs(given, named)))
         with contextlib.ExitStack() as stack:
+            # What the model writes to its state must not be seen by the next run.
+            stack.enter_context(in_mode(self._captured.model, training=False))
+            stack.enter_context(other_tensors(self._captured.model, _own_buffer))
             for region in self._captured.regions:
                 stack.enter_context(_replaced(region, visited))
             with torch.set_grad_enabled(differentiable):
@@ -136,6 +141,10 @@ def _frozen_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in wanting:
             parameter.requires_grad_(True)
+
+
+def _own_buffer(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
 
 
 def _copied(value: Any) -> Any:

@@ -34,12 +34,16 @@ from amp_convert.core.files.reading import parse_json, read_file
 REPORT_FILES = frozenset(
     {"report.json", "layers.csv", "plan.toml", "report.md", "report.html", "junit.xml"}
     | {"audit.json", "audit.csv", "audit.md", "model.onnx", "model.onnx.data"}
-    | {"model.pt2"}
+    | {"model.pt2", "tuned.toml", "frontier.csv", "frontier.svg", "tune.json"}
     | {".DS_Store", "Thumbs.db", "desktop.ini"}
 )
-_MARKS = {"report.json": "verdict", "audit.json": "totals"}
-"""What shows whose a folder is, and a key that it has besides those of `_KEYS`."""
-_KEYS = frozenset({"schema_version", "amp_convert", "model"})
+_MARKS = {
+    "report.json": {"model", "verdict"},
+    "audit.json": {"model", "totals"},
+    "tune.json": {"tuned"},
+}
+"""What shows whose a folder is, and the keys that it has besides those of `_KEYS`."""
+_KEYS = frozenset({"schema_version", "amp_convert"})
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -168,7 +172,7 @@ def _is_ours(mark: Path) -> bool:
         return False
     if not isinstance(document, dict) or not isinstance(document.get("schema_version"), int):
         return False
-    return {*_KEYS, _MARKS[mark.name]} <= document.keys()
+    return {*_KEYS, *_MARKS[mark.name]} <= document.keys()
 
 
 def _unwritable(out: Path, problem: str) -> UsageError:

@@ -9,12 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils import _pytree as pytree
 
 from amp_convert.attribute.budget import attribute
 from amp_convert.attribute.results import Budget
 from amp_convert.capture.captured import Captured
 from amp_convert.core import device as devices
 from amp_convert.core.batches import Batch, MetricMeans, Score, batch_size
+from amp_convert.core.random_state import rng_state, set_rng_state
 from amp_convert.core.tensor_errors import larger
 from amp_convert.core.tree_paths import map_tensors
 from amp_convert.profile.calibrate import RangeStats
@@ -25,6 +28,7 @@ from amp_convert.rules.rule_set import Rules
 from amp_convert.tune.results import Point, Unit
 from amp_convert.validate.inference.evaluating import evaluating
 from amp_convert.validate.inference.output_errors import OutputSums, accumulate
+from amp_convert.validate.inference.reordered import row_matcher
 
 TURNS = 7
 """How often a plan is timed; once, where prices are not measured."""
@@ -55,6 +59,7 @@ class Bench:
         self._given, self._lowest = rules, without_loss_guards(rules)
         self._batches, self._score = batches, score
         self._references: list[Any] = []
+        self._state = rng_state(captured.device)
         self._fp32: Mapping[str, float] = {}
         self.points: dict[frozenset[str], Point] = {}
         """Every plan that was tried, by the units that it keeps."""
@@ -96,41 +101,41 @@ class Bench:
     def _measured(
         self, converted: ConvertedModel, names: tuple[str, ...], predicted: float, price: float
     ) -> Point:
+        self._run_fp32(converted)
         sums: dict[str, OutputSums] = {}
         means = MetricMeans()
-        with evaluating(converted):
-            self._run_fp32()
-            for (args, kwargs, target), reference in zip(
-                self._batches, self._references, strict=True
-            ):
-                outputs = converted(*args, **kwargs)
-                accumulate(sums, reference, outputs)
-                means.add("", self._score(outputs, target), batch_size(args, kwargs))
-        error = 0.0
-        for name, found in sums.items():
-            row = found.row(name)
-            if "float" in row.dtype:
-                error = larger(error, row.rel_l2)
-            elif row.elements:
-                error = larger(error, (row.mismatches / row.elements) ** 0.5)
+        for (args, kwargs, target), reference in zip(self._batches, self._references, strict=True):
+            outputs = self._called(converted, converted, args, kwargs)
+            accumulate(
+                sums, reference, outputs, matcher=row_matcher(converted, batch_size(args, kwargs))
+            )
+            means.add("", self._score(outputs, target), batch_size(args, kwargs))
         plan = converted.plan
         return Point(
             units=names,
             predicted=predicted,
             price=price,
-            error=error,
+            error=_worst(sums),
             speedup=self._speedup(converted),
             share_macs_low=plan.share_macs_low(),
             metrics=tuple(means.of("").items()),
         )
 
-    def _run_fp32(self) -> None:
+    def _called(
+        self, model: nn.Module, converted: ConvertedModel, args: Sequence[Any], kwargs: Any
+    ) -> Any:
+        """One call on copies, from one random state; what the model writes is put back."""
+        set_rng_state(self._captured.device, self._state)
+        with evaluating(converted):
+            return model(*_copied(args), **_copied(dict(kwargs)))
+
+    def _run_fp32(self, converted: ConvertedModel) -> None:
         """FP32's outputs and metrics, once."""
         if self._references:
             return
-        means = MetricMeans()
+        means, model = MetricMeans(), self._captured.model
         for args, kwargs, target in self._batches:
-            reference = self._captured.model(*args, **kwargs)
+            reference = self._called(model, converted, args, kwargs)
             self._references.append(map_tensors(torch.clone, reference))
             means.add(FP32, self._score(reference, target), batch_size(args, kwargs))
         self._fp32 = means.of(FP32)
@@ -143,10 +148,27 @@ class Bench:
         with evaluating(converted):
             for turn in range(self._turns + 1):
                 for name, model in ((FP32, self._captured.model), ("frozen", frozen)):
-                    taken = devices.milliseconds(partial(model, *args, **kwargs), device)
+                    call = partial(model, *_copied(args), **_copied(dict(kwargs)))
+                    taken = devices.milliseconds(call, device)
                     if turn:
                         times[name].append(taken)
         return statistics.median(times[FP32]) / statistics.median(times["frozen"])
+
+
+def _worst(sums: Mapping[str, OutputSums]) -> float:
+    """The error of the worst output; of whole numbers the root of the share that differs."""
+    error = 0.0
+    for name, found in sums.items():
+        row = found.row(name)
+        if row.dtype.startswith(("float", "bfloat", "complex")):
+            error = larger(error, row.rel_l2)
+        elif row.elements:
+            error = larger(error, (row.mismatches / row.elements) ** 0.5)
+    return error
+
+
+def _copied(value: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, torch.clone, value)
 
 
 def _keeping(node: str, rank: int) -> Rule:

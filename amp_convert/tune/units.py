@@ -23,6 +23,7 @@ from amp_convert.core.mode import Mode
 from amp_convert.core.op_facts import HEAVY, facts_of
 from amp_convert.plan.plan import Decision
 from amp_convert.rewrite.converted_model import ConvertedModel
+from amp_convert.rules.rule import Category
 from amp_convert.tune.results import Border, Cost, Unit
 from amp_convert.validate.inference.results import LayerTime
 
@@ -56,7 +57,9 @@ class _Maker:
             for node in budget.nodes
         }
         low = [d for d in self._decisions.values() if d.low]
-        self._chosen = [d for d in low if self._errors.get(d.node) or d.macs]
+        self._chosen = [
+            d for d in low if self._errors.get(d.node) or d.macs or d.category is Category.ALLOW
+        ]
         self._about = {d.node for d in self._chosen}
         casts = {node.node: node.cast_rel_l2 or 0.0 for node in budget.nodes}
         self._casts = {name: casts.get(d.node, 0.0) for name, d in self._decisions.items()}
@@ -110,10 +113,11 @@ class _Maker:
                 continue
             source = node.args[0] if node.args else None
             if isinstance(source, fx.Node):
-                readers[source].append(found[decision.layer])
-        for together in readers.values():
-            for other in together[1:]:
-                found = {k: together[0] if v == other else v for k, v in found.items()}
+                readers[source].append(decision.layer)
+        for units in readers.values():
+            joined = {found[layer] for layer in units}
+            first = min(joined, key=list(found.values()).index)
+            found = {layer: first if unit in joined else unit for layer, unit in found.items()}
         return found
 
     def _edges(self) -> dict[tuple[str, str], tuple[int, float]]:

@@ -55,6 +55,12 @@ class Parts(nn.Sequential):
         return super().forward(x if float(x.sum()) < 1e9 else x + 1)
 
 """
+INPLACE = """
+class Doubles(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+"""
 ROUTED = """
 import torch
 from torch import nn
@@ -257,3 +263,16 @@ def test_the_picture_and_the_table_hold_odd_numbers() -> None:
     rows = list(csv.DictReader(frontier_csv(odd.frontier).splitlines()))
     assert rows[0]["error"] == "inf"
     assert rows[0]["units"] == "x"
+
+
+@pytest.mark.slow
+def test_a_model_that_writes_to_its_inputs_and_a_second_run(tmp_path: Path) -> None:
+    """Each call gets copies; and what tune wrote before is replaced."""
+    text = DEEP.replace("def build_model", INPLACE + "def build_model").replace(
+        "return nn.Sequential(*", "return Doubles(*"
+    )
+    for _ in range(2):
+        _, found = tuned(tmp_path, "--tolerance", "1.2e-4", text=text)
+        assert found is not None
+        assert found.reached
+        assert found.given.error == found.lowest.error < 1e-3

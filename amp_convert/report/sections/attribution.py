@@ -13,7 +13,7 @@ LEAD = (
     "What each layer's own rounding adds to the error of the outputs, from random backward passes "
     "through the FP32 model; in FP32: what the layer owes even without conversion."
 )
-_DOUBTS = {
+DOUBTS = {
     Doubt.ADDITIVITY: (
         "the two are more than a factor of two apart, so first order does not hold here"
     ),
@@ -21,6 +21,7 @@ _DOUBTS = {
     Doubt.NONFINITE: "values overflow, so what is behind them cannot be told",
     Doubt.NO_GRADIENT: "no gradient reaches an output",
 }
+"""What each doubt means."""
 _TRIED = "the first nodes were tried one at a time"
 
 
@@ -76,7 +77,7 @@ def _nodes(budget: Budget) -> list[AttributionRow]:
 
 
 def _sentence(budget: Budget) -> str:
-    doubts = [_DOUBTS[doubt] for doubt in budget.doubts]
+    doubts = [DOUBTS[doubt] for doubt in budget.doubts]
     found = f"measured {fmt.error(budget.measured_rel_l2)} on one batch of "
     found += fmt.count(budget.samples, "sample")
     if Doubt.NO_GRADIENT not in budget.doubts:

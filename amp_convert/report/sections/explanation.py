@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from amp_convert.attribute.results import Budget, NodeShare
+from amp_convert.attribute.results import Budget, Doubt, NodeShare
 from amp_convert.core.errors import UsageError
 from amp_convert.core.spelling import nearest
 from amp_convert.plan.plan import Decision, Plan
@@ -63,6 +63,8 @@ class Explanation:
     nodes: tuple[NodeExplanation, ...]
     time: LayerTime | None
     predicted_rel_l2: float | None
+    measured_rel_l2: float | None
+    doubts: tuple[Doubt, ...]
     no_budget: str
 
 
@@ -95,6 +97,8 @@ def explanation(
         nodes=tuple(_node(decision, by_node, stats, shares) for decision in chosen),
         time=next((row for row in times if row.layer == name), None),
         predicted_rel_l2=found.predicted_rel_l2 if found else None,
+        measured_rel_l2=found.measured_rel_l2 if found else None,
+        doubts=found.doubts if found else (),
         no_budget=budget.reason if isinstance(budget, Unchecked) else "",
     )
 

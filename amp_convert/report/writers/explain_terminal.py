@@ -11,6 +11,7 @@ from rich.text import Text
 from amp_convert import __version__
 from amp_convert.report import text as fmt
 from amp_convert.report.model import Section
+from amp_convert.report.sections.attribution import DOUBTS
 from amp_convert.report.sections.explanation import Explanation, NodeExplanation
 from amp_convert.report.sections.grouping import layer_name
 from amp_convert.report.writers.json_report import json_text
@@ -37,6 +38,10 @@ def render_explanation(console: Console, found: Explanation) -> None:
     console.print(heading(fmt.printable(layer_name(found.layer)), _note(found)))
     if found.no_budget:
         console.print(Text(f"its part of the error is not known: {fmt.printable(found.no_budget)}"))
+    if found.doubts:
+        said = "; ".join(DOUBTS[doubt] for doubt in found.doubts)
+        error = fmt.error(found.measured_rel_l2)
+        console.print(Text(f"the outputs' error was measured as {error}; {said}"))
     for node in found.nodes:
         console.print()
         console.print(Text.assemble((fmt.printable(node.node), "bold"), f"  {node.dtype}"))

@@ -63,7 +63,9 @@ def rules_toml(tuned: Tuned, rules: Sequence[str], folder: Path) -> str:
 
 
 def _from(folder: Path, name: str) -> str:
-    return name if name in preset_names() else os.path.relpath(name, folder)
+    if name in preset_names():
+        return name
+    return os.path.relpath(os.path.realpath(name), os.path.realpath(folder))
 
 
 def _reason(unit: Unit, total: float, cost: Cost) -> str:

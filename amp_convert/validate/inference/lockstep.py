@@ -187,15 +187,24 @@ def _detached(inputs: Sequence[Any]) -> list[Any]:
 
 
 def _apart(node: fx.Node, running: GraphExecution) -> Any:
-    """The value of a node that was just executed; an operator may hand on the very tensor that it
-    read, whose gradient would be that of all its readers."""
-    read = {id(running.values[source]) for source in node.all_input_nodes}
+    """The value of a node that was just executed. An operator may hand on the very tensor that it
+    read, whose gradient would be that of all its readers; and what the model detaches still
+    carries errors on."""
+    value = running.values[node]
+    if node.op == "output":
+        return value
+    sources = [running.values[source] for source in node.all_input_nodes]
+    if node.target in _DETACHING:
+        return sources[0].view_as(sources[0])
+    read = {id(leaf) for leaf in pytree.tree_leaves(sources)}
 
     def own(value: Any) -> Any:
         return value.view_as(value) if id(value) in read else value
 
-    value = running.values[node]
-    return pytree.tree_map_only(torch.Tensor, own, value) if node.op != "output" else value
+    return pytree.tree_map_only(torch.Tensor, own, value)
+
+
+_DETACHING = (torch.ops.aten.detach.default, torch.ops.aten.detach_.default)
 
 
 def _leaves(node: fx.Node) -> list[fx.Node]:

@@ -59,8 +59,8 @@ class OutputSums:
         if reference.is_complex():
             lost = torch.isfinite(reference) & ~torch.isfinite(value)
             self._nonfinite = (self._nonfinite or 0) + int(lost.sum())
-            reference, value = _as_real(reference), _as_real(value)
-            noise = _as_real(noise) if noise is not None else None
+            reference, value = as_real(reference), as_real(value)
+            noise = as_real(noise) if noise is not None else None
         self._errors.add(reference, value)
         self._quantiles.add(reference, value)
         self._slices.add(reference, value, noise)
@@ -159,7 +159,7 @@ def accumulate(
         sums[name].moved += places
 
 
-def _as_real(tensor: torch.Tensor) -> torch.Tensor:
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor.resolve_conj().resolve_neg())
 
 
