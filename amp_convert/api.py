@@ -185,7 +185,7 @@ def check(
     case = Case(
         name=name or type(model).__name__,
         source="",
-        digest=_digest(model),
+        digest=digests.of_model(model),
         model=model,
         args=positional,
         kwargs=keywords,
@@ -218,12 +218,6 @@ def _call(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...],
         )
     positional, keywords = as_call(args, "args")
     return positional, keywords | dict(kwargs or {})
-
-
-def _digest(model: nn.Module) -> str:
-    """What tells one model from another, for want of a file."""
-    state = model.state_dict().items()
-    return digests.of_tensors((name, t) for name, t in state if isinstance(t, torch.Tensor))
 
 
 def _repeatable(batches: Batches | None) -> Callable[[], Iterable[Any]] | None:
@@ -287,12 +281,11 @@ def error_budget(
 ) -> Budget:
     """Which node's rounding the error of `mixed` comes from, for one batch.
 
-    `inputs` are a tensor, a tuple of positional inputs or a dict of keywords. `vectors` backward
-    passes through the FP32 graph are run, from random projections of the outputs, by default 8, and
-    up to 32 for a batch of few samples; the same `seed`
-    gives the same budget. With `floor` each node is measured in FP64 too: what FP32 owes anyway.
+    `inputs` are a tensor, a tuple of positional inputs or a dict of keywords. There are `vectors`
+    backward passes through the FP32 model, by default 8, and up to 32 for few samples; the same
+    `seed` gives the same budget. With `floor` each node is measured in FP64 too: what FP32 owes.
     Raises UsageError for a model without values, UnsupportedModelError where the gradients of the
-    batch would not fit into memory.
+    batch would not fit into memory, or the model fails with gradients on.
     """
     _require_values(mixed.captured.model)
     mixed.heed_hooks()

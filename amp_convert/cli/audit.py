@@ -29,7 +29,7 @@ def audit(
     """Show which layers of MODEL stay FP32, and why; convert nothing."""
     settings = load_settings(source, given)
     with running(debug) as (console, progress):
-        from amp_convert import pipeline
+        from amp_convert import planning
         from amp_convert.report.folder import check_writable
         from amp_convert.report.sections.audit import audit_report, audit_rows
         from amp_convert.report.writers import audit_files
@@ -38,7 +38,7 @@ def audit(
         folder = Path(out) if out else None
         if folder is not None:
             check_writable(folder)
-        plan, model = pipeline.audit(source, settings, progress)
+        plan, model = planning.audit(source, settings, progress)
         report = audit_report(plan, model, __version__)
         if folder is not None:
             audit_files.write_audit(folder, report, audit_rows(plan))

@@ -35,13 +35,13 @@ def explain(
         raise UsageError("explain is of one layer or node", mend="Give --layer NAME or --node ID.")
     settings = load_settings(source, given)
     with running(debug) as (console, progress):
-        from amp_convert import pipeline
+        from amp_convert import planning
         from amp_convert.report.writers.explain_terminal import (
             explanation_json,
             render_explanation,
         )
 
-        found = pipeline.explain(source, settings, progress, layer=layer, node=node)
+        found = planning.explain(source, settings, progress, layer=layer, node=node)
     if as_json:
         console.file.write(explanation_json(found))
     else:

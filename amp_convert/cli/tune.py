@@ -61,13 +61,13 @@ def tune(
     goals = _goals(settings.tolerance, metric, max_drop, speed_at_least)
     priced, folder = _cost(cost), output_folder(source, out, "-tuned")
     with running(debug) as (console, progress):
-        from amp_convert import pipeline
+        from amp_convert import planning
         from amp_convert.report.folder import check_writable
         from amp_convert.report.writers import tune_files
         from amp_convert.report.writers.tune_terminal import render_tuned
 
         check_writable(folder)
-        tuned = pipeline.tune(source, settings, goals, progress, cost=priced, blocks=group_blocks)
+        tuned = planning.tune(source, settings, goals, progress, cost=priced, blocks=group_blocks)
         tune_files.write_tuned(folder, tuned, settings.rules)
     if as_json:
         console.file.write(tune_files.tune_json(tuned))

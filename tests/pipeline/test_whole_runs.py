@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from amp_convert import pipeline
+from amp_convert import pipeline, planning
 from amp_convert.capture import traced_region
 from amp_convert.core.errors import ModelError, UsageError
 from amp_convert.core.progress import Silent
@@ -73,7 +73,7 @@ def test_tolerances_reach_the_verdict(convert: Callable[..., Run]) -> None:
 def test_the_audit_plans_as_the_conversion_does(convert: Callable[..., Run]) -> None:
     run = convert(COUNTING)
     progress = Recorder()
-    plan, model = pipeline.audit("model.py", Settings(), progress)
+    plan, model = planning.audit("model.py", Settings(), progress)
     assert plan == run.plan
     assert model == run.report.model
     assert [name for name, _ in progress.stages] == [
@@ -138,23 +138,23 @@ def test_what_was_captured_once_is_not_traced_again(
         return len(traced), found
 
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # a first trace sets it
-    assert traces(pipeline.audit, cache=False)[0] == 2
+    assert traces(planning.audit, cache=False)[0] == 2
     assert not (tmp_path / "cache").exists()
-    count, (first, _) = traces(pipeline.audit)
+    count, (first, _) = traces(planning.audit)
     assert count == 2
-    count, (again, _) = traces(pipeline.audit)
+    count, (again, _) = traces(planning.audit)
     assert (count, again.eval) == (0, first.eval)
     rules = tmp_path / "rules.toml"
     rules.write_text('[[rule]]\nop = "aten.gelu"\ncategory = "deny"\nreason = "mine"\n')
-    count, (changed, _) = traces(pipeline.audit, rules=["default", str(rules)])
+    count, (changed, _) = traces(planning.audit, rules=["default", str(rules)])
     assert count == 0
     assert "mine" in [decision.reason for decision in changed.eval]
-    assert traces(pipeline.audit, dtype="bfloat16")[0] == 0
+    assert traces(planning.audit, dtype="bfloat16")[0] == 0
     count, run = traces(pipeline.convert, tmp_path)
     assert count == 0
     assert run.plan.eval == first.eval
     source.write_text(MODEL.format(seed=1))
-    assert traces(pipeline.audit)[0] == 2
+    assert traces(planning.audit)[0] == 2
 
 
 REFILLED = (

@@ -20,6 +20,12 @@ def of_text(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
+def of_model(model: torch.nn.Module) -> str:
+    """The digest of a model's state: what tells one from another, for want of a file."""
+    state = model.state_dict().items()
+    return of_tensors((name, t) for name, t in state if isinstance(t, torch.Tensor))
+
+
 def of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """The digest of tensors in order: of their names, dtypes, shapes and bits."""
     digest = hashlib.sha256()
