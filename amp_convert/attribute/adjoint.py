@@ -12,6 +12,7 @@ Each adjoint is used where it appears and dropped: one pass holds no more than a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,16 +56,15 @@ def project(
     sites: Sequence[Site], targets: Sequence[Target], samples: int, vectors: int, seed: int
 ) -> Projections:
     """Run `vectors` backward passes from the targets, each relative to its norm. Where samples meet
-    on their way, as in a mean over them, no dot product can be split, and there are four times as
-    many. Raises NoGradientError where there is no gradient."""
+    on their way, as in a mean over them, no dot product can be split; where that is much of the
+    error, there are four times as many passes. Raises NoGradientError where there is no
+    gradient."""
     if sites and not any(target.value.requires_grad for target in targets):
         raise NoGradientError
     if not sites:
         return Projections([], [], [])
     passes = _Passes(sites, targets)
     apart = passes.apart(samples)
-    if samples > 1 and not all(apart):
-        vectors = min(4 * vectors, _MOST)
     coin = torch.Generator().manual_seed(seed)
     found: list[list[Row]] = [[] for _ in sites]
 
@@ -73,15 +73,31 @@ def project(
         known = torch.zeros_like(site.value) if adjoint is None else adjoint
         found[index].append(_dots(site, known, samples if apart[index] else 1))
 
-    for _ in range(vectors):
-        passes.run([torch.randn(t.value.shape, generator=coin) for t in targets], take)
+    def run(count: int) -> None:
+        for _ in range(count):
+            passes.run([torch.randn(t.value.shape, generator=coin) for t in targets], take)
+
+    run(vectors)
+    if samples > 1 and _share_that_meets(found, apart) > _LITTLE:
+        run(max(min(4 * vectors, _MOST) - vectors, 0))
     return Projections(
         *([_stacked([row[kind] for row in rows]) for rows in found] for kind in range(3))
     )
 
 
-_MOST = 64
-"""How many backward passes there are at most where samples meet."""
+def _share_that_meets(found: Sequence[Sequence[Row]], apart: Sequence[bool]) -> float:
+    """Of the squared error, the share of the sites behind which samples meet."""
+    sizes = [
+        sum(float((row[0] ** 2).sum()) for row in rows if row[0] is not None) for rows in found
+    ]
+    together = sum(size for size, split in zip(sizes, apart, strict=True) if not split)
+    total = sum(sizes)
+    return together / total if total and math.isfinite(total) else 0.0
+
+
+_MOST, _LITTLE = 64, 0.1
+"""How many backward passes there are at most where samples meet, and which share of the error is
+too little to ask for more of them."""
 Take = Callable[[int, torch.Tensor | None], None]
 """Gets a site's number and its adjoint, None for a site that leads to no output."""
 

@@ -127,15 +127,16 @@ def page(rows: Sequence[Row], command: str) -> str:
         "rounding adds, from FP64. Each node above a thousandth of the budget was also tried "
         "alone: its rounding put into the FP32 graph, and the error of the outputs measured. The "
         "rank correlation is Spearman's, over these nodes. These batches have two to four samples, "
-        "so there are 32 projections; nodes whose parts are nearly equal change places.",
+        "so there are 32 backward passes or more; nodes whose parts are nearly equal change "
+        "places.",
         "",
         f"Predicted over measured lies between {min(ratios):.2f} and {max(ratios):.2f}.",
         "",
         *table(HEADS, [row.cells for row in rows]),
         "",
-        "For a 4-layer BERT of width 256 at 8 x 128 in BF16, 8 projections take the floating point "
-        "operations of 12 FP32 forward passes, 13 with FP32's own error, and hold 2.5 times what a "
-        "training step's activations and gradients do.",
+        "For a 4-layer BERT of width 256 at 8 x 128 in BF16, 8 vectors take the floating point "
+        "operations of 13 FP32 forward passes, 14 with FP32's own error, and hold 2.5 times what "
+        "the activations and gradients of a training step do.",
     ]
     return "\n".join(lines) + "\n"
 
