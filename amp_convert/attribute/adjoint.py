@@ -43,6 +43,12 @@ class Projections:
     floors: list[torch.Tensor | None]
     casts: list[torch.Tensor | None]
 
+    @property
+    def vectors(self) -> int:
+        """How many backward passes there were; 0 without a site."""
+        held = (dots for dots in (*self.errors, *self.floors, *self.casts) if dots is not None)
+        return next((len(dots) for dots in held), 0)
+
 
 Row = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 """A vector's dot products at one site: of the error, of FP32's, and of a cast."""

@@ -122,6 +122,7 @@ class _Attribution:
             vectors, rows = 0, self._by_trials()
             predicted = root_of_squares(row.rel_l2 for row in rows)
         else:
+            vectors = found.vectors or vectors
             rows = rows_of(self._ran.sites, found)
             predicted = root_of_squares(row.rel_l2 for row in rows)
             doubts = self._doubts(predicted, measured)

@@ -84,7 +84,9 @@ def _pooled(m: Net, x: torch.Tensor) -> torch.Tensor:
 def test_where_samples_meet_their_errors_go_together() -> None:
     """Of one set, held against rounding one layer by hand: the same rounded weights err alike."""
     x = torch.randn(256, 16, generator=torch.Generator().manual_seed(1))
-    found = {node.layer: node.rel_l2 for node in budget_of(_pooled, x).nodes}
+    budget = budget_of(_pooled, x)
+    assert budget.vectors == 32
+    found = {node.layer: node.rel_l2 for node in budget.nodes}
     model = made(_pooled)
     with torch.no_grad():
         want = model(x)
