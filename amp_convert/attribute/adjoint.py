@@ -4,7 +4,7 @@ For an output vector v of independent standard normal numbers, one backward pass
 graph gives at each site the adjoint g = Jᵀ v, J being the Jacobian of the outputs there. So g · e
 is v · (J e), whose mean square over v is the squared norm of J e: what the site's error e does to
 the outputs, to first order. A few v are enough, since the dot product is taken for each sample by
-itself: samples do not meet, so each v is as good as one a sample. (The method of adjoint error
+itself: where samples do not meet, each v is as good as one a sample. (The method of adjoint error
 estimates, as in ADAPT and CHEF-FP, with random projections for a norm.)
 
 Each adjoint is used where it appears and dropped: one pass holds no more than a backward pass.
@@ -36,8 +36,8 @@ class Target:
 @dataclass(eq=False)
 class Projections:
     """The dot products, a row a vector: `errors`, `floors` and `casts` by site, each of (vectors,
-    samples), in FP64 on the CPU, None for a site without such an error. Where a site's first
-    dimension is not made of samples there is one column."""
+    samples), in FP64 on the CPU, None for a site without such an error. Where samples meet behind a
+    site there is one column."""
 
     errors: list[torch.Tensor | None]
     floors: list[torch.Tensor | None]
@@ -63,12 +63,12 @@ def project(
 ) -> Projections:
     """Run `vectors` backward passes from the targets, each relative to its norm. Where samples meet
     on their way, as in a mean over them, no dot product can be split; where that is much of the
-    error, there are four times as many passes. Raises NoGradientError where there is no
-    gradient."""
-    if sites and not any(target.value.requires_grad for target in targets):
-        raise NoGradientError
+    error, there are four times as many passes. Either all targets have a gradient, or none has:
+    then NoGradientError is raised."""
     if not sites:
         return Projections([], [], [])
+    if not all(target.value.requires_grad for target in targets):
+        raise NoGradientError
     passes = _Passes(sites, targets)
     apart = passes.apart(samples)
     coin = torch.Generator().manual_seed(seed)
@@ -112,9 +112,7 @@ class _Passes:
     """Backward passes from the targets; each site's adjoint is handed on once in a pass."""
 
     def __init__(self, sites: Sequence[Site], targets: Sequence[Target]) -> None:
-        self._sites = sites
-        self._targets = [target for target in targets if target.value.requires_grad]
-        self._all = targets
+        self._sites, self._targets = sites, targets
 
     def run(self, vectors: Sequence[torch.Tensor], take: Take) -> None:
         """One pass from vectors of the shapes of the targets, each relative to the target's
@@ -128,8 +126,7 @@ class _Passes:
 
         cotangents = [
             _cotangent(vector, target)
-            for vector, target in zip(vectors, self._all, strict=True)
-            if target.value.requires_grad
+            for vector, target in zip(vectors, self._targets, strict=True)
         ]
         handles = [_on_gradient(site, partial(once, i)) for i, site in enumerate(self._sites)]
         values = [target.value for target in self._targets]
@@ -161,10 +158,11 @@ class _Passes:
             others = adjoint.reshape(samples, -1)[1:] if split else None
             found[index] = others is not None and not bool(others.count_nonzero())
 
-        first = [torch.zeros(target.value.shape) for target in self._all]
+        # Of numbers drawn at random: those that are equal a softmax or a norm would cancel.
+        coin = torch.Generator().manual_seed(0)
+        first = [torch.zeros(target.value.shape) for target in self._targets]
         for vector in first:
-            if vector.dim():
-                vector[0] = 1.0
+            vector[0] = torch.randn(vector.shape[1:], generator=coin)
         self.run(first, take)
         return found
 

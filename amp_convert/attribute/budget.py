@@ -23,7 +23,7 @@ from amp_convert.attribute.adjoint import NoGradientError, Projections, Target, 
 from amp_convert.attribute.local_errors import Site
 from amp_convert.attribute.reference import Ran, Reference
 from amp_convert.attribute.results import HOLDS, Budget, Doubt, NodeShare, root_of_squares
-from amp_convert.attribute.shares import rows_of, share, signed
+from amp_convert.attribute.shares import rows_of, rows_of_sizes, signed
 from amp_convert.capture.captured import Value
 from amp_convert.core import device as devices
 from amp_convert.core.batches import batch_size
@@ -43,8 +43,8 @@ from amp_convert.validate.inference.reordered import row_matcher
 
 _log = logging.getLogger(__name__)
 LEAST_VECTORS, MOST_VECTORS, PROJECTIONS = 8, 32, 128
-"""How many backward passes there are: as many as make so many projections, one a vector and
-sample."""
+"""How many backward passes there are by default: as many as make so many projections, one a vector
+and sample, within these bounds."""
 _LEAST_NORM = 1e-37
 """An output of a smaller norm is nothing to be relative to."""
 TRIED = 10
@@ -67,8 +67,8 @@ def attribute(
     of few samples; with `floor` each node is measured in FP64 as well, with `casts` so is what
     casting its FP32 result would add. The same seed gives the same budget. The model, its buffers
     and the random state are left as they were. Where no gradient reaches an output, nodes are tried
-    one at a time.
-    Raises UnsupportedModelError where what is held for the gradients would not fit into memory.
+    one at a time. Raises UnsupportedModelError where what is held for the gradients would not fit
+    into memory, and where the model fails with gradients on.
     """
     samples = max(batch_size(args, kwargs), 1)
     if vectors is None:
@@ -152,20 +152,7 @@ class _Attribution:
         sites.sort(key=lambda site: -_relative(site))
         wanted = [*dict.fromkeys(site.node for site in sites)][:TRIED]
         tried = self._trials([*wanted, *self._ran.ranked_by[:TRIED]])
-        total = sum(error**2 for error in tried.values())
-        return [
-            NodeShare(
-                node=name,
-                layer="",
-                op="",
-                dtype="",
-                rel_l2=error,
-                share=share(error, total, list(tried.values())),
-                standard_error=0.0,
-                trial_rel_l2=error,
-            )
-            for name, error in tried.items()
-        ]
+        return [replace(row, trial_rel_l2=row.rel_l2) for row in rows_of_sizes(tried)]
 
     def _doubts(self, predicted: float, measured: float) -> tuple[Doubt, ...]:
         doubts = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +14,7 @@ from amp_convert.attribute.results import NodeShare
 
 
 def rows_of(sites: Sequence[Site], projections: Projections) -> list[NodeShare]:
-    """A row a node, by FX name."""
+    """A row a node, by identity."""
     errors = _by_node(sites, projections.errors)
     floors, casts = (_by_node(sites, dots) for dots in (projections.floors, projections.casts))
     names = dict.fromkeys([site.node for site in sites])
@@ -21,19 +22,22 @@ def rows_of(sites: Sequence[Site], projections: Projections) -> list[NodeShare]:
     owed = {name: _size(_squares(floors[name])) for name in floors}
     cast = {name: _size(_squares(casts[name])) for name in casts}
     sizes = {name: _size(found) for name, found in squares.items()}
+    return [
+        replace(
+            row,
+            standard_error=_standard_error(squares[row.node]),
+            floor_rel_l2=owed.get(row.node),
+            cast_rel_l2=cast.get(row.node),
+        )
+        for row in rows_of_sizes(sizes)
+    ]
+
+
+def rows_of_sizes(sizes: Mapping[str, float]) -> list[NodeShare]:
+    """A row a node of what each adds, by identity; what the plan says of it is filled in later."""
     total = sum(size**2 for size in sizes.values())
     return [
-        NodeShare(
-            node=name,
-            layer="",
-            op="",
-            dtype="",
-            rel_l2=size,
-            share=share(size, total, list(sizes.values())),
-            standard_error=_standard_error(squares[name]),
-            floor_rel_l2=owed.get(name),
-            cast_rel_l2=cast.get(name),
-        )
+        NodeShare(name, "", "", "", size, _share(size, total, list(sizes.values())), 0.0)
         for name, size in sizes.items()
     ]
 
@@ -77,7 +81,7 @@ def _standard_error(squares: torch.Tensor) -> float:
     return float(squares.std()) / math.sqrt(len(squares)) / (2 * math.sqrt(mean))
 
 
-def share(size: float, total: float, sizes: Sequence[float]) -> float:
+def _share(size: float, total: float, sizes: Sequence[float]) -> float:
     if math.isinf(total):  # those that overflow share it
         return 1 / sum(map(math.isinf, sizes)) if math.isinf(size) else 0.0
     return size**2 / total if total else 0.0

@@ -60,7 +60,7 @@ def tune(
 ) -> Tuned:
     """Search and measure. Raises UsageError for goals that cannot be told apart from none: an
     unknown metric, one that is NaN in FP32."""
-    _, given = bench.given()
+    given = bench.given()
     tick()
     search = _Search(bench, scores, goals, lower_is_better, tick)
     lowest = search.tried(frozenset())

@@ -1,6 +1,7 @@
 """What is chosen together, what it adds to the error, and what FP32 costs there.
 
-A unit is a layer's nodes that have an error of their own while low. Layers whose products read one
+A unit is a layer's nodes that are low and have an error or multiply-adds of their own, or a rule
+that allows them. Layers whose products read one
 and the same value, as those of query, key and value do, are one unit: kept apart, each choice would
 need a cast of its own. With `blocks`, so are all layers of one numbered block.
 """
