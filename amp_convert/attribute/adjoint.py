@@ -158,7 +158,7 @@ class _Passes:
             others = adjoint.reshape(samples, -1)[1:] if split else None
             found[index] = others is not None and not bool(others.count_nonzero())
 
-        # Of numbers drawn at random: those that are equal a softmax or a norm would cancel.
+        # Of numbers drawn at random: those that are equal may cancel behind the site.
         coin = torch.Generator().manual_seed(0)
         first = [torch.zeros(target.value.shape) for target in self._targets]
         for vector in first:
